@@ -1,0 +1,212 @@
+"""What a model looks like, what its cache looks like, how the engine runs: three frozen, self-checking dataclasses.
+
+They are hashable, so jit takes them as static arguments. One `ModelConfig` describes every supported family; the model
+file has no copy per family, only these switches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base frequency and, for contexts longer than trained, how frequencies are scaled.
+
+    "linear" divides every frequency by `factor`; "llama3" does so only for wavelengths longer than
+    `original_max_position / low_freq_factor`, blends up to `original_max_position / high_freq_factor`, and leaves shorter
+    wavelengths alone (Llama 3.1 model card).
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+    def __post_init__(self):
+        _check_choice("rope scaling", self.scaling, ("none", "linear", "llama3"))
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+            _check_positive(f"rope {name}", getattr(self, name))
+
+
+class AttentionOptions(NamedTuple):
+    """What one layer's attention does beyond softmax(q k) v: the keyword arguments of every attention kernel."""
+
+    scale: float
+    soft_cap: float | None = None
+    sliding_window: int | None = None  # a query reads the last `sliding_window` positions, its own included
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer and the switches in which the supported families differ."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    # Normalisation
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"  # sandwich: before and after each block (Gemma 2, 3)
+    qk_norm: bool = False  # RMS norm of every query and key head (Qwen3, Gemma 3)
+    # Feed-forward
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    # Attention
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_soft_cap: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()  # which layers use the window; empty: all of them, if there is a window
+    # Positions: rotary, or learned when `rope` is None (OPT)
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    local_rope: RopeConfig | None = None  # of the sliding layers, where it differs (Gemma 3)
+    learned_position_offset: int = 0  # OPT's table starts two rows late
+    # Embedding and head
+    embedding_size: int | None = None  # None: hidden_size; otherwise projected in and out (OPT-350m)
+    embedding_scale: float = 1.0
+    tie_word_embeddings: bool = False
+    final_soft_cap: float | None = None
+    # What the checkpoint says about tokens and storage
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "max_position_embeddings",
+        ):  # fmt: skip
+            _check_positive_int(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
+        if any(self.sliding_layers) and self.sliding_window is None:
+            raise ValueError("sliding_layers is set but sliding_window is not")
+        if self.sliding_window is not None:
+            _check_positive_int("sliding_window", self.sliding_window)
+        _check_choice("norm", self.norm, ("rms", "layer"))
+        _check_choice("norm_placement", self.norm_placement, ("pre", "post", "sandwich"))
+        _check_choice("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu"))
+        _check_choice("dtype", self.dtype, DTYPES)
+        for token_id in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"special token id {token_id} is outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def has_final_norm(self) -> bool:
+        return self.norm_placement != "post"
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.embedding_size or self.hidden_size
+
+    def is_sliding(self, layer: int) -> bool:
+        if self.sliding_window is None:
+            return False
+        return self.sliding_layers[layer] if self.sliding_layers else True
+
+    def attention_options(self, layer: int) -> AttentionOptions:
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return AttentionOptions(scale, self.attention_soft_cap, self.sliding_window if self.is_sliding(layer) else None)
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        return self.local_rope if self.local_rope is not None and self.is_sliding(layer) else self.rope
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values that one token position takes, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `ModelConfig.from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        values = dict(values)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown model configuration keys {unknown}; known keys are {sorted(known)}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if missing := sorted(required - set(values)):
+            raise ValueError(f"model configuration lacks the keys {missing}")
+        for name in ("rope", "local_rope"):
+            if isinstance(values.get(name), dict):
+                values[name] = RopeConfig(**values[name])
+        for name in ("sliding_layers", "eos_token_ids"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The page pool: `num_pages` pages (page 0 is never handed out) of `page_size` token positions in every layer."""
+
+    page_size: int
+    num_pages: int
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        _check_positive_int("page_size", self.page_size)
+        _check_positive_int("num_pages", self.num_pages)
+        _check_choice("cache dtype", self.dtype, DTYPES)
+        if self.num_pages < 2:
+            raise ValueError(f"num_pages={self.num_pages}: a pool needs page 0, which stays unused, and at least one more")
+
+    @property
+    def num_usable_pages(self) -> int:
+        return self.num_pages - 1
+
+    @property
+    def num_usable_tokens(self) -> int:
+        return self.num_usable_pages * self.page_size
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits and policies of the scheduler. Lengths are in tokens."""
+
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    watermark: float = 0.01  # share of the pool that admission leaves free, so that running sequences can grow
+
+    def __post_init__(self):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            _check_positive_int(name, getattr(self, name))
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark={self.watermark} is not in [0, 1)")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
