@@ -1,0 +1,174 @@
+"""The transformer, once, for every family and every cache.
+
+    hidden, cache = forward(params, config, tokens, positions, cache, attend)
+    logits = compute_logits(params, config, hidden)
+
+Tokens are a flat axis [T]: the rows of a decode step, the packed chunks of a prefill, or a training batch laid end to
+end. Only attention relates tokens to one another, and attention is the caller's: `attend(cache, layer, q, k, v)` with
+q [T, H, D] and k, v [T, K, D] returns ([T, H, D], cache). So the model knows no cache: a paged cache, a dense one and no
+cache at all run the same code. `layer` is a Python int: layers are unrolled, because a scan copies weights and caches.
+
+Norms, rotary embedding and softmax inputs are computed in float32, as the families' reference implementations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.config import ModelConfig, RopeConfig
+from jaxpaged.device.params import Params
+
+Array = jax.Array
+Cache = TypeVar("Cache")
+Attend = Callable[[Cache, int, Array, Array, Array], tuple[Array, Cache]]
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens: Array, positions: Array, cache: Cache, attend: Attend
+) -> tuple[Array, Cache]:
+    """tokens i32[T], positions i32[T] (of each token in its own sequence) -> hidden [T, E'] ready for the head, cache."""
+    with jax.named_scope("embed"):
+        x = _embed(params, config, tokens, positions)
+    for layer, weights in enumerate(params["layers"]):
+        with jax.named_scope(f"layer_{layer}"):
+            x, cache = _block(weights, config, layer, x, positions, cache, attend)
+    if config.has_final_norm:
+        x = _norm(params["final_norm"], config, x)
+    if "embedding_out" in params:
+        x = _matmul(x, params["embedding_out"])
+    return x, cache
+
+
+def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
+    """hidden [R, E'] -> logits f32[R, V]."""
+    with jax.named_scope("logits"):
+        if config.tie_word_embeddings:
+            logits = jnp.einsum("re,ve->rv", hidden, params["embedding"], **_product_options(hidden, jnp.float32))
+        else:
+            logits = jnp.matmul(hidden, params["lm_head"]["weight"], **_product_options(hidden, jnp.float32))
+        return soft_cap(logits, config.final_soft_cap)
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap): bounds logits smoothly (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
+    x = params["embedding"][tokens]
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the weights' dtype, as Gemma was trained
+    if "embedding_in" in params:
+        x = _matmul(x, params["embedding_in"])
+    if config.rope is None:
+        x = x + params["position_embedding"][positions + config.learned_position_offset]
+    return x
+
+
+def _block(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache: Cache, attend: Attend):
+    """One attention and one feed-forward block, each with its residual; the three norm placements differ only here."""
+    before = config.norm_placement != "post"
+    h = _norm(weights["attention_norm"], config, x) if before else x
+    h, cache = _attention(weights, config, layer, h, positions, cache, attend)
+    if config.norm_placement == "sandwich":
+        h = _norm(weights["post_attention_norm"], config, h)
+    x = x + h
+    if not before:
+        x = _norm(weights["attention_norm"], config, x)
+    h = _norm(weights["mlp_norm"], config, x) if before else x
+    h = _mlp(weights, config, h)
+    if config.norm_placement == "sandwich":
+        h = _norm(weights["post_mlp_norm"], config, h)
+    x = x + h
+    return (x if before else _norm(weights["mlp_norm"], config, x)), cache
+
+
+def _attention(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache: Cache, attend: Attend):
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = _linear(weights["qkv"], x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
+    q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
+    if config.qk_norm:
+        q = _rms_norm(q, weights["query_norm"]["weight"], config)
+        k = _rms_norm(k, weights["key_norm"]["weight"], config)
+    if (rope := config.rope_of(layer)) is not None:
+        q, k = _rotate(q, positions, rope), _rotate(k, positions, rope)
+    out, cache = attend(cache, layer, q, k, v)
+    return _linear(weights["attention_out"], out.reshape(x.shape[0], heads * head_dim)), cache
+
+
+def _mlp(weights: Params, config: ModelConfig, x: Array) -> Array:
+    h = _linear(weights["mlp_in"], x)
+    if config.gated_mlp:
+        gate, up = jnp.split(h, 2, axis=-1)
+        h = _activate(config, gate) * up
+    else:
+        h = _activate(config, h)
+    return _linear(weights["mlp_out"], h)
+
+
+def _activate(config: ModelConfig, x: Array) -> Array:
+    match config.activation:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)
+
+
+def _norm(weights: Params, config: ModelConfig, x: Array) -> Array:
+    if config.norm == "rms":
+        return _rms_norm(x, weights["weight"], config)
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps)
+    return (y * weights["weight"].astype(jnp.float32) + weights["bias"].astype(jnp.float32)).astype(x.dtype)
+
+
+def _rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps)
+    return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
+
+
+def _rotate(x: Array, positions: Array, rope: RopeConfig) -> Array:
+    """Rotary embedding in the half-split form of Hugging Face checkpoints: x [T, heads, D]."""
+    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(rope, x.shape[-1])
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angle per position of each of the head_dim / 2 rotations, f32[D / 2]."""
+    frequencies = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.scaling == "linear":
+        frequencies /= rope.factor
+    elif rope.scaling == "llama3":
+        turns = rope.original_max_position * frequencies / (2 * np.pi)  # rotations over the trained context
+        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / rope.factor
+    return frequencies.astype(np.float32)
+
+
+def _linear(weights: Params, x: Array) -> Array:
+    y = _matmul(x, weights["weight"])
+    return y + weights["bias"] if "bias" in weights else y
+
+
+def _matmul(x: Array, weight: Array) -> Array:
+    return jnp.matmul(x, weight, **_product_options(x, x.dtype))
+
+
+def _product_options(x: Array, out_dtype) -> dict:
+    """float32 means float32: without "highest", GPUs multiply it in TF32, and results differ between devices."""
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return {"precision": precision, "preferred_element_type": out_dtype}
