@@ -1,0 +1,127 @@
+"""The door between host and device: the arrays that cross it, and how they cross in one transfer.
+
+The host fills NamedTuples of numpy arrays; `pack` lays them end to end in one int32 array (float bits reinterpreted), the
+device unpacks by the `Layout`, which is static to jit. An array that a step does not need is None: it takes no bytes, and
+the compiled step has no code for it. Axis letters: B rows, T packed new tokens, R rows to sample, P pages a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+#: Never allocated. Padding entries of block tables name it, padding rows write to it; its contents reach no output.
+NULL_PAGE = 0
+
+
+class DecodeInputs(NamedTuple):
+    """One new token a row. Padding rows have context length 0 and write to NULL_PAGE."""
+
+    tokens: Any  # i32[B]
+    positions: Any  # i32[B]
+    slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset
+    block_tables: Any  # i32[B, P]
+    context_lens: Any  # i32[B] tokens readable in this step, the new one included
+
+
+class PrefillInputs(NamedTuple):
+    """Many new tokens a row, packed: row b owns tokens [query_starts[b], query_starts[b] + query_lens[b])."""
+
+    tokens: Any  # i32[T]
+    positions: Any  # i32[T]
+    slot_mapping: Any  # i32[T]
+    block_tables: Any  # i32[B, P]
+    query_starts: Any  # i32[B]
+    query_lens: Any  # i32[B] 0 for padding rows
+    context_lens: Any  # i32[B] tokens readable by the row's last query
+    sample_from: Any  # i32[R] index of the packed token whose logits row r samples from
+    next_tokens: Any = None  # i32[T] the token after each one; only when prompt log-probabilities are wanted
+
+
+class SamplingInputs(NamedTuple):
+    """How each of the R rows chooses its token. All-None but the first three fields is greedy."""
+
+    seeds: Any  # i32[R, 2] high and low word
+    sample_indices: Any  # i32[R] which sample of its request
+    positions: Any  # i32[R] of the token to be chosen
+    temperatures: Any = None  # f32[R]; 0 is greedy
+    top_ps: Any = None  # f32[R]
+    top_ks: Any = None  # i32[R]; V when all are kept
+    min_ps: Any = None  # f32[R]
+    # Tokens so far, for penalties and logits processors
+    history: Any = None  # i32[R, L], padded with -1
+    history_lens: Any = None  # i32[R]
+    prompt_lens: Any = None  # i32[R]
+    penalties: Any = None  # f32[R, 3] repetition, presence, frequency
+    # Sparse edits of single logits: bias, banned words, end tokens before min_tokens
+    edit_rows: Any = None  # i32[E], padded with R
+    edit_tokens: Any = None  # i32[E]
+    edit_values: Any = None  # f32[E], added
+    # Restriction to a list of tokens
+    is_restricted: Any = None  # i32[R], 0 or 1
+    allowed_rows: Any = None  # i32[A], padded with R
+    allowed_tokens: Any = None  # i32[A]
+    uses_processor: Any = None  # i32[R, number of processors], 0 or 1
+
+
+class DecodeBatch(NamedTuple):
+    inputs: DecodeInputs
+    sampling: SamplingInputs
+
+
+class PrefillBatch(NamedTuple):
+    inputs: PrefillInputs
+    sampling: SamplingInputs
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at some positions: of the token that is there, and of the k likeliest."""
+
+    logprobs: np.ndarray  # f32[R]
+    ranks: np.ndarray | None = None  # i32[R]
+    top_ids: np.ndarray | None = None  # i32[R, k]
+    top_logprobs: np.ndarray | None = None  # f32[R, k]
+
+
+class StepOutputs(NamedTuple):
+    """What the host learns from a step."""
+
+    tokens: np.ndarray  # i32[R]
+    token_logprobs: TokenLogprobs
+    prompt_logprobs: TokenLogprobs | None = None  # over the T packed tokens
+
+
+#: Class of the NamedTuple, then for each field its layout: nested, None, or (dtype name, shape).
+Layout = tuple[type, tuple[Any, ...]]
+
+
+def pack(batch: NamedTuple) -> tuple[np.ndarray, Layout]:
+    """All int32 and float32 arrays of a (nested) NamedTuple in one int32 array, and the layout that takes it apart."""
+    arrays: list[np.ndarray] = []
+    layout = _layout(batch, arrays)
+    return np.concatenate([array.ravel().view(np.int32) for array in arrays]), layout
+
+
+def _layout(batch: Any, arrays: list[np.ndarray]) -> Layout:
+    fields = []
+    for value in batch:
+        if value is None:
+            fields.append(None)
+        elif isinstance(value, tuple):
+            fields.append(_layout(value, arrays))
+        else:
+            assert value.dtype in (np.int32, np.float32), value.dtype
+            arrays.append(value)
+            fields.append((value.dtype.name, value.shape))
+    return type(batch), tuple(fields)
+
+
+def unpack_logprobs(columns: np.ndarray, num_logprobs: int | None) -> TokenLogprobs:
+    """The device's i32[R, 1 or 2 + 2k] columns: log-probability bits, rank, k token ids, k log-probability bits."""
+    logprobs = columns[:, 0].copy().view(np.float32)
+    if num_logprobs is None:
+        return TokenLogprobs(logprobs)
+    top_ids = columns[:, 2 : 2 + num_logprobs]
+    top_logprobs = np.ascontiguousarray(columns[:, 2 + num_logprobs :]).view(np.float32)
+    return TokenLogprobs(logprobs, columns[:, 1], top_ids, top_logprobs)
