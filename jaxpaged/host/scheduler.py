@@ -1,0 +1,261 @@
+"""Decides what each step computes: admits waiting requests, grows block tables, preempts when pages run out.
+
+    plan = scheduler.schedule()                    # decide
+    outputs = ...                                  # the device computes
+    finished = scheduler.commit(plan, outputs)     # learn
+
+First come, first served: groups are admitted in order of arrival, the latest arrival is preempted first, and a preempted
+group goes back to the head of the queue. So the running groups are always those that arrived first. A preempted group
+gives up all its pages and is prefilled again, its sharing rebuilt (token_tree.py).
+
+`schedule` reads the lengths of sequences, never the values of their last tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.block_table import (
+    PageCopy,
+    append_slots,
+    fork,
+    num_pages_for,
+    num_pages_needed,
+    release,
+    truncate,
+)
+from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
+from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.host.stopping import apply_stop
+from jaxpaged.host.token_tree import build_branches, num_pages_of
+from jaxpaged.step_io import StepOutputs
+
+
+class PlanRow(NamedTuple):
+    """Compute the KV of `count` tokens of `sequence` from position `start` on."""
+
+    group: SequenceGroup
+    sequence: Sequence
+    start: int
+    count: int
+
+
+class Sample(NamedTuple):
+    """Choose the next token of `sequence` from the logits behind the last token of plan row `row`."""
+
+    group: SequenceGroup
+    sequence: Sequence
+    row: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: all of it prefill (several tokens a row) or all of it decode (one token a row)."""
+
+    is_prefill: bool
+    rows: list[PlanRow] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)  # to be carried out before the step writes
+    num_preempted: int = 0
+
+
+class Scheduler:
+    """Queues, block tables and policy. Knows no arrays of keys and no device."""
+
+    def __init__(self, cache: CacheConfig, limits: EngineConfig):
+        self.cache = cache
+        self.limits = limits
+        self.allocator = PageAllocator(cache.num_pages, cache.page_size)
+        self.waiting: deque[SequenceGroup] = deque()
+        self.running: list[SequenceGroup] = []  # in order of arrival
+        # Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read.
+        self._prefilling: deque[tuple[SequenceGroup, Sequence]] = deque()
+        self._watermark = math.ceil(limits.watermark * cache.num_usable_pages)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
+        """Raise ValueError for a request that could not run even alone, with the numbers that say why."""
+        if prompt_len >= self.limits.max_model_len:
+            raise ValueError(
+                f"prompt of {prompt_len} tokens leaves no room to generate: max_model_len is {self.limits.max_model_len}"
+            )
+        if num_samples > self.limits.max_num_seqs:
+            raise ValueError(f"{num_samples} samples of one request exceed max_num_seqs={self.limits.max_num_seqs}")
+        needed = self.most_pages(prompt_len, num_samples, max_len)
+        if needed > self.cache.num_usable_pages:
+            raise ValueError(
+                f"prompt of {prompt_len} tokens with {num_samples} sample(s) of up to {max_len - prompt_len} tokens needs "
+                f"{needed} pages of {self.cache.page_size} tokens, the pool has {self.cache.num_usable_pages}: "
+                "raise num_pages, or lower max_tokens or n"
+            )
+
+    def most_pages(self, prompt_len: int, num_samples: int, max_len: int) -> int:
+        """Pages of a group whose samples all reach `max_len`; the KV of a last token is never written."""
+        shared = prompt_len // self.cache.page_size
+        return shared + num_samples * (num_pages_for(max(max_len - 1, prompt_len), self.cache.page_size) - shared)
+
+    def add(self, group: SequenceGroup) -> None:
+        """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
+        self.check(group.prompt_len, group.params.num_samples, group.max_len)
+        self.waiting.append(group)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to do. Prefill goes first: it fills the batch for decoding."""
+        while self.waiting and self._try_admit(self.waiting[0]):
+            self.waiting.popleft()
+        if self._prefilling:
+            return self._plan_prefill()
+        return self._plan_decode() if self.running else None
+
+    # Admission and prefill
+
+    def _try_admit(self, group: SequenceGroup) -> bool:
+        queued = sum(sequence.num_tokens - sequence.num_computed for _, sequence in self._prefilling)
+        if queued >= self.limits.max_num_batched_tokens:
+            return False
+        if sum(g.num_rows for g in self.running) + group.num_rows > self.limits.max_num_seqs:
+            return False
+        branches = build_branches(group.unfinished, self.cache.page_size)
+        needed = num_pages_of(branches, self.cache.page_size)
+        if needed + self._headroom(group) > self.allocator.num_free:
+            return False
+        for i, (sequence, num_shared) in enumerate(branches):
+            if num_shared:
+                sequence.table = fork(branches[i - 1].sequence.table, self.allocator)
+                truncate(sequence.table, num_shared * self.cache.page_size, self.allocator)
+            sequence.num_computed = sequence.table.num_slots
+            append_slots([sequence.table], [sequence.num_tokens - sequence.num_computed], self.allocator)
+            sequence.status = SequenceStatus.RUNNING
+            self._prefilling.append((group, sequence))
+        group.pages.record([sequence.table for sequence in group.unfinished])
+        self.running.append(group)
+        return True
+
+    def _headroom(self, group: SequenceGroup) -> int:
+        """Pages to leave free when `group` is admitted, so that it is not preempted at once; none when it is alone."""
+        if not self.running:
+            return 0
+        tables = [sequence.table for _, sequence in self._decoding()]
+        next_step = num_pages_needed(tables, [1] * len(tables), self.allocator)
+        return self._watermark + next_step + group.num_rows
+
+    def _decoding(self) -> list[tuple[SequenceGroup, Sequence]]:
+        return [(group, sequence) for group in self.running for sequence in group.unfinished]
+
+    def _plan_prefill(self) -> StepPlan:
+        plan = StepPlan(is_prefill=True)
+        budget = self.limits.max_num_batched_tokens
+        num_samples = 0
+        while self._prefilling and budget:
+            group, sequence = self._prefilling[0]
+            start = sequence.num_computed
+            count = min(budget, sequence.num_tokens - start)
+            is_last = start + count == sequence.num_tokens
+            num_samples += (1 if group.is_forked else group.params.num_samples) if is_last else 0
+            if num_samples > self.limits.max_num_seqs:
+                break
+            self._plan_row(plan, group, sequence, start, count)
+            budget -= count
+            if is_last:
+                self._prefilling.popleft()
+                self._plan_first_samples(plan, group, sequence)
+        return plan
+
+    def _plan_row(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence, start: int, count: int) -> None:
+        plan.rows.append(PlanRow(group, sequence, start, count))
+        sequence.num_computed = start + count
+        group.recomputed_tokens += max(0, min(sequence.num_computed, sequence.num_once_computed) - start)
+        sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed)
+
+    def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
+        """The row that completes a prompt gives the first token of every sample: fork them here, sharing all pages."""
+        row = len(plan.rows) - 1
+        plan.samples.append(Sample(group, sequence, row))
+        if group.is_forked:
+            return
+        for index in range(1, group.params.num_samples):
+            sample = Sequence(
+                index, sequence.token_ids[:], sequence.prompt_len, fork(sequence.table, self.allocator),
+                sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
+                stream=group.make_stream() if group.make_stream else None,
+            )  # fmt: skip
+            group.sequences.append(sample)
+            plan.samples.append(Sample(group, sample, row))
+        group.pages.record([s.table for s in group.sequences])
+
+    # Decode and preemption
+
+    def _plan_decode(self) -> StepPlan:
+        plan = StepPlan(is_prefill=False)
+        while True:
+            decoding = self._decoding()
+            try:
+                plan.copies = append_slots([s.table for _, s in decoding], [1] * len(decoding), self.allocator)
+                break
+            except OutOfPagesError:
+                assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
+                self._preempt(self.running.pop())
+                plan.num_preempted += 1
+        for row, (group, sequence) in enumerate(decoding):
+            computed = sequence.num_computed
+            plan.rows.append(PlanRow(group, sequence, computed, 1))
+            plan.samples.append(Sample(group, sequence, row))
+            sequence.num_computed = computed + 1
+            sequence.num_once_computed = max(sequence.num_once_computed, computed + 1)
+        self._record_pages(plan)
+        return plan
+
+    def _record_pages(self, plan: StepPlan) -> None:
+        copied_pages = {copy.dst for copy in plan.copies}
+        for group in self.running:
+            tables = [sequence.table for sequence in group.unfinished]
+            num_copied = sum(table.pages[-1] in copied_pages for table in tables) if copied_pages else 0
+            if num_copied or sum([len(table.pages) for table in tables]) != group.pages.logical:
+                group.pages.record(tables)
+                group.pages.copied += num_copied
+
+    def _preempt(self, group: SequenceGroup) -> None:
+        for sequence in reversed(group.unfinished):
+            release(sequence.table, self.allocator)
+            sequence.num_computed = 0
+            sequence.status = SequenceStatus.WAITING
+        group.num_preemptions += 1
+        self.waiting.appendleft(group)
+
+    # Learning from a step
+
+    def commit(self, plan: StepPlan, outputs: StepOutputs) -> list[SequenceGroup]:
+        """Append the chosen tokens, end the samples that are done and free their pages; returns the finished groups."""
+        tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
+        ended: list[SequenceGroup] = []
+        for (group, sequence, _), token_id, logprob in zip(plan.samples, tokens, logprobs, strict=False):
+            sequence.token_ids.append(token_id)
+            sequence.cumulative_logprob += logprob
+            if apply_stop(group, sequence):
+                sequence.status = SequenceStatus.FINISHED
+                release(sequence.table, self.allocator)
+                ended.append(group)
+        finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
+        if finished:
+            self.running = [group for group in self.running if group.unfinished]
+        return finished
+
+    def check_invariants(self) -> None:
+        """Reference counts equal table entries, free and held pages partition the pool. For tests, between steps."""
+        self.allocator.check_invariants()
+        held: dict[int, int] = {}
+        for group in (*self.running, *self.waiting):
+            for sequence in group.sequences:
+                assert len(sequence.table.pages) == num_pages_for(sequence.table.num_slots, self.cache.page_size)
+                assert sequence.status is SequenceStatus.RUNNING or not sequence.table.pages
+                for page_id in sequence.table.pages:
+                    held[page_id] = held.get(page_id, 0) + 1
+        for page_id in range(1, self.cache.num_pages):
+            assert self.allocator.ref_count(page_id) == held.get(page_id, 0), f"page {page_id} is miscounted"

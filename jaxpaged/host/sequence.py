@@ -1,0 +1,115 @@
+"""A sequence is one stream of tokens; a sequence group is all sequences of one request, scheduled together."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jaxpaged.host.block_table import BlockTable
+from jaxpaged.sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"  # holds no pages: not yet admitted, or preempted
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class TextStream(Protocol):
+    """Turns tokens into text as they come and looks for stop strings."""
+
+    def push(self, token_id: int, *, may_stop: bool) -> str | None:
+        """Take one more token; the stop string that it completes, if any."""
+        ...
+
+
+@dataclass(slots=True, eq=False)  # compared by identity
+class Sequence:
+    """One stream of tokens and the pages that hold its KV."""
+
+    sample_index: int  # which sample of its request
+    token_ids: list[int]  # prompt, then output
+    prompt_len: int
+    table: BlockTable = field(default_factory=BlockTable)
+    num_computed: int = 0  # leading tokens whose KV is in the pages, or will be when the planned step has run
+    num_once_computed: int = 0  # the most that `num_computed` ever was: what lies below is recomputed after a preemption
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float = 0.0
+    logprobs: list[Any] = field(default_factory=list)  # one entry a generated token, if the request wants them
+    stream: TextStream | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+
+@dataclass(slots=True)
+class GroupPages:
+    """The most pages that one group ever held; "logical" counts a page once for each table that names it."""
+
+    logical: int = 0  # now
+    physical_at_peak: int = 0
+    logical_at_peak: int = 0
+    most_shared: int = 0
+    copied: int = 0
+
+    def record(self, tables: list[BlockTable]) -> None:
+        self.logical = sum(len(table.pages) for table in tables)
+        physical = len(set().union(*(table.pages for table in tables)))
+        if physical >= self.physical_at_peak:
+            self.physical_at_peak, self.logical_at_peak = physical, self.logical
+        self.most_shared = max(self.most_shared, self.logical - physical)
+
+
+@dataclass(slots=True, eq=False)
+class SequenceGroup:
+    """One request. It starts as a single sequence; when its prompt is computed, the samples fork from it."""
+
+    request_id: str
+    prompt: str | None
+    params: SamplingParams
+    seed: int
+    sequences: list[Sequence]
+    max_len: int  # tokens of prompt and output at which a sample ends
+    eos_ids: frozenset[int] = frozenset()  # empty when the request ignores them
+    stop_ids: frozenset[int] = frozenset()
+    make_stream: Callable[[], TextStream] | None = None  # for requests with stop strings
+    banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`
+    pages: GroupPages = field(default_factory=GroupPages)
+    prompt_logprobs: list[Any] = field(default_factory=list)
+    num_preemptions: int = 0
+    recomputed_tokens: int = 0
+    arrival_time: float = 0.0
+    first_scheduled_time: float = -1.0
+    first_token_time: float = -1.0
+    finished_time: float = -1.0
+
+    @property
+    def prompt_len(self) -> int:
+        return self.sequences[0].prompt_len
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether the samples exist as sequences of their own."""
+        return len(self.sequences) == self.params.num_samples
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        return [s for s in self.sequences if s.status is not SequenceStatus.FINISHED]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a decode step that the group fills: its unfinished samples, forked or not."""
+        return len(self.unfinished) if self.is_forked else self.params.num_samples

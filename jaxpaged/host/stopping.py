@@ -1,0 +1,24 @@
+"""When a sample ends: end-of-sequence, a stop token, a stop string, or its length."""
+
+from __future__ import annotations
+
+from jaxpaged.host.sequence import Sequence, SequenceGroup
+
+
+def apply_stop(group: SequenceGroup, sequence: Sequence) -> bool:
+    """Look at the token that was just appended; set the sequence's finish and stop reason, and return True, if it ends it.
+
+    Where several rules hold at once the order is end-of-sequence, stop token, stop string, length, as in vLLM. Nothing but
+    length ends a sample before `min_tokens`.
+    """
+    token_id = sequence.token_ids[-1]
+    may_stop = sequence.num_generated >= group.params.min_tokens
+    if may_stop and token_id in group.eos_ids:
+        sequence.finish_reason = "stop"
+    elif may_stop and token_id in group.stop_ids:
+        sequence.finish_reason, sequence.stop_reason = "stop", token_id
+    elif sequence.stream is not None and (stop := sequence.stream.push(token_id, may_stop=may_stop)) is not None:
+        sequence.finish_reason, sequence.stop_reason = "stop", stop
+    elif sequence.num_tokens >= group.max_len:
+        sequence.finish_reason = "length"
+    return sequence.finish_reason is not None
