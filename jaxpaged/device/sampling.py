@@ -1,0 +1,138 @@
+"""Chooses tokens from logits, and says how likely they were.
+
+The order of operations is vLLM's: logits processors, allowed tokens, edits (bias, banned words, min_tokens), penalties,
+temperature, min_p, top_k, top_p, then a Gumbel-max draw. Arrays that are None in `SamplingInputs` cost nothing. The
+random number of a row is a function of its request's seed, its sample index and the position alone.
+
+top_k and top_p need a threshold, not an order: it is found by bisection over the bits of the values, 32 passes over the
+row whatever k is, and exact. So the vocabulary is never sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.sampling_params import LogitsProcessor
+from jaxpaged.step_io import SamplingInputs
+
+Array = jax.Array
+
+
+def sample_tokens(logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...] = ()) -> Array:
+    """logits f32[R, V] -> token ids i32[R]."""
+    logits = _process(logits, inputs, processors)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if inputs.temperatures is None:
+        return greedy
+    is_greedy = inputs.temperatures == 0
+    logits = logits / jnp.where(is_greedy, 1.0, inputs.temperatures)[:, None]
+    if inputs.top_ps is not None:
+        logits = _filter(logits, inputs)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(
+        inputs.seeds, inputs.sample_indices, inputs.positions, logits.shape[-1]
+    )
+    return jnp.where(is_greedy, greedy, jnp.argmax(logits + noise, axis=-1).astype(jnp.int32))
+
+
+def token_logprobs(logits: Array, tokens: Array, num_logprobs: int | None) -> Array:
+    """Log-probabilities of `tokens` i32[R] and of the k likeliest, as int32 columns (step_io.unpack_logprobs).
+
+    `num_logprobs` None gives only the tokens' own, k >= 0 also their ranks and the k likeliest.
+    """
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    columns = [_bits(chosen - normaliser)]
+    if num_logprobs is not None:
+        columns.append(1 + jnp.sum(logits > chosen, axis=-1, keepdims=True, dtype=jnp.int32))
+        if num_logprobs:
+            values, ids = jax.lax.top_k(logits, num_logprobs)
+            columns += [ids.astype(jnp.int32), _bits(values - normaliser)]
+    return jnp.concatenate(columns, axis=1)
+
+
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _gumbel(seed: Array, sample_index: Array, position: Array, vocab_size: int) -> Array:
+    """Gumbel noise f32[V] for one row; adding it to logits and taking the largest draws from their softmax."""
+    key = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
+    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, sample_index), position), (vocab_size,))
+
+
+def _process(logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...]) -> Array:
+    for i, processor in enumerate(processors):
+        processed = jax.vmap(processor)(inputs.history, inputs.history_lens, logits)
+        logits = jnp.where(inputs.uses_processor[:, i : i + 1] == 1, processed, logits)
+    if inputs.is_restricted is not None:
+        allowed = jnp.zeros(logits.shape, bool).at[inputs.allowed_rows, inputs.allowed_tokens].set(True, mode="drop")
+        logits = jnp.where(allowed | (inputs.is_restricted == 0)[:, None], logits, -jnp.inf)
+    if inputs.edit_rows is not None:
+        logits = logits.at[inputs.edit_rows, inputs.edit_tokens].add(inputs.edit_values, mode="drop")
+    if inputs.penalties is not None:
+        logits = _penalise(logits, inputs)
+    return logits
+
+
+def _penalise(logits: Array, inputs: SamplingInputs) -> Array:
+    rows, length = inputs.history.shape
+    places = jnp.arange(length)
+    exists = places < inputs.history_lens[:, None]
+    generated = exists & (places >= inputs.prompt_lens[:, None])
+
+    def count(which: Array) -> Array:
+        counts = jnp.zeros(logits.shape, jnp.int32)
+        tokens = jnp.where(which, inputs.history, logits.shape[-1])  # out of range: dropped
+        return counts.at[jnp.arange(rows)[:, None], tokens].add(1, mode="drop")
+
+    repetition, presence, frequency = (inputs.penalties[:, i, None] for i in range(3))
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(count(exists) > 0, repeated, logits)
+    times = count(generated).astype(jnp.float32)
+    return logits - jnp.where(times > 0, presence, 0.0) - frequency * times
+
+
+def _filter(logits: Array, inputs: SamplingInputs) -> Array:
+    """Logits (already divided by the temperature) with -inf for what min_p, top_k and top_p exclude, in this order."""
+    highest = logits.max(-1, keepdims=True)
+    logits = jnp.where(logits - highest >= jnp.log(inputs.min_ps)[:, None], logits, -jnp.inf)
+
+    ones = jnp.ones_like(logits)
+    kth = _largest_threshold(logits, lambda kept: _sum(ones, kept) >= inputs.top_ks.astype(jnp.float32))
+    logits = jnp.where(logits >= kth[:, None], logits, -jnp.inf)
+
+    weights = jnp.exp(logits - highest)
+    target = inputs.top_ps * weights.sum(-1)
+    cut = _largest_threshold(logits, lambda kept: _sum(weights, kept) >= target)
+    # top_p = 1 keeps everything, however the sums round.
+    return jnp.where((logits >= cut[:, None]) | (inputs.top_ps >= 1)[:, None], logits, -jnp.inf)
+
+
+def _sum(values: Array, kept: Array) -> Array:
+    return jnp.sum(jnp.where(kept, values, 0.0), axis=-1)
+
+
+def _largest_threshold(values: Array, suffices: Callable[[Array], Array]) -> Array:
+    """Per row of values [R, V], the largest float t such that keeping `values >= t` suffices; -inf if none does.
+
+    `suffices(kept bool[R, V]) -> bool[R]` must be monotone: keeping more never breaks it. Bisection from the highest bit of
+    an integer that orders as the float does.
+    """
+    keys = _ordered(values)
+
+    def try_bit(i: Array, prefix: Array) -> Array:
+        candidate = prefix | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
+        return jnp.where(suffices(keys >= candidate[:, None]), candidate, prefix)
+
+    key = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(values.shape[0], jnp.uint32))
+    # The threshold is one of the values: the smallest that is kept.
+    return jnp.min(jnp.where(keys >= key[:, None], values, jnp.inf), axis=-1)
+
+
+def _ordered(values: Array) -> Array:
+    """uint32 that compare as the float32 do: positive floats get the sign bit set, negative ones are inverted."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
