@@ -1,0 +1,149 @@
+"""The jitted steps: everything that runs on the device between two decisions of the host. The only file with jax.jit.
+
+Each takes the cache by donation and returns its successor, so the pool is updated in place. Static are the model, the
+attention kernels and the layout of the packed inputs (hence the bucket); everything else is data. A step returns what the
+host must learn in one int32 array.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.config import ModelConfig
+from jaxpaged.device.attention import AttentionKernels
+from jaxpaged.device.cache import KVCache
+from jaxpaged.device.model import compute_logits, forward
+from jaxpaged.device.params import Params
+from jaxpaged.device.sampling import sample_tokens, token_logprobs
+from jaxpaged.sampling_params import LogitsProcessor
+from jaxpaged.step_io import DecodeBatch, Layout, PrefillBatch, SamplingInputs
+
+Array = jax.Array
+
+#: Packed tokens whose prompt log-probabilities are computed at a time: bounds the logits in memory.
+LOGPROB_TILE = 128
+
+_STATIC = ("config", "kernels", "layout", "num_logprobs", "processors")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
+def decode_step(
+    params: Params,
+    cache: KVCache,
+    packed: Array,
+    *,
+    config: ModelConfig,
+    kernels: AttentionKernels,
+    layout: Layout,
+    num_logprobs: int | None = None,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> tuple[Array, KVCache]:
+    """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
+
+    `packed` is a packed `DecodeBatch` -> i32[B, 1 + columns]: tokens, then their log-probabilities; the new cache.
+    """
+    batch: DecodeBatch = unpack(packed, layout)
+    hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
+    return _choose(params, config, hidden, batch.sampling, num_logprobs, processors), cache
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "num_prompt_logprobs"), donate_argnames="cache")
+def prefill_step(
+    params: Params,
+    cache: KVCache,
+    packed: Array,
+    *,
+    config: ModelConfig,
+    kernels: AttentionKernels,
+    layout: Layout,
+    num_logprobs: int | None = None,
+    num_prompt_logprobs: int | None = None,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> tuple[Array, Array | None, KVCache]:
+    """Compute many tokens a row and choose the next token for the rows in `sample_from`.
+
+    `packed` is a packed `PrefillBatch` -> i32[R, 1 + columns] as in `decode_step`; the prompt's log-probability columns
+    i32[T, columns] if they are wanted; the new cache.
+    """
+    batch: PrefillBatch = unpack(packed, layout)
+    hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
+    outputs = _choose(params, config, hidden[batch.inputs.sample_from], batch.sampling, num_logprobs, processors)
+    if batch.inputs.next_tokens is None:
+        return outputs, None, cache
+    prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, num_prompt_logprobs)
+    return outputs, prompt, cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_pages(cache: KVCache, copies: Array) -> KVCache:
+    """copies i32[2, C]: source and destination pages; copy-on-write for all layers in one launch."""
+    return cache.copy_pages(copies[0], copies[1])
+
+
+def num_compiled() -> int:
+    """Programs that this process has compiled for the three steps above."""
+    return sum(step._cache_size() for step in (decode_step, prefill_step, copy_pages))
+
+
+def unpack(packed: Array, layout: Layout) -> Any:
+    """Take `step_io.pack`'s array apart again, on the device."""
+
+    def take(layout: Layout, start: int) -> tuple[Any, int]:
+        kind, fields = layout
+        values = []
+        for field in fields:
+            if field is None:
+                values.append(None)
+            elif isinstance(field[0], type):
+                value, start = take(field, start)
+                values.append(value)
+            else:
+                dtype, shape = field
+                size = math.prod(shape)
+                flat = packed[start : start + size].reshape(shape)
+                values.append(flat if dtype == "int32" else jax.lax.bitcast_convert_type(flat, dtype))
+                start += size
+        return kind(*values), start
+
+    return take(layout, 0)[0]
+
+
+def _run_model(params: Params, cache: KVCache, inputs: Any, config: ModelConfig, kernels: AttentionKernels):
+    def attend(cache: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+        cache = cache.write(layer, k, v, inputs.slot_mapping)
+        return cache.attend(layer, q, inputs, config.attention_options(layer), kernels), cache
+
+    return forward(params, config, inputs.tokens, inputs.positions, cache, attend)
+
+
+def _choose(
+    params: Params,
+    config: ModelConfig,
+    hidden: Array,
+    sampling: SamplingInputs,
+    num_logprobs: int | None,
+    processors: tuple[LogitsProcessor, ...],
+) -> Array:
+    logits = compute_logits(params, config, hidden)
+    with jax.named_scope("sample"):
+        tokens = sample_tokens(logits, sampling, processors)
+        return jnp.concatenate([tokens[:, None], token_logprobs(logits, tokens, num_logprobs)], axis=1)
+
+
+def _prompt_logprobs(
+    params: Params, config: ModelConfig, hidden: Array, next_tokens: Array, num_logprobs: int | None
+) -> Array:
+    num_tokens, tile = hidden.shape[0], min(LOGPROB_TILE, hidden.shape[0])
+    padding = -num_tokens % tile
+    hidden, next_tokens = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(next_tokens, (0, padding))
+
+    def of_tile(tile_inputs: tuple[Array, Array]) -> Array:
+        return token_logprobs(compute_logits(params, config, tile_inputs[0]), tile_inputs[1], num_logprobs)
+
+    columns = jax.lax.map(of_tile, (hidden.reshape(-1, tile, hidden.shape[1]), next_tokens.reshape(-1, tile)))
+    return columns.reshape(num_tokens + padding, -1)[:num_tokens]

@@ -1,0 +1,162 @@
+"""Turns a plan into padded arrays whose sizes come from short lists, so that few programs are ever compiled.
+
+Every distinct shape is one compiled step. Padded decode rows and packed tokens cost arithmetic, so their lists are powers
+of two. Table width costs only its upload and padded prefill rows little more, so those lists are sparse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.block_table import num_pages_for
+from jaxpaged.host.features import SamplingFeatures
+from jaxpaged.host.sampling_batch import make_sampling_inputs
+from jaxpaged.host.scheduler import PlanRow, StepPlan
+from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs
+
+
+class StepShape(NamedTuple):
+    """The padded sizes of one step; `num_tokens` is None for a decode step, which has one a row."""
+
+    num_rows: int
+    table_width: int
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes to which batches are padded, ascending; the last of each list holds the largest batch there can be."""
+
+    decode_rows: tuple[int, ...]
+    prefill_rows: tuple[int, ...]
+    prefill_tokens: tuple[int, ...]
+    table_widths: tuple[int, ...]
+    copies: tuple[int, ...]
+
+    @classmethod
+    def for_limits(cls, limits: EngineConfig, cache: CacheConfig) -> Buckets:
+        widest = num_pages_for(limits.max_model_len, cache.page_size)
+        return cls(
+            decode_rows=_geometric(1, limits.max_num_seqs, 2),
+            prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
+            prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
+            table_widths=_geometric(32, widest, 4),
+            copies=_geometric(8, limits.max_num_seqs, 8),
+        )
+
+    def shapes(self) -> list[StepShape]:
+        """Every shape that a step can have."""
+        decode = [StepShape(rows, width) for rows in self.decode_rows for width in self.table_widths]
+        prefill = [
+            StepShape(rows, width, tokens)
+            for rows in self.prefill_rows
+            for width in self.table_widths
+            for tokens in self.prefill_tokens
+        ]
+        return decode + prefill
+
+    def shape_of(self, plan: StepPlan) -> StepShape:
+        width = fit(max(len(row.sequence.table.pages) for row in plan.rows), self.table_widths)
+        if not plan.is_prefill:
+            return StepShape(fit(len(plan.rows), self.decode_rows), width)
+        # As many rows to sample from as table rows, so that one list serves both.
+        rows = fit(max(len(plan.rows), len(plan.samples)), self.prefill_rows)
+        return StepShape(rows, width, fit(sum(row.count for row in plan.rows), self.prefill_tokens))
+
+
+def _geometric(first: int, last: int, factor: int) -> tuple[int, ...]:
+    sizes = [min(first, last)]
+    while sizes[-1] < last:
+        sizes.append(min(sizes[-1] * factor, last))
+    return tuple(sizes)
+
+
+def fit(size: int, sizes: tuple[int, ...]) -> int:
+    """The smallest listed size that holds `size`."""
+    return next(listed for listed in sizes if listed >= size)
+
+
+def make_batch(
+    plan: StepPlan, shape: StepShape, cache: CacheConfig, vocab_size: int, features: SamplingFeatures
+) -> DecodeBatch | PrefillBatch:
+    """The step's arrays; row i of the plan is row i of the arrays. An empty plan gives a step that does nothing."""
+    tables = _block_tables(plan.rows, shape)
+    history_len = shape.table_width * cache.page_size
+    sampling = make_sampling_inputs(plan.samples, shape.num_rows, history_len, vocab_size, features)
+    if shape.num_tokens is None:
+        return DecodeBatch(_decode_inputs(plan.rows, tables, cache.page_size), sampling)
+    return PrefillBatch(_prefill_inputs(plan, shape.num_tokens, tables, cache.page_size, features), sampling)
+
+
+def _decode_inputs(rows: list[PlanRow], tables: np.ndarray, page_size: int) -> DecodeInputs:
+    num_rows = len(tables)
+    positions = np.array([row.start for row in rows], np.int32)
+    slots = tables[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
+    return DecodeInputs(
+        tokens=_padded([row.sequence.token_ids[row.start] for row in rows], num_rows),
+        positions=_padded(positions, num_rows),
+        slot_mapping=_padded(slots, num_rows, NULL_PAGE * page_size),
+        block_tables=tables,
+        context_lens=_padded(positions + 1, num_rows),
+    )
+
+
+def _prefill_inputs(
+    plan: StepPlan, num_tokens: int, tables: np.ndarray, page_size: int, features: SamplingFeatures
+) -> PrefillInputs:
+    rows, num_rows = plan.rows, len(tables)
+    counts = np.array([row.count for row in rows], np.int32)
+    ends = np.cumsum(counts, dtype=np.int32)
+    row_of_token = np.repeat(np.arange(len(rows)), counts)
+    first = np.array([row.start for row in rows], np.int32) - (ends - counts)  # position of the packed array's start
+    positions = np.arange(len(row_of_token), dtype=np.int32) + first[row_of_token]
+    slots = tables[row_of_token, positions // page_size] * page_size + positions % page_size
+    return PrefillInputs(
+        tokens=_padded(_concatenate_tokens(rows, 0), num_tokens),
+        positions=_padded(positions, num_tokens),
+        slot_mapping=_padded(slots, num_tokens, NULL_PAGE * page_size),
+        block_tables=tables,
+        query_starts=_padded(ends - counts, num_rows),
+        query_lens=_padded(counts, num_rows),
+        context_lens=_padded([row.start + row.count for row in rows], num_rows),
+        sample_from=_padded([ends[sample.row] - 1 for sample in plan.samples], num_rows),
+        next_tokens=None
+        if features.num_prompt_logprobs is None
+        else _padded(_concatenate_tokens(rows, 1), num_tokens),
+    )
+
+
+def make_copies(plan: StepPlan, buckets: Buckets) -> np.ndarray:
+    """i32[2, copies]: source and destination pages, padded with NULL_PAGE copied onto itself."""
+    copies = np.full((2, fit(len(plan.copies), buckets.copies)), NULL_PAGE, np.int32)
+    if plan.copies:
+        copies[:, : len(plan.copies)] = np.array(plan.copies, np.int32).T
+    return copies
+
+
+def _block_tables(rows: list[PlanRow], shape: StepShape) -> np.ndarray:
+    tables = np.full((shape.num_rows, shape.table_width), NULL_PAGE, np.int32)
+    for i, row in enumerate(rows):
+        pages = row.sequence.table.pages
+        tables[i, : len(pages)] = pages
+    return tables
+
+
+def _concatenate_tokens(rows: list[PlanRow], shift: int) -> list[int]:
+    """The rows' tokens, moved `shift` positions ahead; 0 where a sequence has no token there yet."""
+    parts: list[int] = []
+    for row in rows:
+        tokens = row.sequence.token_ids[row.start + shift : row.start + row.count + shift]
+        parts += tokens
+        parts += [0] * (row.count - len(tokens))
+    return parts
+
+
+def _padded(values, size: int, fill: int = 0) -> np.ndarray:
+    array = np.full(size, fill, np.int32)
+    array[: len(values)] = values
+    return array

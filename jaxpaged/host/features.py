@@ -1,0 +1,69 @@
+"""What the requests of a run ask of the sampler, in sum: it decides which arrays a step has, and so which program runs.
+
+The union over a whole run is taken, not over one step, so that programs do not change as requests come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.sampling_params import LogitsProcessor, SamplingParams
+
+#: How many likeliest tokens a step is compiled to return: few sizes, so few programs.
+LOGPROB_SIZES = (0, 5, 20, 100)
+
+
+@dataclass(frozen=True)
+class SamplingFeatures:
+    """Counts are rounded up to powers of two."""
+
+    is_random: bool = False  # some request has a temperature
+    is_filtered: bool = False  # ... and top_p, top_k or min_p
+    is_penalised: bool = False
+    max_edits: int = 0  # logits of one row that bias, banned words or min_tokens may change
+    max_allowed: int = 0  # tokens in the longest allowed_token_ids
+    processors: tuple[LogitsProcessor, ...] = ()
+    num_logprobs: int | None = None  # likeliest tokens to return; None: not even the chosen one's rank
+    num_prompt_logprobs: int | None = None
+
+    @classmethod
+    def of(cls, groups: Iterable[SequenceGroup], vocab_size: int) -> SamplingFeatures:
+        groups = list(groups)
+        params = [group.params for group in groups]
+        return cls(
+            is_random=any(p.temperature > 0 for p in params),
+            is_filtered=any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in params),
+            is_penalised=any(penalties(p) != (1, 0, 0) for p in params),
+            max_edits=_power_of_two(max(map(_most_edits, groups), default=0)),
+            max_allowed=_power_of_two(max((len(p.allowed_token_ids or ()) for p in params), default=0)),
+            processors=tuple(dict.fromkeys(f for p in params for f in p.logits_processors or ())),
+            num_logprobs=_logprob_size([p.logprobs for p in params], vocab_size),
+            num_prompt_logprobs=_logprob_size([p.prompt_logprobs for p in params], vocab_size),
+        )
+
+    @property
+    def needs_history(self) -> bool:
+        return self.is_penalised or bool(self.processors)
+
+
+def penalties(params: SamplingParams) -> tuple[float, float, float]:
+    return params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+
+
+def _most_edits(group: SequenceGroup) -> int:
+    ends = len(group.eos_ids | group.stop_ids) if group.params.min_tokens else 0
+    return len(group.params.logit_bias or ()) + len(group.banned_words) + ends
+
+
+def _logprob_size(wanted: list[int | None], vocab_size: int) -> int | None:
+    """The compiled size that serves all requests: None if none wants log-probabilities; -1 asks for the vocabulary."""
+    counts = [vocab_size if count == -1 else count for count in wanted if count is not None]
+    if not counts:
+        return None
+    return next((size for size in LOGPROB_SIZES if max(counts) <= size <= vocab_size), vocab_size)
+
+
+def _power_of_two(count: int) -> int:
+    return 0 if count == 0 else 1 << (count - 1).bit_length()

@@ -1,0 +1,41 @@
+"""Files a step's log-probabilities with the requests that asked for them, as {token id: (log-probability, rank)}."""
+
+from __future__ import annotations
+
+from jaxpaged.host.scheduler import StepPlan
+from jaxpaged.step_io import StepOutputs, TokenLogprobs
+
+Entry = dict[int, tuple[float, int]]
+
+def collect_logprobs(plan: StepPlan, outputs: StepOutputs) -> None:
+    """To be called before `Scheduler.commit` of the same plan."""
+    for i, (group, sequence, _) in enumerate(plan.samples):
+        if group.params.logprobs is not None:
+            token_id = int(outputs.tokens[i])
+            sequence.logprobs.append(_entry(outputs.token_logprobs, i, token_id, group.params.logprobs))
+    if outputs.prompt_logprobs is not None:
+        _collect_prompt_logprobs(plan, outputs.prompt_logprobs)
+
+
+def _collect_prompt_logprobs(plan: StepPlan, logprobs: TokenLogprobs) -> None:
+    offset = 0
+    for row in plan.rows:
+        wanted, known = row.group.params.prompt_logprobs, row.group.prompt_logprobs
+        if wanted is not None:
+            # The logits behind position p speak of the token at p + 1; what a preemption repeats is filed once.
+            for position in range(max(row.start, len(known)), min(row.start + row.count, row.group.prompt_len - 1)):
+                token_id = row.sequence.token_ids[position + 1]
+                known.append(_entry(logprobs, offset + position - row.start, token_id, wanted))
+        offset += row.count
+
+
+def _entry(logprobs: TokenLogprobs, i: int, token_id: int, count: int) -> Entry:
+    """The token itself first, then the `count` likeliest."""
+    assert logprobs.ranks is not None
+    entry = {token_id: (float(logprobs.logprobs[i]), int(logprobs.ranks[i]))}
+    if logprobs.top_ids is not None and logprobs.top_logprobs is not None:
+        count = logprobs.top_ids.shape[1] if count == -1 else count
+        likeliest = zip(logprobs.top_ids[i, :count].tolist(), logprobs.top_logprobs[i, :count].tolist(), strict=True)
+        for rank, (other, logprob) in enumerate(likeliest, start=1):
+            entry.setdefault(other, (logprob, rank))
+    return entry

@@ -1,0 +1,103 @@
+"""The sampling parameters of a step's rows as arrays; only those that the run's features call for."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from jaxpaged.host.features import SamplingFeatures, penalties
+from jaxpaged.host.scheduler import Sample
+from jaxpaged.sampling_params import LOGIT_BIAS_LIMIT
+from jaxpaged.step_io import SamplingInputs
+
+
+def make_sampling_inputs(
+    samples: list[Sample], num_rows: int, history_len: int, vocab_size: int, features: SamplingFeatures
+) -> SamplingInputs:
+    """Arrays of `num_rows` rows, of which the first `len(samples)` are real; the others are greedy and unread."""
+    params = [sample.group.params for sample in samples]
+    inputs = SamplingInputs(
+        seeds=_rows([_seed_words(s.group.seed) for s in samples], (num_rows, 2), np.uint32).view(np.int32),
+        sample_indices=_rows([s.sequence.sample_index for s in samples], (num_rows,), np.int32),
+        positions=_rows([s.sequence.num_tokens for s in samples], (num_rows,), np.int32),
+    )
+    if features.is_random:
+        inputs = inputs._replace(temperatures=_rows([p.temperature for p in params], (num_rows,), np.float32))
+    if features.is_filtered:
+        inputs = inputs._replace(
+            top_ps=_rows([p.top_p for p in params], (num_rows,), np.float32, 1.0),
+            top_ks=_rows([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], (num_rows,), np.int32, 1),
+            min_ps=_rows([p.min_p for p in params], (num_rows,), np.float32),
+        )
+    if features.is_penalised:
+        inputs = inputs._replace(penalties=_rows([penalties(p) for p in params], (num_rows, 3), np.float32, 1.0))
+    if features.processors:
+        uses = [[f in (p.logits_processors or ()) for f in features.processors] for p in params]
+        inputs = inputs._replace(uses_processor=_rows(uses, (num_rows, len(features.processors)), np.int32))
+    if features.needs_history:
+        inputs = _with_history(inputs, samples, num_rows, history_len)
+    if features.max_edits:
+        inputs = _with_edits(inputs, samples, num_rows, num_rows * features.max_edits)
+    if features.max_allowed:
+        inputs = _with_allowed(inputs, samples, num_rows, num_rows * features.max_allowed)
+    return inputs
+
+
+def _with_history(inputs: SamplingInputs, samples: list[Sample], num_rows: int, length: int) -> SamplingInputs:
+    history = np.full((num_rows, length), -1, np.int32)
+    for i, sample in enumerate(samples):
+        history[i, : sample.sequence.num_tokens] = sample.sequence.token_ids
+    return inputs._replace(
+        history=history,
+        history_lens=_rows([s.sequence.num_tokens for s in samples], (num_rows,), np.int32),
+        prompt_lens=_rows([s.sequence.prompt_len for s in samples], (num_rows,), np.int32),
+    )
+
+
+def _with_edits(inputs: SamplingInputs, samples: list[Sample], num_rows: int, size: int) -> SamplingInputs:
+    edits = [(i, *edit) for i, sample in enumerate(samples) for edit in _edits(sample)]
+    rows, tokens, values = zip(*edits, strict=True) if edits else ((), (), ())
+    return inputs._replace(
+        edit_rows=_rows(rows, (size,), np.int32, num_rows),  # a row that is out of range is dropped
+        edit_tokens=_rows(tokens, (size,), np.int32),
+        edit_values=_rows(values, (size,), np.float32),
+    )
+
+
+def _edits(sample: Sample) -> list[tuple[int, float]]:
+    """(token, number to add to its logit) for one row: bias, banned words, and no end before min_tokens."""
+    group, sequence = sample.group, sample.sequence
+    bias = group.params.logit_bias or {}
+    edits = [(token, min(max(value, -LOGIT_BIAS_LIMIT), LOGIT_BIAS_LIMIT)) for token, value in bias.items()]
+    if sequence.num_generated < group.params.min_tokens:
+        edits += [(token, -math.inf) for token in sorted(group.eos_ids | group.stop_ids)]
+    for word in group.banned_words:
+        *before, last = word
+        output = sequence.token_ids[max(sequence.prompt_len, sequence.num_tokens - len(before)) :]
+        if not before or output == before:
+            edits.append((last, -math.inf))
+    return edits
+
+
+def _with_allowed(inputs: SamplingInputs, samples: list[Sample], num_rows: int, size: int) -> SamplingInputs:
+    allowed = [(i, token) for i, s in enumerate(samples) for token in s.group.params.allowed_token_ids or ()]
+    rows, tokens = zip(*allowed, strict=True) if allowed else ((), ())
+    restricted = [s.group.params.allowed_token_ids is not None for s in samples]
+    return inputs._replace(
+        is_restricted=_rows(restricted, (num_rows,), np.int32),
+        allowed_rows=_rows(rows, (size,), np.int32, num_rows),
+        allowed_tokens=_rows(tokens, (size,), np.int32),
+    )
+
+
+def _seed_words(seed: int) -> tuple[int, int]:
+    """The high and low 32 bits of a seed."""
+    return seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
+
+
+def _rows(values, shape: tuple[int, ...], dtype, fill=0) -> np.ndarray:
+    array = np.full(shape, fill, dtype)
+    if len(values):
+        array[: len(values)] = values
+    return array

@@ -1,0 +1,131 @@
+"""One model over any cache: dense, paged and full recomputation decode the same, whatever the pages are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import TOY, random_prompts, toy_params
+
+from jaxpaged.config import CacheConfig, RopeConfig
+from jaxpaged.device.attention import REFERENCE
+from jaxpaged.device.cache import DenseCache, PagedCache, make_dense_cache, make_paged_cache
+from jaxpaged.device.model import compute_logits, forward
+from jaxpaged.device.steps import decode_step, prefill_step
+from jaxpaged.step_io import DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, SamplingInputs, pack
+
+STEPS = 6
+CONFIGS = {
+    "llama": TOY,
+    "windows and soft caps": dataclasses.replace(
+        TOY, sliding_window=7, sliding_layers=(True, False), attention_soft_cap=3.0, final_soft_cap=5.0,
+        local_rope=RopeConfig(theta=100.0), norm_placement="sandwich", qk_norm=True,
+    ),
+}  # fmt: skip
+
+
+def recompute(config, tokens: list[int]) -> list[int]:
+    """Greedy continuation without any cache: attention over all tokens, every time."""
+
+    def attend(cache, layer, q, k, v):
+        options = config.attention_options(layer)
+        group = config.num_heads // config.num_kv_heads
+        k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+        scores = jnp.einsum("qhd,khd->hqk", q, k, precision="highest") * options.scale
+        if options.soft_cap is not None:
+            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+        at = jnp.arange(q.shape[0])
+        readable = at[None] <= at[:, None]
+        if options.sliding_window is not None:
+            readable &= at[None] > at[:, None] - options.sliding_window
+        weights = jax.nn.softmax(jnp.where(readable, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("hqk,khd->qhd", weights, v, precision="highest"), cache
+
+    @jax.jit
+    def next_token(params, tokens, length):
+        positions = jnp.arange(tokens.shape[0])
+        hidden, _ = forward(params, config, tokens, positions, None, attend)
+        return jnp.argmax(compute_logits(params, config, hidden[length - 1][None])[0])
+
+    tokens = list(tokens)
+    for _ in range(STEPS):
+        padded = np.array(tokens + [0] * (64 - len(tokens)), np.int32)  # causal: padding behind is never read
+        tokens.append(int(next_token(toy_params(config), padded, len(tokens))))
+    return tokens[-STEPS:]
+
+
+def greedy(rows: int) -> SamplingInputs:
+    return SamplingInputs(np.zeros((rows, 2), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32))
+
+
+def decode(config, cache, tables, page_size, prompts) -> list[list[int]]:
+    """Feed prompts and continuations one token at a time; the last row is padding."""
+    step = functools.partial(decode_step, config=config, kernels=REFERENCE)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for position in range(max(map(len, prompts)) + STEPS - 1):
+        known = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
+        live = [position < len(prompt) + STEPS - 1 for prompt in prompts]
+        tokens = [known[i][position] if live[i] else 0 for i in range(len(prompts))]
+        slots = [tables[i, position // page_size] * page_size + position % page_size if live[i] else 0
+                 for i in range(len(prompts))]  # fmt: skip
+        lens = [position + 1 if alive else 0 for alive in live]
+        inputs = DecodeInputs(
+            *(np.array([*values, 0], np.int32) for values in (tokens, [position] * len(prompts), slots)),
+            np.vstack([tables, np.zeros_like(tables[:1])]), np.array([*lens, 0], np.int32),
+        )  # fmt: skip
+        packed, layout = pack(DecodeBatch(inputs, greedy(len(prompts) + 1)))
+        columns, cache = step(toy_params(config), cache, packed, layout=layout)
+        for i, prompt in enumerate(prompts):
+            if live[i] and position >= len(prompt) - 1:
+                outputs[i].append(int(columns[i, 0]))
+    return outputs
+
+
+def poisoned(cache, tables):
+    """NaN in every page but NULL_PAGE's that no table names, and in what no row has written yet."""
+    def spoil(pool):
+        named = np.isin(np.arange(pool.shape[0]), tables)
+        return jnp.where(jnp.asarray(named)[:, None, None, None], pool, jnp.nan).at[0].set(jnp.nan)
+
+    return type(cache)(tuple(map(spoil, cache.k)), tuple(map(spoil, cache.v)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dense_paged_and_recomputation_agree(name):
+    config = CONFIGS[name]
+    prompts = random_prompts(4, low=1, high=19, seed=3)
+    expected = [recompute(config, prompt) for prompt in prompts]
+
+    dense: DenseCache = make_dense_cache(config, num_rows=6, max_len=32, dtype="float32")
+    rows = np.array([[4], [1], [5], [2]], np.int32)
+    assert decode(config, poisoned(dense, rows), rows, 32, prompts) == expected
+
+    for page_size, seed in [(4, 0), (4, 1), (16, 2), (5, 3)]:
+        width = -(-32 // page_size)
+        ids = 1 + np.random.default_rng(seed).permutation(4 * width + 5)[: 4 * width].reshape(4, width)
+        tables = ids.astype(np.int32)
+        paged = make_paged_cache(config, CacheConfig(page_size, 4 * width + 6, "float32"))
+        assert decode(config, poisoned(paged, tables), tables, page_size, prompts) == expected
+
+
+def test_one_prefill_computes_what_many_decode_steps_do():
+    prompts = random_prompts(3, low=5, high=19, seed=5)
+    tables = 1 + np.arange(24, dtype=np.int32).reshape(3, 8)
+    counts = np.array([len(prompt) for prompt in prompts] + [0], np.int32)
+    starts = (np.cumsum(counts) - counts).astype(np.int32)
+    positions = np.concatenate([np.arange(count) for count in counts])
+    rows = np.repeat(np.arange(4), counts)
+    inputs = PrefillInputs(
+        tokens=np.concatenate(prompts).astype(np.int32), positions=positions.astype(np.int32),
+        slot_mapping=(tables[rows, positions // 4] * 4 + positions % 4).astype(np.int32),
+        block_tables=np.vstack([tables, np.zeros_like(tables[:1])]), query_starts=starts, query_lens=counts,
+        context_lens=counts, sample_from=np.maximum(starts + counts - 1, 0).astype(np.int32),
+    )  # fmt: skip
+    packed, layout = pack(PrefillBatch(inputs, greedy(4)))
+    cache: PagedCache = poisoned(make_paged_cache(TOY, CacheConfig(4, 30, "float32")), tables)
+    columns, _, _ = prefill_step(toy_params(), cache, packed, config=TOY, kernels=REFERENCE, layout=layout)
+    assert np.asarray(columns)[:3, 0].tolist() == [recompute(TOY, prompt)[0] for prompt in prompts]

@@ -1,0 +1,61 @@
+"""Small models, engines and requests that many tests share."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.device.attention import REFERENCE
+from jaxpaged.device.params import random_params
+from jaxpaged.engine import Engine
+from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.sampling_params import SamplingParams
+
+TOY = ModelConfig(
+    family="llama",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+)
+
+
+@functools.cache
+def toy_params(config: ModelConfig = TOY):
+    """Random float32 weights, large enough that the next token depends on more than the last."""
+    params = random_params(config, "float32", seed=1)
+    return jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim == 2 else leaf, params)
+
+
+def toy_engine(num_pages=128, page_size=4, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128) -> Engine:
+    return Engine(
+        toy_params(), TOY, CacheConfig(page_size, num_pages, "float32"),
+        EngineConfig(max_model_len, max_num_seqs, max_num_batched_tokens), REFERENCE, jax.devices()[0],
+    )  # fmt: skip
+
+
+def make_group(prompt: list[int], params: SamplingParams, request_id="0", seed=0, max_model_len=128, eos=()) -> SequenceGroup:
+    budget = max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+    return SequenceGroup(
+        request_id, None, params, params.seed if params.seed is not None else seed,
+        [Sequence(0, list(prompt), len(prompt))], max_len=min(budget, max_model_len),
+        eos_ids=frozenset() if params.ignore_eos else frozenset(eos), stop_ids=frozenset(params.stop_token_ids or ()),
+    )  # fmt: skip
+
+
+def random_prompts(count: int, low=1, high=30, seed=0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, TOY.vocab_size, rng.integers(low, high + 1)).tolist() for _ in range(count)]
+
+
+def run_tokens(engine: Engine, groups: list[SequenceGroup]) -> dict[str, list[list[int]]]:
+    """Run to the end: output tokens of every sample, by request id."""
+    return {group.request_id: [s.output_ids for s in group.sequences] for group in engine.run(groups)}
