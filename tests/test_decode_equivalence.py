@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import greedy_tokens
 from toy import TOY, random_prompts, toy_params
 
 from jaxpaged.config import CacheConfig, RopeConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.cache import DenseCache, PagedCache, make_dense_cache, make_paged_cache
-from jaxpaged.device.model import compute_logits, forward
 from jaxpaged.device.steps import decode_step, prefill_step
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, SamplingInputs, pack
 
@@ -28,34 +27,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def recompute(config, tokens: list[int]) -> list[int]:
-    """Greedy continuation without any cache: attention over all tokens, every time."""
-
-    def attend(cache, layer, q, k, v):
-        options = config.attention_options(layer)
-        group = config.num_heads // config.num_kv_heads
-        k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        scores = jnp.einsum("qhd,khd->hqk", q, k, precision="highest") * options.scale
-        if options.soft_cap is not None:
-            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-        at = jnp.arange(q.shape[0])
-        readable = at[None] <= at[:, None]
-        if options.sliding_window is not None:
-            readable &= at[None] > at[:, None] - options.sliding_window
-        weights = jax.nn.softmax(jnp.where(readable, scores, -jnp.inf), axis=-1)
-        return jnp.einsum("hqk,khd->qhd", weights, v, precision="highest"), cache
-
-    @jax.jit
-    def next_token(params, tokens, length):
-        positions = jnp.arange(tokens.shape[0])
-        hidden, _ = forward(params, config, tokens, positions, None, attend)
-        return jnp.argmax(compute_logits(params, config, hidden[length - 1][None])[0])
-
-    tokens = list(tokens)
-    for _ in range(STEPS):
-        padded = np.array(tokens + [0] * (64 - len(tokens)), np.int32)  # causal: padding behind is never read
-        tokens.append(int(next_token(toy_params(config), padded, len(tokens))))
-    return tokens[-STEPS:]
+def recompute(config, prompt: list[int]) -> list[int]:
+    """Greedy continuation without any cache: everything again for every token."""
+    return greedy_tokens(toy_params(config), config, prompt, STEPS, padded_len=32)
 
 
 def greedy(rows: int) -> SamplingInputs:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
+import tokenizers
 
+from jaxpaged.checkpoint import save_checkpoint
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
@@ -59,3 +63,21 @@ def random_prompts(count: int, low=1, high=30, seed=0) -> list[list[int]]:
 def run_tokens(engine: Engine, groups: list[SequenceGroup]) -> dict[str, list[list[int]]]:
     """Run to the end: output tokens of every sample, by request id."""
     return {group.request_id: [s.output_ids for s in group.sequences] for group in engine.run(groups)}
+
+
+def char_tokenizer() -> tokenizers.Tokenizer:
+    """One token a printable ASCII character (id = code - 30), "<s>" is 0 and "</s>" is 1: 97 tokens, as TOY has."""
+    vocab = {"<s>": 0, "</s>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def save_toy_checkpoint(directory: Path, with_tokenizer: bool = True) -> Path:
+    """A native checkpoint of TOY, whose end-of-sequence id is 1."""
+    save_checkpoint(directory, dataclasses.replace(TOY, eos_token_ids=(1,), dtype="float32"), toy_params())
+    if with_tokenizer:
+        char_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory

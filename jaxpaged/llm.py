@@ -1,0 +1,295 @@
+"""The user's door: prompts in, `RequestOutput`s out, with vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpaged.checkpoint import open_checkpoint
+from jaxpaged.host.accounting import RunStats
+from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.loading import EngineOptions, build_engine
+from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+from jaxpaged.progress import ProgressBar
+from jaxpaged.prompts import Prompt, read_prompts
+from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation, load_tokenizer
+
+Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
+
+
+class LLM:
+    """A model, its tokenizer and its page pool, ready to generate.
+
+    Attributes:
+        tokenizer: None where the checkpoint has none; prompts are then token ids and outputs have no text.
+        last_run: what the latest run did: steps, seconds, the pool's use over time (host/accounting.py, `RunStats`).
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | Tokenizer | None = None,
+        dtype: str = "auto",
+        load_format: str = "auto",
+        seed: int = 0,
+        max_model_len: int | None = None,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        memory_utilization: float = 0.9,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        attention: str = "auto",
+        preemption: str = "auto",
+        swap_space_gib: float = 4.0,
+    ):
+        """Open a checkpoint directory (native or Hugging Face), load its weights and allocate the page pool.
+
+        Args:
+            model: the directory.
+            tokenizer: a file, a directory or an object with `encode` and `decode`; by default the checkpoint's own.
+            dtype: of weights, activations and KV: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, on a CPU
+                float32.
+            load_format: "auto", "native", "safetensors", or "dummy": random weights, from config.json alone.
+            seed: of requests that have none of their own (and of dummy weights).
+            max_model_len: tokens of prompt and output at most; by default the model's positions.
+            page_size: token positions in a page.
+            num_pages: of the pool, page 0 included, which is never used; by default what fits the device.
+            memory_utilization: share of the device's memory for weights, pool and temporaries.
+            max_num_seqs: sequences that run together at most.
+            max_num_batched_tokens: prompt tokens in one step at most; longer prompts are computed in chunks.
+            attention: "reference" (XLA, anywhere), "pallas", or "auto", the best that runs here.
+            preemption: how a request gives way when pages run out: "recompute", or "auto".
+            swap_space_gib: host memory for swapped pages; unused while preemption recomputes.
+
+        Raises:
+            FileNotFoundError, ValueError: with what was given, what is possible and what to change.
+        """
+        options = EngineOptions(
+            dtype, load_format, seed, max_model_len, page_size, num_pages, memory_utilization, max_num_seqs,
+            max_num_batched_tokens, attention, preemption, swap_space_gib,
+        )  # fmt: skip
+        checkpoint = open_checkpoint(model)
+        self.tokenizer = _find_tokenizer(tokenizer, checkpoint.tokenizer_file)
+        self.engine = build_engine(checkpoint, options)
+        self._directory = checkpoint.directory
+        self._seed = seed
+        self._num_requests = 0
+
+    @property
+    def last_run(self) -> RunStats:
+        return self.engine.stats
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; results in input order. `progress` shows a bar where stderr is a terminal.
+
+        Raises ValueError for a request that cannot run, before any request runs.
+        """
+        groups = self._make_groups(prompts, sampling_params, None)
+        order = {group: i for i, group in enumerate(groups)}
+        outputs: list[RequestOutput | None] = [None] * len(groups)
+        with ProgressBar(len(groups), enabled=progress) as bar:
+            for done, (group, output) in enumerate(self._run(groups), start=1):
+                outputs[order[group]] = output
+                stats = self.last_run
+                bar.update(done, stats.num_generated_tokens, stats.tokens_per_second, stats.pool_used)
+        return [output for output in outputs if output is not None]
+
+    def generate_iter(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        request_ids: SequenceOf[str] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """As `generate`, but yields each result as it finishes; `request_id` tells which it is (by default its index).
+
+        Requests are checked when this is called, not at the first result. Leaving the loop early drops the other requests.
+        """
+        groups = self._make_groups(prompts, sampling_params, request_ids)
+        return (output for _, output in self._run(groups))
+
+    def warm_up(self, sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None) -> None:
+        """Compile everything that requests with such parameters can need; no later run of them compiles anything.
+
+        Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set of
+        features (sampling, filters, penalties, log-probabilities, ...) need programs of their own.
+        """
+        params = [sampling_params or SamplingParams()] if not isinstance(sampling_params, SequenceOf) else sampling_params
+        self.engine.warm_up([self._make_group(Prompt(None, [0]), one, "", seed=0) for one in params])
+
+    def check_request(self, prompt: Any, params: SamplingParams) -> None:
+        """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
+        (read,) = read_prompts([prompt])
+        self._make_group(read, params, "", seed=0)
+
+    def _make_groups(
+        self, prompts: Prompts, params: SamplingParams | SequenceOf[SamplingParams] | None, request_ids: SequenceOf[str] | None
+    ) -> list[SequenceGroup]:
+        """Every request, checked; nothing has run yet."""
+        read = read_prompts(prompts)
+        all_params = _one_for_each(params, len(read))
+        ids = [str(i) for i in range(len(read))] if request_ids is None else list(request_ids)
+        if len(ids) != len(read):
+            raise ValueError(f"{len(ids)} request_ids for {len(read)} prompts")
+        groups = []
+        for i, (prompt, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
+            try:
+                groups.append(self._make_group(prompt, one_params, request_id, self._request_seed(one_params, i)))
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}" if len(read) > 1 else str(error)) from None
+        self._num_requests += len(groups)
+        return groups
+
+    def _request_seed(self, params: SamplingParams, index: int) -> int:
+        """The request's own seed, or one that follows from the LLM's and the number of requests before it."""
+        if params.seed is not None:
+            return params.seed
+        return int(np.random.SeedSequence([self._seed, self._num_requests + index]).generate_state(1, np.uint64)[0])
+
+    def _make_group(self, prompt: Prompt, params: SamplingParams, request_id: str, seed: int) -> SequenceGroup:
+        model, limits = self.engine.model, self.engine.limits
+        params.check_token_ids(model.vocab_size)
+        token_ids = self._token_ids(prompt, params)
+        for token_id in token_ids:
+            if not 0 <= token_id < model.vocab_size:
+                raise ValueError(f"token id {token_id} is outside the vocabulary, which has ids 0 to {model.vocab_size - 1}")
+        budget = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
+        group = SequenceGroup(
+            request_id, prompt.text, params, seed,
+            sequences=[Sequence(0, token_ids, len(token_ids))],
+            max_len=min(budget, limits.max_model_len),
+            eos_ids=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
+            stop_ids=frozenset(params.stop_token_ids or ()),
+            make_stream=self._stream_maker(params, token_ids),
+            banned_words=self._banned_words(params),
+        )  # fmt: skip
+        if group.make_stream:
+            group.sequences[0].stream = group.make_stream()
+        self.engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len)
+        return group
+
+    def _token_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        if prompt.token_ids is not None:
+            if params.stop_strings or params.bad_words:
+                self._need_tokenizer("stop strings and bad_words need")
+            return prompt.token_ids
+        assert prompt.text is not None
+        token_ids = self._need_tokenizer("a text prompt needs").encode(prompt.text)
+        if not token_ids:
+            raise ValueError(f"the prompt {prompt.text!r} has no tokens")
+        return token_ids
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{what} a tokenizer, and {self._directory} has no tokenizer.json or tokenizer.model: "
+                "give token ids, or LLM(tokenizer=...)"
+            )
+        return self.tokenizer
+
+    def _stream_maker(self, params: SamplingParams, prompt_ids: list[int]):
+        if not params.stop_strings or self.tokenizer is None:
+            return None
+        tokenizer, stop = self.tokenizer, params.stop_strings
+        include, skip = params.include_stop_str_in_output, params.skip_special_tokens
+        return lambda: StopStringStream(tokenizer, prompt_ids, stop, include, skip)
+
+    def _banned_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Token ids of `bad_words`, each as it is written at the start of a text and behind a space."""
+        if not params.bad_words or self.tokenizer is None:
+            return ()
+        words = {}
+        for word in params.bad_words:
+            for text in (word, " " + word.lstrip()):
+                words[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
+        return tuple(word for word in words if word)
+
+    def _run(self, groups: list[SequenceGroup]) -> Iterator[tuple[SequenceGroup, RequestOutput]]:
+        for group in self.engine.run(groups):
+            yield group, self._request_output(group)
+
+    def _request_output(self, group: SequenceGroup) -> RequestOutput:
+        params = group.params
+        chosen = group.sequences
+        if params.num_samples > params.n:
+            chosen = sorted(chosen, key=lambda sequence: -sequence.cumulative_logprob)[: params.n]
+        pages = group.pages
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=group.sequences[0].token_ids[: group.prompt_len],
+            prompt_logprobs=None
+            if params.prompt_logprobs is None
+            else [None, *map(self._logprobs, group.prompt_logprobs)],
+            outputs=[self._completion(group, sequence, i) for i, sequence in enumerate(chosen)],
+            finished=True,
+            metrics=RequestMetrics(
+                group.arrival_time, group.first_scheduled_time, group.first_token_time, group.finished_time
+            ),
+            kv=KVUsage(
+                pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,
+                group.num_preemptions, group.recomputed_tokens,
+            ),
+        )  # fmt: skip
+
+    def _completion(self, group: SequenceGroup, sequence: Sequence, index: int) -> CompletionOutput:
+        assert sequence.finish_reason is not None
+        wants_logprobs = group.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text=self._text(group, sequence),
+            token_ids=sequence.output_ids,
+            cumulative_logprob=sequence.cumulative_logprob,
+            logprobs=[self._logprobs(entry) for entry in sequence.logprobs] if wants_logprobs else None,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+
+    def _text(self, group: SequenceGroup, sequence: Sequence) -> str:
+        params = group.params
+        if self.tokenizer is None or not params.detokenize:
+            return ""
+        if isinstance(sequence.stop_reason, str) and isinstance(sequence.stream, StopStringStream):
+            return sequence.stream.text
+        output = sequence.output_ids
+        if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
+            output = output[:-1]  # the token that ended it
+        prompt = sequence.token_ids[: sequence.prompt_len]
+        return decode_continuation(self.tokenizer, prompt, output, params.skip_special_tokens)
+
+    def _logprobs(self, entry: dict[int, tuple[float, int]]) -> dict[int, Logprob]:
+        return {
+            token_id: Logprob(logprob, rank, self.tokenizer.decode([token_id], False) if self.tokenizer else None)
+            for token_id, (logprob, rank) in entry.items()
+        }
+
+
+def _find_tokenizer(given: str | Path | Tokenizer | None, found: Path | None) -> Tokenizer | None:
+    if isinstance(given, str | Path):
+        return load_tokenizer(given)
+    if given is not None:
+        if not (hasattr(given, "encode") and hasattr(given, "decode")):
+            raise ValueError(f"tokenizer must be a path or have encode and decode, got {type(given).__name__}")
+        return given
+    return None if found is None else load_tokenizer(found)
+
+
+def _one_for_each(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if isinstance(params, str) or not isinstance(params, SequenceOf) or any(not isinstance(p, SamplingParams) for p in params):
+        raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")
+    return list(params)

@@ -1,0 +1,63 @@
+"""What comes back: one `RequestOutput` a prompt, with vLLM's fields and an account of the pages that it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of one token under the model (before temperature, penalties and filters)."""
+
+    logprob: float
+    rank: int  # 1 is the likeliest token of the vocabulary
+    decoded_token: str | None  # None without a tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample of a request."""
+
+    index: int
+    text: str  # empty without a tokenizer or with detokenize=False
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str  # "stop": end-of-sequence, a stop token or a stop string; "length": max_tokens or the model's length
+    stop_reason: int | str | None  # the stop string or token id; None for the model's own end-of-sequence
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """What one request cost in pages. "Logical" counts a page once for each sample that reads it."""
+
+    pages_at_peak: int  # physical pages
+    logical_pages_at_peak: int
+    pages_shared: int  # most pages saved by sharing at any step: logical minus physical
+    pages_copied: int  # copy-on-write
+    num_preemptions: int
+    recomputed_tokens: int  # prefilled again after preemptions
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Seconds since the run began."""
+
+    arrival_time: float
+    first_scheduled_time: float
+    first_token_time: float
+    finished_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A finished request: its prompt and its samples, best first when `best_of` drew more than it returns."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    kv: KVUsage

@@ -1,0 +1,64 @@
+"""The forms in which a user may hand over prompts, read into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Prompt(NamedTuple):
+    """Text, or token ids; exactly one of them."""
+
+    text: str | None
+    token_ids: list[int] | None
+
+
+def read_prompts(prompts: Any) -> list[Prompt]:
+    """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, alone or in a list -> a list of `Prompt`.
+
+    A flat list of integers is one prompt of token ids.
+    """
+    if isinstance(prompts, str | Mapping) or _are_token_ids(prompts):
+        return [_read_prompt(prompts)]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
+    read = []
+    for i, prompt in enumerate(prompts):
+        try:
+            read.append(_read_prompt(prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+    return read
+
+
+def _are_token_ids(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(hasattr(x, "__index__") and not isinstance(x, bool) for x in value)
+    )
+
+
+def _read_prompt(prompt: Any) -> Prompt:
+    if isinstance(prompt, Mapping):
+        keys = set(prompt)
+        if keys == {"prompt"}:
+            prompt = prompt["prompt"]
+            if not isinstance(prompt, str):
+                raise ValueError(f'{{"prompt": ...}} takes text, got {prompt!r}')
+        elif keys == {"prompt_token_ids"}:
+            prompt = prompt["prompt_token_ids"]
+            if isinstance(prompt, str):
+                raise ValueError('{"prompt_token_ids": ...} takes a list of integers, got text')
+        else:
+            raise ValueError(f'a prompt dict has the one key "prompt" or "prompt_token_ids", got {sorted(map(str, keys))}')
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        return Prompt(prompt, None)
+    if isinstance(prompt, Sequence) and len(prompt) == 0:
+        raise ValueError("the prompt has no tokens")
+    if not _are_token_ids(prompt):
+        raise ValueError(f"a prompt must be text, a list of token ids or a dict, got {prompt!r}")
+    return Prompt(None, [int(token_id) for token_id in prompt])

@@ -1,0 +1,219 @@
+"""The user's API, as a user calls it: prompts in every form, vLLM's parameters, results in order, clear refusals."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import char_tokenizer, save_toy_checkpoint
+
+from jaxpaged import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_toy_checkpoint(tmp_path_factory.mktemp("model") / "toy")
+
+
+@pytest.fixture(scope="module")
+def llm(directory):
+    return LLM(directory, page_size=4, num_pages=100, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128)
+
+
+def ids(text):
+    return char_tokenizer().encode(text).ids
+
+
+def test_every_form_of_a_prompt_gives_the_same(llm):
+    forms = ["four score", ids("four score"), {"prompt": "four score"}, {"prompt_token_ids": ids("four score")}]
+    outputs = llm.generate(forms, GREEDY)
+    assert len({tuple(out.outputs[0].token_ids) for out in outputs}) == 1
+    assert [out.prompt for out in outputs] == ["four score", None, "four score", None]
+    assert all(out.prompt_token_ids == ids("four score") for out in outputs)
+    (alone,) = llm.generate(ids("four score"), GREEDY)
+    assert alone.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+
+
+def test_results_come_in_input_order_and_iterate_as_they_finish(llm):
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (12, 2, 6)]
+    prompts = ["one", "two", "three"]
+    assert [len(out.outputs[0].token_ids) for out in llm.generate(prompts, params)] == [12, 2, 6]
+    assert [out.request_id for out in llm.generate_iter(prompts, params)] == ["1", "2", "0"]
+    assert {out.request_id for out in llm.generate_iter(prompts, GREEDY, request_ids=["a", "b", "c"])} == {"a", "b", "c"}
+
+
+def test_no_prompts_no_outputs(llm):
+    assert llm.generate([]) == []
+
+
+def test_text_is_what_the_tokens_say(llm):
+    (out,) = llm.generate("hello", SamplingParams(max_tokens=20, seed=3, ignore_eos=True))
+    assert out.outputs[0].text == char_tokenizer().decode(out.outputs[0].token_ids)
+    (silent,) = llm.generate("hello", SamplingParams(max_tokens=20, seed=3, ignore_eos=True, detokenize=False))
+    assert silent.outputs[0].text == "" and silent.outputs[0].token_ids == out.outputs[0].token_ids
+
+
+def test_stop_strings_cut_the_text_where_they_begin(llm):
+    params = dict(max_tokens=30, seed=5, ignore_eos=True)
+    (free,) = llm.generate("hello", SamplingParams(**params))
+    text = free.outputs[0].text
+    stop = text[6:8]
+    at = text.index(stop)
+    (cut,) = llm.generate("hello", SamplingParams(**params, stop=["never there", stop]))
+    assert cut.outputs[0].text == text[:at]
+    assert (cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == ("stop", stop)
+    assert cut.outputs[0].token_ids == free.outputs[0].token_ids[: at + 2]
+    (kept,) = llm.generate("hello", SamplingParams(**params, stop=stop, include_stop_str_in_output=True))
+    assert kept.outputs[0].text == text[: at + 2]
+    (late,) = llm.generate("hello", SamplingParams(**params, stop=stop, min_tokens=at + 3))
+    assert len(late.outputs[0].token_ids) > at + 2
+
+
+def test_stop_tokens_and_end_of_sequence(llm):
+    (free,) = llm.generate("abc", GREEDY)
+    tokens = free.outputs[0].token_ids
+    (cut,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=8, stop_token_ids=[tokens[2]]))
+    first = tokens.index(tokens[2])
+    assert cut.outputs[0].token_ids == tokens[: first + 1]
+    assert (cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == ("stop", tokens[2])
+    assert cut.outputs[0].text == char_tokenizer().decode(tokens[:first])
+    end = SamplingParams(temperature=0, max_tokens=8, allowed_token_ids=[1])
+    (ended,) = llm.generate("abc", end)
+    assert (ended.outputs[0].token_ids, ended.outputs[0].stop_reason) == ([1], None)
+    (later,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=8, allowed_token_ids=[1, 7], min_tokens=3))
+    assert later.outputs[0].token_ids[:3] == [7, 7, 7]
+    (ignored,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=8, allowed_token_ids=[1], ignore_eos=True))
+    assert ignored.outputs[0].token_ids == [1] * 8 and ignored.outputs[0].finish_reason == "length"
+
+
+def test_bias_bad_words_and_processors_steer(llm):
+    (free,) = llm.generate("abc", GREEDY)
+    first, second = free.outputs[0].token_ids[:2]
+    (biased,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=4, logit_bias={9: 100.0}))
+    assert biased.outputs[0].token_ids == [9] * 4
+    word = char_tokenizer().decode([first, second])
+    (without,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=8, bad_words=[word]))
+    assert without.outputs[0].token_ids[0] == first and without.outputs[0].token_ids[1] != second
+
+    def only_even(token_ids, num_tokens, logits):
+        return jnp.where(jnp.arange(logits.shape[0]) % 2 == 0, logits, -jnp.inf)
+
+    even = SamplingParams(n=2, max_tokens=8, logits_processors=[only_even], ignore_eos=True)
+    outputs = llm.generate(["abc", "abc"], [even, GREEDY])
+    assert all(token % 2 == 0 for sample in outputs[0].outputs for token in sample.token_ids)
+    assert outputs[1].outputs[0].token_ids == free.outputs[0].token_ids
+
+
+def test_best_of_returns_the_likeliest(llm):
+    params = dict(max_tokens=6, seed=11, ignore_eos=True)
+    (everything,) = llm.generate("abc", SamplingParams(n=5, **params))
+    (best,) = llm.generate("abc", SamplingParams(n=2, best_of=5, **params))
+    ranked = sorted(everything.outputs, key=lambda sample: -sample.cumulative_logprob)
+    assert [sample.token_ids for sample in best.outputs] == [sample.token_ids for sample in ranked[:2]]
+    assert [sample.index for sample in best.outputs] == [0, 1]
+
+
+def test_a_request_accounts_for_its_pages(llm):
+    (out,) = llm.generate(ids("12345678901"), SamplingParams(n=4, max_tokens=6, seed=1, ignore_eos=True))
+    # 11 prompt tokens: two full pages and three slots of a third; 16 positions are written in the end.
+    assert (out.kv.pages_at_peak, out.kv.logical_pages_at_peak) == (2 + 4 * 2, 4 * 4)
+    assert (out.kv.pages_copied, out.kv.pages_shared) == (3, 9)
+    assert llm.last_run.page_copies == 3
+    assert max(llm.last_run.pages_used) == 10
+    (full_pages,) = llm.generate(ids("123456789012"), SamplingParams(n=4, max_tokens=6, seed=1, ignore_eos=True))
+    assert full_pages.kv.pages_copied == 0
+
+
+def test_requests_without_a_seed_differ_from_one_another_and_repeat_with_the_llm(directory):
+    def fresh():
+        return LLM(directory, num_pages=40, max_num_seqs=8, max_num_batched_tokens=64, seed=4)
+
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    one, two = fresh().generate(["abc", "abc"], params), fresh().generate(["abc", "abc"], params)
+    assert one[0].outputs[0].token_ids != one[1].outputs[0].token_ids
+    assert [out.outputs[0].token_ids for out in one] == [out.outputs[0].token_ids for out in two]
+
+
+def test_metrics_are_in_order(llm):
+    (out,) = llm.generate("abc", GREEDY)
+    times = out.metrics
+    assert 0 <= times.arrival_time <= times.first_scheduled_time <= times.first_token_time <= times.finished_time
+
+
+def test_warm_up_leaves_nothing_to_compile(directory):
+    llm = LLM(directory, num_pages=50, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=100)
+    params = [GREEDY, SamplingParams(n=3, top_p=0.9, max_tokens=12, min_tokens=2)]
+    llm.warm_up(params)
+    for prompts in (["a", "b" * 50], ["c" * 70, "dd"], ["e", "f"]):
+        llm.generate(prompts, params)
+        assert llm.last_run.compilations == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ("", GREEDY, "the prompt is empty"),
+        ([[]], GREEDY, "the prompt has no tokens"),
+        ([[1, 97]], GREEDY, "token id 97 is outside the vocabulary, which has ids 0 to 96"),
+        ([[-1]], GREEDY, "token id -1 is outside"),
+        ({"text": "abc"}, GREEDY, "'prompt' or 'prompt_token_ids'|\"prompt\" or \"prompt_token_ids\""),
+        (3.5, GREEDY, "prompts must be text"),
+        ("x" * 128, GREEDY, "prompt of 128 tokens leaves no room to generate: max_model_len is 128"),
+        ("abc", SamplingParams(n=9), "9 samples of one request exceed max_num_seqs=8"),
+        ("abc", SamplingParams(stop_token_ids=[97]), "stop_token_ids has token id 97"),
+        ("abc", SamplingParams(logprobs=98), "logprobs=98 exceeds the vocabulary of 97"),
+        ("xxxx", SamplingParams(n=8, max_tokens=None), "needs .* pages of 4 tokens, the pool has 99: raise num_pages"),
+        (["abc", "def"], [GREEDY], "1 sampling_params for 2 prompts"),
+        (["abc", ""], GREEDY, "prompt 1: the prompt is empty"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(llm, prompt, params, message):
+    steps = llm.last_run.steps
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompt, params)
+    assert llm.last_run.steps == steps
+    llm.generate("still works", GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(attention="pallas"), "attention='pallas' cannot run on cpu"),
+        (dict(attention="flash"), "choose one of auto, pallas, reference"),
+        (dict(dtype="int8"), "dtype='int8'; choose one of auto, float32"),
+        (dict(num_pages=1), "num_pages=1: a pool needs page 0"),
+        (dict(num_pages=0), "num_pages must be a positive integer"),
+        (dict(num_pages=10**9), "num_pages=1000000000 pages take .* GiB .* at most about"),
+        (dict(max_model_len=257), "max_model_len=257 exceeds the 256 positions"),
+        (dict(page_size=2.5), "page_size must be a positive integer"),
+        (dict(preemption="swap"), "this version knows 'recompute'"),
+        (dict(memory_utilization=1.5), "memory_utilization must be in"),
+        (dict(load_format="gguf"), "load_format"),
+        (dict(tokenizer=3), "tokenizer must be a path or have encode and decode"),
+    ],
+)
+def test_engine_options_that_cannot_be_are_refused(directory, options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(directory, **options)
+
+
+def test_without_a_tokenizer_ids_work_and_text_says_what_is_missing(tmp_path):
+    directory = save_toy_checkpoint(tmp_path / "bare", with_tokenizer=False)
+    llm = LLM(directory, num_pages=40, max_num_seqs=8, max_num_batched_tokens=64)
+    (out,) = llm.generate([5, 6, 7], GREEDY)
+    assert out.outputs[0].text == "" and len(out.outputs[0].token_ids) == 8
+    with pytest.raises(ValueError, match="no tokenizer.json or tokenizer.model: give token ids, or LLM"):
+        llm.generate("abc", GREEDY)
+    with pytest.raises(ValueError, match="stop strings and bad_words need a tokenizer"):
+        llm.generate([5], SamplingParams(stop="x"))
+    char_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert LLM(directory, tokenizer=tmp_path, num_pages=40, max_num_seqs=8).tokenizer is not None
+
+
+def test_max_model_len_follows_the_pool(directory):
+    llm = LLM(directory, page_size=4, num_pages=11, max_num_seqs=8, max_num_batched_tokens=64)
+    (out,) = llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    assert len(out.outputs[0].token_ids) == 38  # 10 pages of 4
+    np.testing.assert_array_less(llm.last_run.pages_used, 11)
