@@ -1,4 +1,4 @@
-"""From a checkpoint's path to a running engine: dtype, attention, lengths and the size of the page pool are settled here.
+"""From a checkpoint's path to a running engine: settles dtype, attention, lengths and the size of the page pool.
 
 Everything that can be refused is refused before weights are read.
 """
@@ -6,7 +6,6 @@ Everything that can be refused is refused before weights are read.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxpaged.checkpoint import Checkpoint, load_params
 from jaxpaged.config import DTYPES, CacheConfig, EngineConfig, ModelConfig
-from jaxpaged.device.attention import AttentionKernels, resolve_attention
+from jaxpaged.device.attention import resolve_attention
+from jaxpaged.device.memory import device_memory
 from jaxpaged.device.params import param_shapes
 from jaxpaged.engine import Engine
 
@@ -48,7 +48,9 @@ class EngineOptions:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; choose one of auto, {', '.join(DTYPES)}")
         if self.preemption not in ("auto", "recompute"):
-            raise ValueError(f"preemption={self.preemption!r}; this version knows 'recompute' and 'auto' (which is the same)")
+            raise ValueError(
+                f"preemption={self.preemption!r}; this version knows 'recompute' and 'auto' (which is the same)"
+            )
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens", "num_pages", "max_model_len"):
             value = getattr(self, name)
             if value is None and name in ("num_pages", "max_model_len"):
@@ -107,13 +109,13 @@ def _num_pages(
 ) -> int:
     """Pages of the pool, NULL_PAGE included: as asked for, or as many as fit beside the weights and are of use."""
     page_bytes = options.page_size * model.kv_bytes_per_token(jnp.dtype(dtype).itemsize)
-    memory = device_memory_bytes(device)
+    memory, _ = device_memory(device)
     free = int(memory * options.memory_utilization) - weight_bytes - _workspace_bytes(options, model, dtype)
     if options.num_pages is not None:
         if weight_bytes + options.num_pages * page_bytes > memory:
             raise ValueError(
-                f"num_pages={options.num_pages} pages take {options.num_pages * page_bytes / GIB:.2f} GiB and the weights "
-                f"{weight_bytes / GIB:.2f} GiB; {device.device_kind} has {memory / GIB:.2f} GiB: at most about "
+                f"num_pages={options.num_pages} pages take {options.num_pages * page_bytes / GIB:.2f} GiB and the "
+                f"weights {weight_bytes / GIB:.2f} GiB; {device.device_kind} has {memory / GIB:.2f} GiB: at most about "
                 f"{max(0, memory - weight_bytes) // page_bytes} pages fit"
             )
         return CacheConfig(options.page_size, options.num_pages, dtype).num_pages
@@ -136,11 +138,3 @@ def _workspace_bytes(options: EngineOptions, model: ModelConfig, dtype: str) -> 
     widest = max(2 * model.intermediate_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim)
     activations = options.max_num_batched_tokens * (2 * model.hidden_size + 2 * widest) * itemsize
     return WORKSPACE_COPIES * (options.max_num_seqs * model.vocab_size * 4) + activations
-
-
-def device_memory_bytes(device: jax.Device) -> int:
-    """What the runtime may allocate on an accelerator; the machine's memory for a CPU."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,89 @@
+"""Opens a directory with a model in it, whichever its format: configuration, tokenizer file and weights.
+
+Opening reads config.json and generation_config.json, which suffices to refuse what cannot run; the weights are read by
+`load_params`, straight to the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxpaged.checkpoint import hf_config, hf_weights, native
+from jaxpaged.checkpoint.files import read_json
+from jaxpaged.config import DTYPES, ModelConfig
+from jaxpaged.device.params import Params, random_params
+
+Format = Literal["native", "huggingface"]
+
+LOAD_FORMATS = ("auto", "native", "huggingface", "safetensors", "dummy")  # safetensors: vLLM's word for huggingface
+TOKENIZER_FILES = {
+    "native": ("tokenizer.model", "tokenizer.json"),
+    "huggingface": ("tokenizer.json", "tokenizer.model"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that holds a model, its weights not read yet."""
+
+    directory: Path
+    format: Format
+    config: ModelConfig
+    tokenizer_file: Path | None  # None: prompts must be token ids
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Recognise the format of a local directory and parse its configuration; ValueError says what is not supported."""
+    directory = Path(path).expanduser()
+    if not directory.exists():
+        raise FileNotFoundError(f"{path} does not exist: give the directory of a checkpoint (nothing is downloaded)")
+    if not directory.is_dir():
+        raise ValueError(f"{path} is a file: give the directory that holds config.json and the weights")
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        found = ", ".join(sorted(file.name for file in directory.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{path} has no config.json (it holds {found}): no checkpoint that jaxpaged can read")
+    values = read_json(config_file)
+    is_native = values.get("format") == native.FORMAT
+    try:
+        config = native.parse_config(values) if is_native else _parse_huggingface(directory, values)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    checkpoint_format: Format = "native" if is_native else "huggingface"
+    return Checkpoint(directory, checkpoint_format, config, _find_tokenizer(directory, checkpoint_format))
+
+
+def load_params(
+    checkpoint: Checkpoint, *, dtype: str, device: jax.Device, load_format: str = "auto", seed: int = 0
+) -> Params:
+    """The weights on `device` as `dtype`; load_format "dummy" makes random ones from `seed` and reads no file."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format is {load_format!r}; choose one of {', '.join(LOAD_FORMATS)}")
+    if load_format == "dummy":
+        return random_params(checkpoint.config, dtype, seed, device)
+    wanted = "huggingface" if load_format == "safetensors" else load_format
+    if wanted not in ("auto", checkpoint.format):
+        raise ValueError(
+            f"load_format is {load_format!r}, but {checkpoint.directory} has the {checkpoint.format} format"
+        )
+    loader = native.load_params if checkpoint.format == "native" else hf_weights.load_params
+    return loader(checkpoint.directory, checkpoint.config, dtype=dtype, device=device)
+
+
+def _parse_huggingface(directory: Path, values: dict[str, Any]) -> ModelConfig:
+    generation_file = directory / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    if hf_config.declared_dtype(values) is None and any(directory.glob("*.safetensors")):
+        values = {**values, "dtype": hf_weights.stored_dtype(directory)}
+    return hf_config.parse_config(values, generation)
+
+
+def _find_tokenizer(directory: Path, checkpoint_format: Format) -> Path | None:
+    files = (directory / name for name in TOKENIZER_FILES[checkpoint_format])
+    return next((file for file in files if file.is_file()), None)

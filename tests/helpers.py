@@ -1,0 +1,52 @@
+"""What several test modules need: attention without a cache, and greedy decoding by recomputing everything."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.config import ModelConfig
+from jaxpaged.device.model import compute_logits, forward
+from jaxpaged.device.params import Params
+
+
+def attend_full(config: ModelConfig):
+    """The `attend` of `forward` for one whole sequence: causal, no cache; q [T, H, D], k and v [T, K, D]."""
+
+    def attend(cache, layer, q, k, v):
+        options = config.attention_options(layer)
+        group = config.num_heads // config.num_kv_heads
+        k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+        scores = jnp.einsum("qhd,khd->hqk", q, k, precision="highest").astype(jnp.float32) * options.scale
+        if options.soft_cap is not None:
+            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+        distance = jnp.arange(len(q))[:, None] - jnp.arange(len(k))[None, :]
+        visible = distance >= 0
+        if options.sliding_window is not None:
+            visible &= distance < options.sliding_window
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+        return jnp.einsum("hqk,khd->qhd", weights, v, precision="highest"), cache
+
+    return attend
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def full_logits(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """Logits f32[T, V] at every position of one sequence i32[T]."""
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+    hidden, _ = forward(params, config, tokens, positions, None, attend_full(config))
+    return compute_logits(params, config, hidden)
+
+
+def greedy_tokens(params: Params, config: ModelConfig, prompt: Sequence[int], steps: int, padded_len: int) -> list[int]:
+    """`steps` greedy tokens; padding to one length (which causal attention cannot see) compiles only once."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        padded = np.zeros(padded_len, np.int32)
+        padded[: len(tokens)] = tokens
+        tokens.append(int(full_logits(params, config, jnp.asarray(padded))[len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
