@@ -1,0 +1,161 @@
+"""Make tests/goldens: tiny random checkpoints of every model family, with what transformers computes on them.
+
+    python scripts/make_goldens.py [--output tests/goldens] [--only gemma2 opt]
+
+Needs torch and transformers 5 (the tests that read the goldens do not). Every directory is what `save_pretrained`
+writes, plus logits.npz with, for each prompt i: prompt_i int32 [n], logits_i float32 [n, V] at every position, and
+greedy_i int32 [24]. All of it is computed in float32 by eager attention without a cache. Weights are large enough that
+every bias, norm, window, cap and frequency matters. Where a greedy choice is nearly a tie, or the greedy tokens hardly
+vary, another seed is taken, so that the tests neither depend on rounding nor pass by repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+VOCAB_SIZE = 128
+PROMPT_LENGTHS = (1, 5, 12, 21)  # the windows below are 6 or 7 positions
+GREEDY_STEPS = 24
+MIN_MARGIN = 1e-3  # between the best and the second logit of every greedy step; results may differ by 2e-4
+MIN_DISTINCT = 6  # tokens among the greedy ones of every prompt
+SIZES = dict(
+    vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+OPT_SIZES = dict(
+    vocab_size=VOCAB_SIZE, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One checkpoint to make: a configuration class of transformers, what it differs in, and how it is stored."""
+
+    config_class: type
+    options: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    save_options: dict[str, Any] = field(default_factory=dict)
+
+
+# fmt: off
+VARIANTS = {
+    # Small theta and original length, so that some frequencies are kept, some blended and some divided.
+    "llama": Variant(transformers.LlamaConfig, SIZES | dict(
+        rope_parameters=dict(
+            rope_type="llama3", rope_theta=100.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    )),
+    "llama_tied": Variant(transformers.LlamaConfig, SIZES | dict(tie_word_embeddings=True), torch.bfloat16),
+    "llama_bias": Variant(transformers.LlamaConfig, SIZES | dict(
+        attention_bias=True, mlp_bias=True, num_key_value_heads=4,
+    )),
+    "mistral": Variant(transformers.MistralConfig, SIZES | dict(sliding_window=6)),
+    "qwen2": Variant(transformers.Qwen2Config, SIZES | dict(
+        use_sliding_window=True, sliding_window=7, max_window_layers=1,
+    ), save_options=dict(max_shard_size="60KB")),
+    "qwen3": Variant(transformers.Qwen3Config, SIZES | dict(head_dim=16, tie_word_embeddings=True)),
+    "gemma2": Variant(transformers.Gemma2Config, SIZES | dict(
+        head_dim=12, query_pre_attn_scalar=24, sliding_window=6, attn_logit_softcapping=3.0,
+        final_logit_softcapping=8.0,
+    )),
+    "gemma3": Variant(transformers.Gemma3TextConfig, SIZES | dict(
+        num_hidden_layers=3, query_pre_attn_scalar=12, sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=4.0, rope_theta=1000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=50.0),
+        ),
+    )),
+    "opt": Variant(transformers.OPTConfig, OPT_SIZES, torch.float16),
+    "opt_post_norm": Variant(transformers.OPTConfig, OPT_SIZES | dict(
+        do_layer_norm_before=False, word_embed_proj_dim=16,
+    )),
+}
+# fmt: on
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "tests" / "goldens")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
+    for name in args.only:
+        seed, margin = make_golden(VARIANTS[name], args.output / name)
+        size = sum(file.stat().st_size for file in (args.output / name).iterdir())
+        print(f"{name}: seed {seed}, smallest greedy margin {margin:.4f}, {size / 1024:.0f} KiB")
+    return 0
+
+
+def make_golden(variant: Variant, directory: Path) -> tuple[int, float]:
+    """Write one directory; returns the seed that gave clear margins, and the smallest margin."""
+    for seed in range(1000):
+        model = random_model(variant, seed)
+        arrays, margin = compute_golden(model, random_prompts(seed))
+        distinct = min(len(set(tokens.tolist())) for name, tokens in arrays.items() if name.startswith("greedy"))
+        if margin > MIN_MARGIN and distinct >= MIN_DISTINCT:
+            break
+    else:
+        raise RuntimeError(f"no seed gives {directory.name} clear and varied greedy tokens")
+    if directory.exists():
+        shutil.rmtree(directory)
+    model.to(variant.dtype).save_pretrained(directory, **variant.save_options)
+    np.savez_compressed(directory / "logits.npz", allow_pickle=False, **arrays)
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    return seed, margin
+
+
+def random_model(variant: Variant, seed: int) -> transformers.PreTrainedModel:
+    """Weights that `variant.dtype` represents exactly, in a float32 model."""
+    generator = torch.Generator().manual_seed(seed)
+    config = variant.config_class(**variant.options, attn_implementation="eager", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    is_gemma = "Gemma" in variant.config_class.__name__
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) * 0.3
+            if "norm" in name and name.endswith("weight") and not is_gemma:  # Gemma's norms multiply by 1 + weight
+                values += 1
+            if "embed_tokens" in name and is_gemma:  # which it scales up, so that it would drown what layers add
+                values *= 0.4
+            parameter.copy_(values.to(variant.dtype))
+    return model
+
+
+def random_prompts(seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, VOCAB_SIZE, size=length, dtype=np.int32) for length in PROMPT_LENGTHS]
+
+
+@torch.no_grad()
+def compute_golden(
+    model: transformers.PreTrainedModel, prompts: list[np.ndarray]
+) -> tuple[dict[str, np.ndarray], float]:
+    arrays: dict[str, np.ndarray] = {}
+    margins = []
+    for i, prompt in enumerate(prompts):
+        tokens = prompt.tolist()
+        for step in range(GREEDY_STEPS):
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+            if step == 0:
+                arrays[f"prompt_{i}"], arrays[f"logits_{i}"] = prompt, logits.numpy()
+            best = torch.topk(logits[-1], 2)
+            margins.append(float(best.values[0] - best.values[1]))
+            tokens.append(int(best.indices[0]))
+        arrays[f"greedy_{i}"] = np.array(tokens[len(prompt) :], np.int32)
+    return arrays, min(margins)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
