@@ -3,9 +3,16 @@
 from array import array
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from jaxpaged.host.block_table import (
     BlockTable,
@@ -89,11 +96,21 @@ def test_a_released_table_gives_its_first_page_out_first():
     assert list(table.pages) == [1, 2, 3]
 
 
+def append_counted(tables, counts, allocator):
+    """`append_slots`, which takes as many pages as were counted before."""
+    needed, free = num_pages_needed(tables, counts, allocator), allocator.num_free
+    copies = append_slots(tables, counts, allocator)
+    assert allocator.num_free == free - needed
+    return copies
+
+
 class TablesAgainstAModel(RuleBasedStateMachine):
     """Any program of open, append, fork, truncate and release; a dict plays the pool, tokens play the KV.
 
     Reading every sequence back is what finds a missing copy-on-write: counts alone would not.
     """
+
+    append_slots = staticmethod(append_counted)
 
     @initialize(page_size=st.integers(1, 5), num_pages=st.integers(2, 24))
     def start(self, page_size, num_pages):
@@ -126,12 +143,11 @@ class TablesAgainstAModel(RuleBasedStateMachine):
         before = [(list(table.pages), table.num_slots) for table in tables]
         needed, free = num_pages_needed(tables, counts, self.allocator), self.allocator.num_free
         try:
-            copies = append_slots(tables, counts, self.allocator)
+            copies = self.append_slots(tables, counts, self.allocator)
         except OutOfPagesError:
             assert needed > free
             assert [(list(table.pages), table.num_slots) for table in tables] == before
             return
-        assert self.allocator.num_free == free - needed
         snapshot = dict(self.pool)  # all copies of a step read before any writes
         for src, dst in copies:
             for offset in range(self.allocator.page_size):
@@ -185,4 +201,22 @@ class TablesAgainstAModel(RuleBasedStateMachine):
 
 
 TestTablesAgainstAModel = TablesAgainstAModel.TestCase
-TestTablesAgainstAModel.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestTablesAgainstAModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+FIND_ONE = settings(max_examples=500, database=None, deadline=None, phases=[Phase.generate])
+
+
+def test_the_state_machine_finds_a_missing_copy_on_write(monkeypatch):
+    """With the copy planted out (every last page taken for unshared), reading back must fail: the test can fail."""
+
+    def append_in_place(tables, counts, allocator):
+        with monkeypatch.context() as patch:
+            patch.setattr(allocator, "ref_count", lambda page_id: 1)
+            return append_slots(tables, counts, allocator)
+
+    class WithoutCopyOnWrite(TablesAgainstAModel):
+        append_slots = staticmethod(append_in_place)
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(WithoutCopyOnWrite, settings=FIND_ONE)
