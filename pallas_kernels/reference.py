@@ -1,7 +1,7 @@
 """Paged attention in plain XLA: the oracle that every kernel is tested against, and the path for CPUs and older GPUs.
 
-Both functions walk over the context in tiles with a running softmax (Milakov and Gimelshein, arXiv 1805.02867), so memory
-stays bounded for any context, and the number of tiles follows the longest context, not the width of the block table.
+Both functions walk over the context in tiles with a running softmax (Milakov and Gimelshein, arXiv 1805.02867), so
+memory stays bounded for any context, and the number of tiles follows the longest context, not the block table's width.
 A row's result does not depend, to the bit, on the other rows. Softmax and accumulation are in float32.
 
 Pages that no table names are never read; table entries behind a sequence's length may name any page (they are gathered,
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-#: Context positions a loop iteration looks at.
-CONTEXT_TILE = 128
-#: Query tokens of one row a loop iteration of `paged_prefill` looks at.
+#: Query tokens of one row, and context positions, that an iteration of `paged_prefill` looks at.
 QUERY_TILE = 32
+PREFILL_CONTEXT_TILE = 128
+#: Context positions that an iteration of `paged_decode` looks at, in every row. Few on a CPU: above 32 MB of
+#: temporaries malloc returns them to the system after each step, and the next one pays for fresh pages (at 256 rows
+#: that was most of the time).
+DECODE_CONTEXT_TILE = {"cpu": 32, "gpu": 256}
 
 
 def paged_decode(
@@ -38,9 +41,10 @@ def paged_decode(
     included; 0 for a padding row, whose output is 0) -> [B, H, D] in q's dtype. A query reads its `sliding_window` last
     positions.
     """
+    tile = DECODE_CONTEXT_TILE.get(jax.default_backend(), 128)
     out = _attend(
         q[:, None], context_lens[:, None] - 1, k_pages, v_pages, block_tables, context_lens,
-        scale, soft_cap, sliding_window,
+        scale, soft_cap, sliding_window, tile,
     )  # fmt: skip
     return out[:, 0]
 
@@ -76,7 +80,7 @@ def paged_prefill(
         positions = context_lens[row] - query_lens[row] + offsets
         part = _attend(
             q.at[index].get(mode="fill", fill_value=0)[None], positions[None], k_pages, v_pages,
-            block_tables[row][None], context_lens[row][None], scale, soft_cap, sliding_window,
+            block_tables[row][None], context_lens[row][None], scale, soft_cap, sliding_window, PREFILL_CONTEXT_TILE,
         )  # fmt: skip
         return out.at[index].set(part[0], mode="drop")
 
@@ -93,19 +97,19 @@ def _attend(
     scale: float,
     soft_cap: float | None,
     sliding_window: int | None,
+    context_tile: int,
 ) -> Array:
     """q [B, Q, H, D] at positions i32[B, Q] of their sequences -> [B, Q, H, D]."""
     rows, queries, heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_pages.shape
-    pages_per_tile = max(1, CONTEXT_TILE // page_size)
+    pages_per_tile = max(1, context_tile // page_size)
     tile = pages_per_tile * page_size
     width = -(-block_tables.shape[1] // pages_per_tile) * pages_per_tile
     block_tables = jnp.pad(block_tables, ((0, 0), (0, width - block_tables.shape[1])))
     grouped = q.reshape(rows, queries, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
 
-    def read_tile(pages: Array, table: Array, exists: Array) -> Array:
-        values = pages[table].reshape(rows, tile, kv_heads, head_dim).astype(jnp.float32)
-        return jnp.where(exists[:, :, None, None], values, 0.0)  # a masked probability of 0 times NaN would be NaN
+    def read_tile(pages: Array, table: Array) -> Array:
+        return pages[table].reshape(rows, tile, kv_heads, head_dim).astype(jnp.float32)
 
     def attend_tile(i, state):
         highest, total, out = state
@@ -115,7 +119,8 @@ def _attend(
         readable = exists[:, None] & (keys_at <= positions[:, :, None])  # [B, Q, tile]
         if sliding_window is not None:
             readable &= keys_at > positions[:, :, None] - sliding_window
-        k, v = read_tile(k_pages, table, exists), read_tile(v_pages, table, exists)
+        k, v = read_tile(k_pages, table), read_tile(v_pages, table)
+        v = jnp.where(exists[:, :, None, None], v, 0.0)  # a masked weight of 0 times NaN would be NaN
         scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, precision="highest") * scale
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
