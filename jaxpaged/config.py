@@ -18,8 +18,8 @@ class RopeConfig:
     """Rotary position embedding: base frequency and, for contexts longer than trained, how frequencies are scaled.
 
     "linear" divides every frequency by `factor`; "llama3" does so only for wavelengths longer than
-    `original_max_position / low_freq_factor`, blends up to `original_max_position / high_freq_factor`, and leaves shorter
-    wavelengths alone (Llama 3.1 model card).
+    `original_max_position / low_freq_factor`, blends up to `original_max_position / high_freq_factor`, and leaves
+    shorter wavelengths alone (Llama 3.1 model card).
     """
 
     theta: float = 10_000.0
@@ -170,7 +170,9 @@ class CacheConfig:
         _check_positive_int("num_pages", self.num_pages)
         _check_choice("cache dtype", self.dtype, DTYPES)
         if self.num_pages < 2:
-            raise ValueError(f"num_pages={self.num_pages}: a pool needs page 0, which stays unused, and at least one more")
+            raise ValueError(
+                f"num_pages={self.num_pages}: a pool needs page 0, which stays unused, and at least one more"
+            )
 
     @property
     def num_usable_pages(self) -> int:

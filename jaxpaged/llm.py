@@ -52,8 +52,8 @@ class LLM:
         Args:
             model: the directory.
             tokenizer: a file, a directory or an object with `encode` and `decode`; by default the checkpoint's own.
-            dtype: of weights, activations and KV: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, on a CPU
-                float32.
+            dtype: of weights, activations and KV: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, but
+                float32 on a CPU.
             load_format: "auto", "native", "safetensors", or "dummy": random weights, from config.json alone.
             seed: of requests that have none of their own (and of dummy weights).
             max_model_len: tokens of prompt and output at most; by default the model's positions.
@@ -112,7 +112,7 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """As `generate`, but yields each result as it finishes; `request_id` tells which it is (by default its index).
 
-        Requests are checked when this is called, not at the first result. Leaving the loop early drops the other requests.
+        Requests are checked when this is called, not at the first result. Leaving the loop early drops the others.
         """
         groups = self._make_groups(prompts, sampling_params, request_ids)
         return (output for _, output in self._run(groups))
@@ -120,10 +120,12 @@ class LLM:
     def warm_up(self, sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None) -> None:
         """Compile everything that requests with such parameters can need; no later run of them compiles anything.
 
-        Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set of
-        features (sampling, filters, penalties, log-probabilities, ...) need programs of their own.
+        Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set
+        of features (sampling, filters, penalties, log-probabilities, ...) need programs of their own.
         """
-        params = [sampling_params or SamplingParams()] if not isinstance(sampling_params, SequenceOf) else sampling_params
+        params = (
+            [sampling_params or SamplingParams()] if not isinstance(sampling_params, SequenceOf) else sampling_params
+        )
         self.engine.warm_up([self._make_group(Prompt(None, [0]), one, "", seed=0) for one in params])
 
     def check_request(self, prompt: Any, params: SamplingParams) -> None:
@@ -132,7 +134,10 @@ class LLM:
         self._make_group(read, params, "", seed=0)
 
     def _make_groups(
-        self, prompts: Prompts, params: SamplingParams | SequenceOf[SamplingParams] | None, request_ids: SequenceOf[str] | None
+        self,
+        prompts: Prompts,
+        params: SamplingParams | SequenceOf[SamplingParams] | None,
+        request_ids: SequenceOf[str] | None,
     ) -> list[SequenceGroup]:
         """Every request, checked; nothing has run yet."""
         read = read_prompts(prompts)
@@ -161,7 +166,9 @@ class LLM:
         token_ids = self._token_ids(prompt, params)
         for token_id in token_ids:
             if not 0 <= token_id < model.vocab_size:
-                raise ValueError(f"token id {token_id} is outside the vocabulary, which has ids 0 to {model.vocab_size - 1}")
+                raise ValueError(
+                    f"token id {token_id} is outside the vocabulary, which has ids 0 to {model.vocab_size - 1}"
+                )
         budget = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
         group = SequenceGroup(
             request_id, prompt.text, params, seed,
@@ -288,7 +295,11 @@ def _one_for_each(params: SamplingParams | SequenceOf[SamplingParams] | None, co
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
-    if isinstance(params, str) or not isinstance(params, SequenceOf) or any(not isinstance(p, SamplingParams) for p in params):
+    if (
+        isinstance(params, str)
+        or not isinstance(params, SequenceOf)
+        or any(not isinstance(p, SamplingParams) for p in params)
+    ):
         raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
     if len(params) != count:
         raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")

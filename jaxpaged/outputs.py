@@ -23,7 +23,9 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float
     logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str  # "stop": end-of-sequence, a stop token or a stop string; "length": max_tokens or the model's length
+    finish_reason: (
+        str  # "stop": end-of-sequence, a stop token or a stop string; "length": max_tokens or the model's length
+    )
     stop_reason: int | str | None  # the stop string or token id; None for the model's own end-of-sequence
 
 

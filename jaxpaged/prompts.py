@@ -52,7 +52,9 @@ def _read_prompt(prompt: Any) -> Prompt:
             if isinstance(prompt, str):
                 raise ValueError('{"prompt_token_ids": ...} takes a list of integers, got text')
         else:
-            raise ValueError(f'a prompt dict has the one key "prompt" or "prompt_token_ids", got {sorted(map(str, keys))}')
+            raise ValueError(
+                f'a prompt dict has the one key "prompt" or "prompt_token_ids", got {sorted(map(str, keys))}'
+            )
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty")

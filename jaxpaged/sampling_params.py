@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: `processor(token_ids i32[L], num_tokens i32[], logits f32[V]) -> f32[V]`, traceable by jax: `token_ids` holds the prompt and
-#: the output so far, padded with -1 behind the first `num_tokens`. It is compiled into the step, so keep one function
-#: object for many requests.
+#: `processor(token_ids i32[L], num_tokens i32[], logits f32[V]) -> f32[V]`, traceable by jax: `token_ids` holds the
+#: prompt and the output so far, padded with -1 behind the first `num_tokens`. It is compiled into the step, so keep
+#: one function object for many requests.
 LogitsProcessor = Callable[[Any, Any, Any], Any]
 
 LOGIT_BIAS_LIMIT = 100.0
@@ -25,20 +25,23 @@ class SamplingParams:
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p, top_k, min_p: keep the smallest set of tokens with probability `top_p` in sum; the `top_k` likeliest
             (0 or -1: all); those with at least `min_p` of the likeliest token's probability.
-        seed: of this request's random numbers; None takes one from the `LLM`'s seed and the request's number. A sample is
-            a function of (seed, sample index, position) alone.
+        seed: of this request's random numbers; None takes one from the `LLM`'s seed and the request's number. A sample
+            is a function of (seed, sample index, position) alone.
         max_tokens: tokens generated at most; None means up to the model's length.
         min_tokens: before that many tokens, end-of-sequence and `stop_token_ids` cannot be chosen.
         stop: strings that end a sample; cut from the text unless `include_stop_str_in_output`.
         stop_token_ids: token ids that end a sample, besides the model's end-of-sequence ids.
         ignore_eos: go on past the model's end-of-sequence ids.
-        repetition_penalty: > 1 makes tokens of prompt and output less likely (divides positive logits, multiplies negative).
-        presence_penalty, frequency_penalty: subtracted once for, and once per occurrence of, a generated token. [-2, 2].
+        repetition_penalty: > 1 makes tokens of prompt and output less likely (divides positive logits, multiplies
+            negative ones).
+        presence_penalty, frequency_penalty: in [-2, 2]; subtracted once for, and once per occurrence of, a generated
+            token.
         logit_bias: token id -> added to its logit, clamped to [-100, 100].
         allowed_token_ids: only these tokens can be chosen.
         bad_words: strings that are never generated: the last token of each is banned where the others precede it.
         logits_processors: functions of (token ids, their number, logits), see `LogitsProcessor`.
-        logprobs: log-probabilities of that many likeliest tokens per generated token, besides the chosen one's; -1: all.
+        logprobs: log-probabilities of that many likeliest tokens per generated token, besides the chosen one's; -1 is
+            the whole vocabulary.
         prompt_logprobs: the same for every prompt token but the first.
         detokenize: False leaves `text` empty.
         skip_special_tokens: leave special tokens out of `text`.
@@ -84,7 +87,9 @@ class SamplingParams:
         if self.best_of is not None:
             _check_int("best_of", self.best_of, 1)
             if self.n > self.best_of:
-                raise ValueError(f"n={self.n} samples cannot be returned of best_of={self.best_of} drawn: raise best_of")
+                raise ValueError(
+                    f"n={self.n} samples cannot be returned of best_of={self.best_of} drawn: raise best_of"
+                )
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
         _check_int("min_tokens", self.min_tokens, 0)

@@ -1,8 +1,9 @@
 """The door between host and device: the arrays that cross it, and how they cross in one transfer.
 
-The host fills NamedTuples of numpy arrays; `pack` lays them end to end in one int32 array (float bits reinterpreted), the
-device unpacks by the `Layout`, which is static to jit. An array that a step does not need is None: it takes no bytes, and
-the compiled step has no code for it. Axis letters: B rows, T packed new tokens, R rows to sample, P pages a row.
+The host fills NamedTuples of numpy arrays; `pack` lays them end to end in one int32 array (float bits reinterpreted),
+the device unpacks by the `Layout`, which is static to jit. An array that a step does not need is None: it takes no
+bytes, and the compiled step has no code for it. Axis letters: B rows, T packed new tokens, R rows to sample, P pages
+a row.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _layout(batch: Any, arrays: list[np.ndarray]) -> Layout:
         else:
             assert value.dtype in (np.int32, np.float32), value.dtype
             arrays.append(value)
-            fields.append((value.dtype.name, value.shape))
+            fields.append((str(value.dtype), value.shape))
     return type(batch), tuple(fields)
 
 

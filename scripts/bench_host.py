@@ -61,7 +61,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
             pack(make_batch(plan, buckets.shape_of(plan), cache, VOCAB_SIZE, SamplingFeatures(is_random=True)))
         t2 = time.perf_counter()
         outputs = StepOutputs(
-            rng.integers(0, VOCAB_SIZE, len(plan.samples), np.int32), TokenLogprobs(np.zeros(len(plan.samples), np.float32))
+            rng.integers(0, VOCAB_SIZE, len(plan.samples), np.int32),
+            TokenLogprobs(np.zeros(len(plan.samples), np.float32)),
         )
         t3 = time.perf_counter()
         scheduler.commit(plan, outputs)

@@ -61,6 +61,7 @@ def decode(config, cache, tables, page_size, prompts) -> list[list[int]]:
 
 def poisoned(cache, tables):
     """NaN in every page but NULL_PAGE's that no table names, and in what no row has written yet."""
+
     def spoil(pool):
         named = np.isin(np.arange(pool.shape[0]), tables)
         return jnp.where(jnp.asarray(named)[:, None, None, None], pool, jnp.nan).at[0].set(jnp.nan)

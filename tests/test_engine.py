@@ -17,7 +17,9 @@ PARAMS = [
 
 
 def mixed_requests(count=12, seed=0):
-    return [make_group(prompt, PARAMS[i % 4], str(i), seed=i) for i, prompt in enumerate(random_prompts(count, seed=seed))]
+    return [
+        make_group(prompt, PARAMS[i % 4], str(i), seed=i) for i, prompt in enumerate(random_prompts(count, seed=seed))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,9 @@ def test_logprobs_of_prompt_and_output_survive_chunks_and_preemption():
         assert len(one.prompt_logprobs) == len(other.prompt_logprobs) == one.prompt_len - 1
         assert len(one.sequences[0].logprobs) == one.sequences[0].num_generated
         for a, b in zip(
-            one.prompt_logprobs + one.sequences[0].logprobs, other.prompt_logprobs + other.sequences[0].logprobs, strict=True
+            one.prompt_logprobs + one.sequences[0].logprobs,
+            other.prompt_logprobs + other.sequences[0].logprobs,
+            strict=True,
         ):
             assert a.keys() == b.keys()
             np.testing.assert_allclose([v[0] for v in a.values()], [v[0] for v in b.values()], atol=1e-4)

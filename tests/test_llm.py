@@ -41,7 +41,11 @@ def test_results_come_in_input_order_and_iterate_as_they_finish(llm):
     prompts = ["one", "two", "three"]
     assert [len(out.outputs[0].token_ids) for out in llm.generate(prompts, params)] == [12, 2, 6]
     assert [out.request_id for out in llm.generate_iter(prompts, params)] == ["1", "2", "0"]
-    assert {out.request_id for out in llm.generate_iter(prompts, GREEDY, request_ids=["a", "b", "c"])} == {"a", "b", "c"}
+    assert {out.request_id for out in llm.generate_iter(prompts, GREEDY, request_ids=["a", "b", "c"])} == {
+        "a",
+        "b",
+        "c",
+    }
 
 
 def test_no_prompts_no_outputs(llm):
@@ -84,7 +88,9 @@ def test_stop_tokens_and_end_of_sequence(llm):
     assert (ended.outputs[0].token_ids, ended.outputs[0].stop_reason) == ([1], None)
     (later,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=8, allowed_token_ids=[1, 7], min_tokens=3))
     assert later.outputs[0].token_ids[:3] == [7, 7, 7]
-    (ignored,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=8, allowed_token_ids=[1], ignore_eos=True))
+    (ignored,) = llm.generate(
+        "abc", SamplingParams(temperature=0, max_tokens=8, allowed_token_ids=[1], ignore_eos=True)
+    )
     assert ignored.outputs[0].token_ids == [1] * 8 and ignored.outputs[0].finish_reason == "length"
 
 

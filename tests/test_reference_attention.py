@@ -1,4 +1,4 @@
-"""The XLA attention against the definition, in float64: lengths, windows, soft caps, permuted pages, NaN where none reads."""
+"""The XLA attention against the definition in float64: lengths, windows, soft caps, permuted pages, NaN all around."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def test_any_group_size(groups):
     q = case.queries(2)
     out = reference.paged_decode(q, case.k_pages, case.v_pages, case.tables, case.lens, scale=0.3)
     for row, length in enumerate(case.lens):
-        np.testing.assert_allclose(out[row], naive(q[row][None], case.k[row], case.v[row], length - 1, 0.3)[0], atol=2e-6)
+        np.testing.assert_allclose(
+            out[row], naive(q[row][None], case.k[row], case.v[row], length - 1, 0.3)[0], atol=2e-6
+        )
 
 
 def test_a_row_does_not_depend_on_its_neighbours_to_the_bit():

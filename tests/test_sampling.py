@@ -67,7 +67,12 @@ def test_threshold_by_bisection_is_exact_for_negative_and_equal_values():
     def at_least(count):
         return lambda kept: kept.sum(-1) >= count
 
-    assert [float(_largest_threshold(values, at_least(k))[0]) for k in (1, 3, 4, 5)] == [2.0, 0.0, -3.5, np.float32(-1e30)]
+    assert [float(_largest_threshold(values, at_least(k))[0]) for k in (1, 3, 4, 5)] == [
+        2.0,
+        0.0,
+        -3.5,
+        np.float32(-1e30),
+    ]
 
 
 def test_greedy_is_the_argmax_and_rows_may_mix():
@@ -139,7 +144,9 @@ def test_allowed_tokens_edits_and_processors():
 def test_logprobs_ranks_and_the_likeliest(num_logprobs):
     logits = random_logits(3)
     tokens = np.array([1, 7, 9, 30], np.int32)
-    result = unpack_logprobs(np.asarray(token_logprobs(jnp.asarray(logits), jnp.asarray(tokens), num_logprobs)), num_logprobs)
+    result = unpack_logprobs(
+        np.asarray(token_logprobs(jnp.asarray(logits), jnp.asarray(tokens), num_logprobs)), num_logprobs
+    )
     expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     np.testing.assert_allclose(result.logprobs, expected[np.arange(ROWS), tokens], atol=1e-5)
     if num_logprobs is None:

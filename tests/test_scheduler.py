@@ -19,7 +19,9 @@ _ids = itertools.count()
 
 
 def make_scheduler(num_pages, page_size=2, max_num_seqs=64, max_num_batched_tokens=64, max_model_len=100):
-    return Scheduler(CacheConfig(page_size, num_pages), EngineConfig(max_model_len, max_num_seqs, max_num_batched_tokens))
+    return Scheduler(
+        CacheConfig(page_size, num_pages), EngineConfig(max_model_len, max_num_seqs, max_num_batched_tokens)
+    )
 
 
 def make_group(prompt_len, max_tokens=4, n=1, **kwargs) -> SequenceGroup:
@@ -146,7 +148,9 @@ def test_a_sample_ends_by_token_or_length(kwargs, reason, expected):
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
     scheduler = make_scheduler(num_pages=8, page_size=2)
-    with pytest.raises(ValueError, match=r"prompt of 9 tokens .* up to 8 tokens needs 8 pages of 2 tokens, the pool has 7"):
+    with pytest.raises(
+        ValueError, match=r"prompt of 9 tokens .* up to 8 tokens needs 8 pages of 2 tokens, the pool has 7"
+    ):
         scheduler.add(make_group(9, 8))
     scheduler.add(make_group(9, 6))  # 14 positions are written, the last token's never: 7 pages
     with pytest.raises(ValueError, match="max_num_seqs=64"):

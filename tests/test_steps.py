@@ -58,7 +58,10 @@ def test_packing_loses_nothing():
 
 
 def workload(seed):
-    params = [SamplingParams(temperature=0, max_tokens=9), SamplingParams(temperature=0.5 + seed / 10, n=3, max_tokens=7)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=9),
+        SamplingParams(temperature=0.5 + seed / 10, n=3, max_tokens=7),
+    ]
     prompts = random_prompts(3 + seed, 3, 20 + 10 * seed, seed)
     return [make_group(prompt, params[i % 2], str(i), seed=i) for i, prompt in enumerate(prompts)]
 

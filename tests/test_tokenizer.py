@@ -69,7 +69,9 @@ def test_streamed_text_equals_decoded_text(make, sentencepiece_file):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text("ab ", min_size=1, max_size=30), st.lists(st.text("ab ", min_size=1, max_size=3), min_size=1, max_size=3))
+@given(
+    st.text("ab ", min_size=1, max_size=30), st.lists(st.text("ab ", min_size=1, max_size=3), min_size=1, max_size=3)
+)
 def test_the_first_stop_string_to_be_complete_ends_the_text(text, stops):
     tokenizer = char_tokenizer()
     wrapped = type("T", (), {"decode": lambda self, ids, skip: tokenizer.decode(list(ids), skip_special_tokens=skip)})()
@@ -89,7 +91,10 @@ def test_a_missing_or_broken_tokenizer_file_is_named(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
         load_tokenizer(tmp_path / "nowhere.json")
-    for name, message in [("tokenizer.json", "not a tokenizers file"), ("tokenizer.model", "not a sentencepiece model")]:
+    for name, message in [
+        ("tokenizer.json", "not a tokenizers file"),
+        ("tokenizer.model", "not a sentencepiece model"),
+    ]:
         (tmp_path / name).write_text("{broken")
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path / name)

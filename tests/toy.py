@@ -46,7 +46,9 @@ def toy_engine(num_pages=128, page_size=4, max_num_seqs=16, max_num_batched_toke
     )  # fmt: skip
 
 
-def make_group(prompt: list[int], params: SamplingParams, request_id="0", seed=0, max_model_len=128, eos=()) -> SequenceGroup:
+def make_group(
+    prompt: list[int], params: SamplingParams, request_id="0", seed=0, max_model_len=128, eos=()
+) -> SequenceGroup:
     budget = max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
     return SequenceGroup(
         request_id, None, params, params.seed if params.seed is not None else seed,

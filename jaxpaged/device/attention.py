@@ -32,7 +32,7 @@ def resolve_attention(requested: str, device: jax.Device) -> AttentionKernels:
         raise ValueError(f"attention={requested!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     if requested == "pallas":
         raise ValueError(
-            f"attention='pallas' cannot run on {device.device_kind}: this version of jaxpaged has no Pallas kernels yet; "
+            f"attention='pallas' cannot run on {device.device_kind}: this version of jaxpaged has no Pallas kernels; "
             "use attention='reference' or 'auto'"
         )
     if requested == "auto":

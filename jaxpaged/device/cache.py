@@ -27,7 +27,12 @@ class KVCache(Protocol):
         ...
 
     def attend(
-        self, layer: int, q: Array, inputs: DecodeInputs | PrefillInputs, options: AttentionOptions, kernels: AttentionKernels
+        self,
+        layer: int,
+        q: Array,
+        inputs: DecodeInputs | PrefillInputs,
+        options: AttentionOptions,
+        kernels: AttentionKernels,
     ) -> Array:
         """q [T, H, D] against what the rows of `inputs` may read -> [T, H, D]."""
         ...
@@ -47,7 +52,12 @@ class PagedCache(NamedTuple):
         return self._replace(k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
 
     def attend(
-        self, layer: int, q: Array, inputs: DecodeInputs | PrefillInputs, options: AttentionOptions, kernels: AttentionKernels
+        self,
+        layer: int,
+        q: Array,
+        inputs: DecodeInputs | PrefillInputs,
+        options: AttentionOptions,
+        kernels: AttentionKernels,
     ) -> Array:
         with jax.named_scope("attention"):
             if isinstance(inputs, DecodeInputs):
@@ -61,7 +71,8 @@ class PagedCache(NamedTuple):
 
     def copy_pages(self, src: Array, dst: Array) -> Self:
         return self._replace(
-            k=tuple(pool.at[dst].set(pool[src]) for pool in self.k), v=tuple(pool.at[dst].set(pool[src]) for pool in self.v)
+            k=tuple(pool.at[dst].set(pool[src]) for pool in self.k),
+            v=tuple(pool.at[dst].set(pool[src]) for pool in self.v),
         )
 
 
@@ -78,7 +89,12 @@ class DenseCache(NamedTuple):
         return self._replace(k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
 
     def attend(
-        self, layer: int, q: Array, inputs: DecodeInputs | PrefillInputs, options: AttentionOptions, kernels: AttentionKernels
+        self,
+        layer: int,
+        q: Array,
+        inputs: DecodeInputs | PrefillInputs,
+        options: AttentionOptions,
+        kernels: AttentionKernels,
     ) -> Array:
         del kernels  # the read is XLA's own
         assert isinstance(inputs, DecodeInputs), "a dense cache decodes only"
@@ -100,14 +116,16 @@ class DenseCache(NamedTuple):
 
     def copy_pages(self, src: Array, dst: Array) -> Self:
         return self._replace(
-            k=tuple(rows.at[dst].set(rows[src]) for rows in self.k), v=tuple(rows.at[dst].set(rows[src]) for rows in self.v)
+            k=tuple(rows.at[dst].set(rows[src]) for rows in self.k),
+            v=tuple(rows.at[dst].set(rows[src]) for rows in self.v),
         )
 
 
 def _written(pools: tuple[Array, ...], layer: int, values: Array, slots: Array) -> tuple[Array, ...]:
     """Scatter into one layer's array; in place when the caller donated it.
 
-    Slots are unique but for padding rows, which all hit NULL_PAGE: which of them wins does not matter, nothing reads it.
+    Slots are unique but for padding rows, which all hit NULL_PAGE: which of them wins does not matter, nothing reads
+    it.
     """
     pool = pools[layer]
     page_size = pool.shape[1]

@@ -5,8 +5,9 @@
 
 Tokens are a flat axis [T]: the rows of a decode step, the packed chunks of a prefill, or a training batch laid end to
 end. Only attention relates tokens to one another, and attention is the caller's: `attend(cache, layer, q, k, v)` with
-q [T, H, D] and k, v [T, K, D] returns ([T, H, D], cache). So the model knows no cache: a paged cache, a dense one and no
-cache at all run the same code. `layer` is a Python int: layers are unrolled, because a scan copies weights and caches.
+q [T, H, D] and k, v [T, K, D] returns ([T, H, D], cache). So the model knows no cache: a paged cache, a dense one and
+no cache at all run the same code. `layer` is a Python int: layers are unrolled, because a scan copies weights and
+caches.
 
 Norms, rotary embedding and softmax inputs are computed in float32, as the families' reference implementations do.
 """
@@ -31,7 +32,7 @@ Attend = Callable[[Cache, int, Array, Array, Array], tuple[Array, Cache]]
 def forward(
     params: Params, config: ModelConfig, tokens: Array, positions: Array, cache: Cache, attend: Attend
 ) -> tuple[Array, Cache]:
-    """tokens i32[T], positions i32[T] (of each token in its own sequence) -> hidden [T, E'] ready for the head, cache."""
+    """tokens i32[T], positions i32[T] (each in its own sequence) -> hidden [T, E'] ready for the head, cache."""
     with jax.named_scope("embed"):
         x = _embed(params, config, tokens, positions)
     for layer, weights in enumerate(params["layers"]):
@@ -88,7 +89,9 @@ def _block(weights: Params, config: ModelConfig, layer: int, x: Array, positions
     return (x if before else _norm(weights["mlp_norm"], config, x)), cache
 
 
-def _attention(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache: Cache, attend: Attend):
+def _attention(
+    weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache: Cache, attend: Attend
+):
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _linear(weights["qkv"], x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)

@@ -73,8 +73,8 @@ def _linear_shapes(size_in: int, size_out: int, bias: bool, tensor) -> Params:
 def random_params(config: ModelConfig, dtype: str, seed: int, device: jax.Device | None = None) -> Params:
     """Random weights of the right shapes, made on the device leaf by leaf: for training and for benchmarks.
 
-    Matrices are normal with standard deviation 0.02 (outputs of a block divided by sqrt(2 * layers), as in GPT-2), norms
-    are the identity, biases zero.
+    Matrices are normal with standard deviation 0.02 (outputs of a block divided by sqrt(2 * layers), as in GPT-2),
+    norms are the identity, biases zero.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config, dtype))
     # The hardware generator: threefry would take minutes for billions of weights, and nothing depends on these numbers.

@@ -118,8 +118,8 @@ def _sum(values: Array, kept: Array) -> Array:
 def _largest_threshold(values: Array, suffices: Callable[[Array], Array]) -> Array:
     """Per row of values [R, V], the largest float t such that keeping `values >= t` suffices; -inf if none does.
 
-    `suffices(kept bool[R, V]) -> bool[R]` must be monotone: keeping more never breaks it. Bisection from the highest bit of
-    an integer that orders as the float does.
+    `suffices(kept bool[R, V]) -> bool[R]` must be monotone: keeping more never breaks it. Bisection from the highest
+    bit of an integer that orders as the float does.
     """
     keys = _ordered(values)
 

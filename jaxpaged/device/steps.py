@@ -1,8 +1,8 @@
 """The jitted steps: everything that runs on the device between two decisions of the host. The only file with jax.jit.
 
 Each takes the cache by donation and returns its successor, so the pool is updated in place. Static are the model, the
-attention kernels and the layout of the packed inputs (hence the bucket); everything else is data. A step returns what the
-host must learn in one int32 array.
+attention kernels and the layout of the packed inputs (hence the bucket); everything else is data. A step returns what
+the host must learn in one int32 array.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def copy_pages(cache: KVCache, copies: Array) -> KVCache:
 
 def num_compiled() -> int:
     """Programs that this process has compiled for the three steps above."""
-    return sum(step._cache_size() for step in (decode_step, prefill_step, copy_pages))
+    jitted: tuple[Any, ...] = (decode_step, prefill_step, copy_pages)
+    return sum(step._cache_size() for step in jitted)  # private to jax, and its own tests' way of counting
 
 
 def unpack(packed: Array, layout: Layout) -> Any:

@@ -26,9 +26,13 @@ class RunStats:
     page_copies: int = 0
     compilations: int = 0  # programs compiled during the run
     #: "schedule": deciding; "device": until the step's results are on the host; "host": the rest; "total": all.
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total"), 0.0)
+    )
     _series: dict[str, list[int]] = field(
-        default_factory=lambda: {name: [] for name in ("pages_used", "logical_pages", "running", "waiting", "batch_tokens")}
+        default_factory=lambda: {
+            name: [] for name in ("pages_used", "logical_pages", "running", "waiting", "batch_tokens")
+        }
     )
 
     @classmethod

@@ -1,7 +1,7 @@
 """Turns a plan into padded arrays whose sizes come from short lists, so that few programs are ever compiled.
 
-Every distinct shape is one compiled step. Padded decode rows and packed tokens cost arithmetic, so their lists are powers
-of two. Table width costs only its upload and padded prefill rows little more, so those lists are sparse.
+Every distinct shape is one compiled step. Padded decode rows and packed tokens cost arithmetic, so their lists are
+powers of two. Table width costs only its upload and padded prefill rows little more, so those lists are sparse.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def _prefill_inputs(
         query_lens=_padded(counts, num_rows),
         context_lens=_padded([row.start + row.count for row in rows], num_rows),
         sample_from=_padded([ends[sample.row] - 1 for sample in plan.samples], num_rows),
-        next_tokens=None
-        if features.num_prompt_logprobs is None
-        else _padded(_concatenate_tokens(rows, 1), num_tokens),
+        next_tokens=None if features.num_prompt_logprobs is None else _padded(_concatenate_tokens(rows, 1), num_tokens),
     )
 
 

@@ -1,9 +1,10 @@
 """Block tables: append, fork, truncate and release, the only code that moves pages between sequences.
 
-A table lists the pages of one sequence in token order and covers its first `num_slots` token positions. Tables may share
-pages; how full a page is belongs to the table, not to the page, since after truncate and fork two tables may see
-different fill of one page. A position is written in place only where its page has one holder: otherwise `append_slots`
-replaces the page by a fresh one and reports a `PageCopy`, which the device carries out before the step writes.
+A table lists the pages of one sequence in token order and covers its first `num_slots` token positions. Tables may
+share pages; how full a page is belongs to the table, not to the page, since after truncate and fork two tables may
+see different fill of one page. A position is written in place only where its page has one holder: otherwise
+`append_slots` replaces the page by a fresh one and reports a `PageCopy`, which the device carries out before the step
+writes.
 """
 
 from __future__ import annotations

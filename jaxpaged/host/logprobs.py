@@ -7,6 +7,7 @@ from jaxpaged.step_io import StepOutputs, TokenLogprobs
 
 Entry = dict[int, tuple[float, int]]
 
+
 def collect_logprobs(plan: StepPlan, outputs: StepOutputs) -> None:
     """To be called before `Scheduler.commit` of the same plan."""
     for i, (group, sequence, _) in enumerate(plan.samples):

@@ -60,4 +60,6 @@ class PageAllocator:
         assert len(free) == len(self._free), "a page is free twice"
         assert NULL_PAGE not in free and self._ref_counts[NULL_PAGE] == 0, "NULL_PAGE was handed out"
         for page_id in range(1, self.num_pages):
-            assert (self._ref_counts[page_id] == 0) == (page_id in free), f"page {page_id} is both free and held, or neither"
+            assert (self._ref_counts[page_id] == 0) == (page_id in free), (
+                f"page {page_id} is both free and held, or neither"
+            )

@@ -27,7 +27,9 @@ def make_sampling_inputs(
     if features.is_filtered:
         inputs = inputs._replace(
             top_ps=_rows([p.top_p for p in params], (num_rows,), np.float32, 1.0),
-            top_ks=_rows([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], (num_rows,), np.int32, 1),
+            top_ks=_rows(
+                [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], (num_rows,), np.int32, 1
+            ),
             min_ps=_rows([p.min_p for p in params], (num_rows,), np.float32),
         )
     if features.is_penalised:
@@ -96,7 +98,7 @@ def _seed_words(seed: int) -> tuple[int, int]:
     return seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
 
 
-def _rows(values, shape: tuple[int, ...], dtype, fill=0) -> np.ndarray:
+def _rows(values, shape: tuple[int, ...], dtype, fill: float = 0) -> np.ndarray:
     array = np.full(shape, fill, dtype)
     if len(values):
         array[: len(values)] = values

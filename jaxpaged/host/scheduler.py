@@ -4,9 +4,9 @@
     outputs = ...                                  # the device computes
     finished = scheduler.commit(plan, outputs)     # learn
 
-First come, first served: groups are admitted in order of arrival, the latest arrival is preempted first, and a preempted
-group goes back to the head of the queue. So the running groups are always those that arrived first. A preempted group
-gives up all its pages and is prefilled again, its sharing rebuilt (token_tree.py).
+First come, first served: groups are admitted in order of arrival, the latest arrival is preempted first, and a
+preempted group goes back to the head of the queue. So the running groups are always those that arrived first. A
+preempted group gives up all its pages and is prefilled again, its sharing rebuilt (token_tree.py).
 
 `schedule` reads the lengths of sequences, never the values of their last tokens.
 """
@@ -84,15 +84,16 @@ class Scheduler:
         """Raise ValueError for a request that could not run even alone, with the numbers that say why."""
         if prompt_len >= self.limits.max_model_len:
             raise ValueError(
-                f"prompt of {prompt_len} tokens leaves no room to generate: max_model_len is {self.limits.max_model_len}"
+                f"prompt of {prompt_len} tokens leaves no room to generate: "
+                f"max_model_len is {self.limits.max_model_len}"
             )
         if num_samples > self.limits.max_num_seqs:
             raise ValueError(f"{num_samples} samples of one request exceed max_num_seqs={self.limits.max_num_seqs}")
         needed = self.most_pages(prompt_len, num_samples, max_len)
         if needed > self.cache.num_usable_pages:
             raise ValueError(
-                f"prompt of {prompt_len} tokens with {num_samples} sample(s) of up to {max_len - prompt_len} tokens needs "
-                f"{needed} pages of {self.cache.page_size} tokens, the pool has {self.cache.num_usable_pages}: "
+                f"prompt of {prompt_len} tokens with {num_samples} sample(s) of up to {max_len - prompt_len} tokens "
+                f"needs {needed} pages of {self.cache.page_size} tokens, the pool has {self.cache.num_usable_pages}: "
                 "raise num_pages, or lower max_tokens or n"
             )
 

@@ -34,7 +34,9 @@ class Sequence:
     prompt_len: int
     table: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0  # leading tokens whose KV is in the pages, or will be when the planned step has run
-    num_once_computed: int = 0  # the most that `num_computed` ever was: what lies below is recomputed after a preemption
+    num_once_computed: int = (
+        0  # the most that `num_computed` ever was: what lies below is recomputed after a preemption
+    )
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -6,10 +6,10 @@ from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
 def apply_stop(group: SequenceGroup, sequence: Sequence) -> bool:
-    """Look at the token that was just appended; set the sequence's finish and stop reason, and return True, if it ends it.
+    """Look at the token that was just appended: if it ends the sequence, set finish and stop reason and return True.
 
-    Where several rules hold at once the order is end-of-sequence, stop token, stop string, length, as in vLLM. Nothing but
-    length ends a sample before `min_tokens`.
+    Where several rules hold at once the order is end-of-sequence, stop token, stop string, length, as in vLLM.
+    Nothing but length ends a sample before `min_tokens`.
     """
     token_id = sequence.token_ids[-1]
     may_stop = sequence.num_generated >= group.params.min_tokens

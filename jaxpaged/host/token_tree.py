@@ -1,8 +1,8 @@
 """Rebuilding a preempted group: which of its sequences can share pages, judged by their tokens alone.
 
-KV of a position depends only on the tokens up to it, so sequences with a common token prefix can share the pages of that
-prefix, whatever they shared before. Only full pages are shared: the group is recomputed in one pass, and a page that one
-sequence is still filling cannot be copied for another before it is filled.
+KV of a position depends only on the tokens up to it, so sequences with a common token prefix can share the pages of
+that prefix, whatever they shared before. Only full pages are shared: the group is recomputed in one pass, and a page
+that one sequence is still filling cannot be copied for another before it is filled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxpaged.host.sequence import Sequence
 
 
 class Branch(NamedTuple):
-    """`sequence` takes its first `num_shared_pages` pages from the branch before it in the list and computes the rest."""
+    """`sequence` takes its first `num_shared_pages` pages from the branch before it and computes the rest."""
 
     sequence: Sequence
     num_shared_pages: int
