@@ -53,14 +53,16 @@ class Engine:
 
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
         """Run the groups together; yields each when all its samples have ended. Leaving early drops the others."""
-        for group in groups:
-            self.scheduler.add(group)
+        if self.scheduler.has_work:
+            raise RuntimeError("another run is in progress: take all its results, or close its iterator, first")
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
         self.stats = stats = RunStats.for_cache(self.cache_config)
         stats.num_requests = len(groups)
         stats.num_prompt_tokens = sum(group.prompt_len for group in groups)
         compiled_before, self._began = steps.num_compiled(), time.perf_counter()
         try:
+            for group in groups:
+                self.scheduler.add(group)
             while self.scheduler.has_work:
                 finished = self.step()
                 stats.compilations = steps.num_compiled() - compiled_before
@@ -69,6 +71,8 @@ class Engine:
                 yield from finished
         finally:
             self.scheduler = Scheduler(self.cache_config, self.limits)
+            if any(pool.is_deleted() for pool in self.pool.k):  # an interrupted step had taken it by donation
+                self.pool = make_paged_cache(self.model, self.cache_config, self.device)
 
     def step(self) -> list[SequenceGroup]:
         """One step of the device for whatever the scheduler decides; returns the groups that it finished."""

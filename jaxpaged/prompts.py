@@ -18,6 +18,7 @@ def read_prompts(prompts: Any) -> list[Prompt]:
 
     A flat list of integers is one prompt of token ids.
     """
+    prompts = _as_list(prompts)
     if isinstance(prompts, str | Mapping) or _are_token_ids(prompts):
         return [_read_prompt(prompts)]
     if not isinstance(prompts, Sequence):
@@ -31,6 +32,11 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     return read
 
 
+def _as_list(value: Any) -> Any:
+    """Arrays of token ids as lists; everything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _are_token_ids(value: Any) -> bool:
     return (
         isinstance(value, Sequence)
@@ -41,6 +47,7 @@ def _are_token_ids(value: Any) -> bool:
 
 
 def _read_prompt(prompt: Any) -> Prompt:
+    prompt = _as_list(prompt)
     if isinstance(prompt, Mapping):
         keys = set(prompt)
         if keys == {"prompt"}:
@@ -48,7 +55,7 @@ def _read_prompt(prompt: Any) -> Prompt:
             if not isinstance(prompt, str):
                 raise ValueError(f'{{"prompt": ...}} takes text, got {prompt!r}')
         elif keys == {"prompt_token_ids"}:
-            prompt = prompt["prompt_token_ids"]
+            prompt = _as_list(prompt["prompt_token_ids"])
             if isinstance(prompt, str):
                 raise ValueError('{"prompt_token_ids": ...} takes a list of integers, got text')
         else:

@@ -126,6 +126,28 @@ def test_a_greedy_token_has_rank_1_and_the_highest_logprob():
     )
 
 
+def test_one_run_at_a_time(large, expected):
+    first = large.run(mixed_requests())
+    next(first)
+    with pytest.raises(RuntimeError, match="another run is in progress"):
+        next(large.run(mixed_requests()))
+    first.close()
+    assert run_tokens(large, mixed_requests()) == expected
+
+
+def test_an_interrupt_in_the_middle_of_a_step_leaves_the_engine_usable(large, expected, monkeypatch):
+    def take_the_pool_and_stop(*_):
+        for array in (*large.pool.k, *large.pool.v):
+            array.delete()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(large, "_launch", take_the_pool_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_tokens(large, mixed_requests())
+    assert run_tokens(large, mixed_requests()) == expected
+
+
 def test_leaving_a_run_early_drops_the_rest_and_leaves_the_engine_usable(large, expected):
     for _ in large.run(mixed_requests()):
         break

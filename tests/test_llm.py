@@ -27,10 +27,11 @@ def ids(text):
 
 
 def test_every_form_of_a_prompt_gives_the_same(llm):
-    forms = ["four score", ids("four score"), {"prompt": "four score"}, {"prompt_token_ids": ids("four score")}]
+    array = np.array(ids("four score"))
+    forms = ["four score", ids("four score"), {"prompt": "four score"}, {"prompt_token_ids": ids("four score")}, array]
     outputs = llm.generate(forms, GREEDY)
     assert len({tuple(out.outputs[0].token_ids) for out in outputs}) == 1
-    assert [out.prompt for out in outputs] == ["four score", None, "four score", None]
+    assert [out.prompt for out in outputs] == ["four score", None, "four score", None, None]
     assert all(out.prompt_token_ids == ids("four score") for out in outputs)
     (alone,) = llm.generate(ids("four score"), GREEDY)
     assert alone.outputs[0].token_ids == outputs[0].outputs[0].token_ids

@@ -83,6 +83,15 @@ def test_greedy_is_the_argmax_and_rows_may_mix():
     np.testing.assert_array_equal(np.asarray(sample_tokens(logits, base())), logits.argmax(-1))
 
 
+def test_a_tiny_temperature_is_greedy_and_overflows_nothing():
+    logits = random_logits()
+    inputs = base(
+        temperatures=np.full(ROWS, 1e-38, np.float32), top_ps=np.full(ROWS, 0.9, np.float32),
+        top_ks=np.full(ROWS, 5, np.int32), min_ps=np.zeros(ROWS, np.float32),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(sample_tokens(logits, inputs)), logits.argmax(-1))
+
+
 def test_samples_follow_the_distribution():
     rows = 4000
     logits = np.tile(np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32)), (rows, 1))

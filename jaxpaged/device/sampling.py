@@ -20,6 +20,9 @@ from jaxpaged.step_io import SamplingInputs
 
 Array = jax.Array
 
+#: Below this a temperature is as good as greedy, and dividing by it would overflow.
+MIN_TEMPERATURE = 1e-5
+
 
 def sample_tokens(logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...] = ()) -> Array:
     """logits f32[R, V] -> token ids i32[R]."""
@@ -28,7 +31,7 @@ def sample_tokens(logits: Array, inputs: SamplingInputs, processors: tuple[Logit
     if inputs.temperatures is None:
         return greedy
     is_greedy = inputs.temperatures == 0
-    logits = logits / jnp.where(is_greedy, 1.0, inputs.temperatures)[:, None]
+    logits = logits / jnp.where(is_greedy, 1.0, jnp.maximum(inputs.temperatures, MIN_TEMPERATURE))[:, None]
     if inputs.top_ps is not None:
         logits = _filter(logits, inputs)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(
