@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpaged import LLM, SamplingParams
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.model import compute_logits, forward
 from jaxpaged.device.params import Params
@@ -50,3 +52,14 @@ def greedy_tokens(params: Params, config: ModelConfig, prompt: Sequence[int], st
         padded[: len(tokens)] = tokens
         tokens.append(int(full_logits(params, config, jnp.asarray(padded))[len(tokens) - 1].argmax()))
     return tokens[len(prompt) :]
+
+
+def check_greedy_tokens_of_llm(directory: Path) -> None:
+    """A golden checkpoint through `LLM`, paged, all prompts in one batch: transformers' greedy tokens."""
+    arrays = np.load(directory / "logits.npz")
+    count = sum(name.startswith("prompt_") for name in arrays)
+    expected = [arrays[f"greedy_{i}"].tolist() for i in range(count)]
+    llm = LLM(directory, dtype="float32", page_size=4, num_pages=80, max_num_seqs=4, max_num_batched_tokens=64)
+    params = SamplingParams(temperature=0, max_tokens=len(expected[0]), ignore_eos=True)
+    outputs = llm.generate([arrays[f"prompt_{i}"].tolist() for i in range(count)], params)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
