@@ -1,0 +1,34 @@
+"""Batch files: lines of prompts in, lines of results out, in a run that may be stopped at any moment and resumed.
+
+requests.py  what one input line asks for, or why it asks for nothing
+parse.py     bytes -> requests: which format a file has, one prompt or JSON object a line
+openai.py    the body of an OpenAI `/v1/completions` batch line, and of its answer
+rows.py      outputs -> the JSON row that is written
+resume.py    which rows of an earlier run still stand
+results.py   the output file: locked, appended row by row, never a row half or twice
+run.py       requests through an LLM to rows
+
+Nothing here imports jax or the engine: `run_batch` needs an object with `check_request` and `generate_iter`.
+"""
+
+from jaxpaged.batch.parse import parse_batch
+from jaxpaged.batch.requests import BatchContext, BatchRequest, InvalidLine, make_request, model_identity
+from jaxpaged.batch.results import ResultStream, WriteError, open_result_file
+from jaxpaged.batch.rows import error_row, result_row
+from jaxpaged.batch.run import check_requests, run_batch
+
+__all__ = [
+    "BatchContext",
+    "BatchRequest",
+    "InvalidLine",
+    "ResultStream",
+    "WriteError",
+    "check_requests",
+    "error_row",
+    "make_request",
+    "model_identity",
+    "open_result_file",
+    "parse_batch",
+    "result_row",
+    "run_batch",
+]

@@ -1,0 +1,148 @@
+"""OpenAI batch lines for `/v1/completions`: the request body in, the completion object out.
+
+One line may hold a list of prompts; choice `p * n + s` is then sample s of prompt p. Besides OpenAI's parameters a body
+may set every `SamplingParams` field (top_k, min_p, ...). `model` is echoed, not compared: there is one model, the
+command's. Ids and `created` are functions of the request, never of the clock: a resumed run writes the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxpaged.batch.json_values import bias_from_json, check_encodable, check_keys, is_token_list, shortened
+from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, Prompt, make_request
+from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput
+
+Decode = Callable[[list[int]], str]
+
+OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
+COMPLETIONS_URL = "/v1/completions"
+LOWEST_LOGPROB = -9999.0
+BODY_KEYS = ("model", "prompt", "echo", "stream", "stream_options", "suffix", "user", *PARAMETER_NAMES)
+
+
+def completion_request(index: int, line: dict[str, Any], context: BatchContext) -> BatchRequest:
+    check_keys(line, sorted(OPENAI_KEYS))
+    if not isinstance(line.get("custom_id"), str):
+        raise ValueError(f"custom_id must be a string, got {shortened(line.get('custom_id'))}")
+    if line.get("method") != "POST":
+        raise ValueError(f"method must be 'POST', got {shortened(line.get('method'))}")
+    if line.get("url") != COMPLETIONS_URL:
+        raise ValueError(f"url {shortened(line.get('url'))} is not supported: only {COMPLETIONS_URL} is")
+    if not isinstance(line.get("body"), dict):
+        raise ValueError(f"body must be an object, got {shortened(line.get('body'))}")
+    return _body_request(index, line["custom_id"], line["body"], context)
+
+
+def _body_request(index: int, custom_id: str, body: dict[str, Any], context: BatchContext) -> BatchRequest:
+    check_keys(body, BODY_KEYS, "body key")
+    body = {name: value for name, value in body.items() if value is not None}  # OpenAI: null is the default
+    for name in ("stream", "stream_options", "suffix"):
+        if body.get(name):
+            raise ValueError(f"{name}={shortened(body[name])} is not supported in a batch: leave it out")
+    echo = body.get("echo", False)
+    if not isinstance(echo, bool):
+        raise ValueError(f"echo must be true or false, got {shortened(echo)}")
+    if not isinstance(body.get("model", ""), str):
+        raise ValueError(f"model must be a string, got {shortened(body['model'])}")
+    params = {name: body[name] for name in PARAMETER_NAMES if name in body}
+    if "logit_bias" in params:
+        params["logit_bias"] = bias_from_json(params["logit_bias"])
+    if echo and "logprobs" in params:
+        params.setdefault("prompt_logprobs", params["logprobs"])
+    options = OpenAIOptions(body.get("model"), echo)
+    return make_request(index, custom_id, _prompts(body.get("prompt")), params, context, options)
+
+
+def _prompts(prompt: Any) -> list[Prompt]:
+    """OpenAI's four forms: a string, token ids, a list of strings, a list of token id lists."""
+    prompts = prompt if isinstance(prompt, list) and not is_token_list(prompt) else [prompt]
+    for one in prompts:
+        if isinstance(one, str):
+            check_encodable(one, "prompt")
+        elif not is_token_list(one):
+            raise ValueError(
+                f"prompt must be a string, a list of token ids, or a list of these, got {shortened(prompt)}"
+            )
+    if not prompts:
+        raise ValueError("prompt is an empty list")
+    return prompts
+
+
+def completion_body(request: BatchRequest, outputs: Sequence[RequestOutput], decode: Decode | None) -> dict[str, Any]:
+    """`outputs` has one entry a prompt of the request, in its order."""
+    assert request.openai is not None
+    choices = []
+    for params, output in zip(request.params, outputs, strict=True):
+        for sample in output.outputs:
+            choices.append(
+                _choice(len(choices), request.openai.echo, params.logprobs is not None, output, sample, decode)
+            )
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_completion = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+    return {
+        "id": f"cmpl-{request.fingerprint}",
+        "object": "text_completion",
+        "created": 0,
+        "model": request.openai.model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+        },
+    }
+
+
+def _choice(
+    index: int, echo: bool, wants_logprobs: bool, output: RequestOutput, sample: CompletionOutput, decode: Decode | None
+) -> dict[str, Any]:
+    prompt_text = _prompt_text(output, decode) if echo else ""
+    logprobs = None
+    if wants_logprobs:
+        prompt_logprobs = (output.prompt_logprobs or []) if echo else []
+        prompt_ids = output.prompt_token_ids[: len(prompt_logprobs)]
+        logprobs = _logprobs([*prompt_ids, *sample.token_ids], [*prompt_logprobs, *(sample.logprobs or [])], decode)
+    return {
+        "index": index,
+        "text": prompt_text + sample.text,
+        "logprobs": logprobs,
+        "finish_reason": sample.finish_reason,
+    }
+
+
+def _prompt_text(output: RequestOutput, decode: Decode | None) -> str:
+    if output.prompt is not None:
+        return output.prompt
+    return decode(output.prompt_token_ids) if decode is not None else ""
+
+
+def _logprobs(
+    token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob] | None], decode: Decode | None
+) -> dict[str, list[Any]]:
+    """OpenAI's four parallel lists. The first prompt token has no log-probability."""
+    tokens, token_logprobs, top_logprobs, offsets = [], [], [], []
+    offset = 0
+    for token_id, candidates in zip(token_ids, logprobs, strict=True):
+        if candidates is None:
+            token = decode([token_id]) if decode is not None else f"token_id:{token_id}"
+        else:
+            token = _token_text(token_id, candidates[token_id])
+        tokens.append(token)
+        token_logprobs.append(None if candidates is None else rounded(candidates[token_id].logprob))
+        top_logprobs.append(
+            None if candidates is None else {_token_text(i, c): rounded(c.logprob) for i, c in candidates.items()}
+        )
+        offsets.append(offset)
+        offset += len(token)
+    return {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs, "text_offset": offsets}
+
+
+def _token_text(token_id: int, candidate: Logprob) -> str:
+    return candidate.decoded_token if candidate.decoded_token is not None else f"token_id:{token_id}"
+
+
+def rounded(logprob: float) -> float:
+    """Float32 has seven digits; more would only make rows longer. JSON has no -inf."""
+    return max(round(logprob, 6), LOWEST_LOGPROB)

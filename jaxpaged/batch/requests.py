@@ -1,0 +1,148 @@
+"""What one input line asks for, with the fingerprint by which a later run recognises its result.
+
+A fingerprint covers all that decides a result: the line's number, id, prompts, parameters and seed, and the model.
+It does not cover what must not change a result (page size, pool, batch limits), so a run may go on on another machine.
+An error's fingerprint covers every option: a failed line is tried again as soon as the line or any option changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxpaged.sampling_params import SamplingParams
+
+Prompt = str | list[int]
+
+#: What a line may set. Logits processors are functions, which JSON cannot hold.
+PARAMETER_NAMES = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name != "logits_processors")
+
+SAMPLE_BYTES = 4096  # read at the start, middle and end of every model file
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """What the command line says about every line.
+
+    Attributes:
+        params: sampling parameters of lines that do not give their own.
+        seed: lines without a seed get one made of this and their number, so results do not depend on the order of work.
+        identity: digest of the model and of the options that decide results.
+        options: all options in words; part of the fingerprint of errors only.
+    """
+
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    identity: str = ""
+    options: str = ""
+
+
+@dataclass(frozen=True)
+class OpenAIOptions:
+    """What an OpenAI line asks for besides sampling; its `id` is the `custom_id`."""
+
+    model: str | None
+    echo: bool
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """One valid input line: a prompt, or in an OpenAI line a list of them, each with its own seed."""
+
+    index: int  # of the input line, from 0, blank lines counted
+    id: str | int
+    prompts: list[Prompt]
+    params: list[SamplingParams]  # one a prompt
+    openai: OpenAIOptions | None
+    fingerprint: str
+    error_fingerprint: str  # of this line's row if the model refuses it
+
+    @property
+    def is_openai(self) -> bool:
+        return self.openai is not None
+
+
+@dataclass(frozen=True)
+class InvalidLine:
+    """One input line that cannot run, and why."""
+
+    index: int
+    id: str | int | None  # None: the line gives none that can be read
+    reason: str
+    is_openai: bool
+    error_fingerprint: str
+
+
+def make_request(
+    index: int,
+    request_id: str | int,
+    prompts: list[Prompt],
+    values: Mapping[str, Any],
+    context: BatchContext,
+    openai: OpenAIOptions | None = None,
+) -> BatchRequest:
+    """Check the parameters (`ValueError` names the bad one), fill in seeds, take the fingerprint."""
+    params = []
+    for part in range(len(prompts)):
+        merged = {**context.params, **values}
+        if merged.get("seed") is None:
+            merged["seed"] = derived_seed(context.seed, index, part)
+        params.append(SamplingParams(**merged))
+    content = [index, request_id, prompts, [_changed_fields(p) for p in params], context.identity]
+    if openai is not None:
+        content.append(dataclasses.asdict(openai))
+    fingerprint = digest(content)
+    return BatchRequest(index, request_id, prompts, params, openai, fingerprint, digest([fingerprint, context.options]))
+
+
+def derived_seed(seed: int, index: int, part: int = 0) -> int:
+    """48 bits, so that every JSON reader keeps them exactly."""
+    return int(digest(["seed", seed, index, part])[:12], 16)
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _changed_fields(params: SamplingParams) -> dict[str, Any]:
+    """Only what differs from the default, so that a parameter which a later version adds leaves old results valid."""
+    fields = {f.name: (getattr(params, f.name), f.default) for f in dataclasses.fields(params)}
+    return {name: value for name, (value, default) in fields.items() if value != default}
+
+
+def model_identity(path: str | Path) -> str:
+    """A digest of a checkpoint or tokenizer that costs milliseconds: names, sizes and a few kilobytes of every file.
+
+    Training changes nearly every weight, so a fine-tuned copy with the same names and sizes differs in the samples.
+    """
+    root = Path(path)
+    if root.is_file():
+        return _sampled_digest(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} does not exist: give the directory of a checkpoint")
+    files = sorted(file for file in root.rglob("*") if file.is_file() and _belongs_to_model(file.relative_to(root)))
+    return digest([[str(file.relative_to(root)), _sampled_digest(file)] for file in files])
+
+
+def _belongs_to_model(path: Path) -> bool:
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return not is_hidden and path.suffix not in (
+        ".md",
+        ".jsonl",
+        ".log",
+    )
+
+
+def _sampled_digest(path: Path) -> str:
+    size = path.stat().st_size
+    hashed = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            file.seek(offset)
+            hashed.update(file.read(SAMPLE_BYTES))
+    return hashed.hexdigest()

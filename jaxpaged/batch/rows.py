@@ -1,0 +1,88 @@
+"""Outputs -> the JSON rows that are written.
+
+A row holds nothing that depends on the clock or on what ran beside it, so a resumed run writes the same rows as an
+undisturbed one: no times, no page counts, and log-probabilities only where they are asked for. (Their last digits do
+depend on which requests shared a step: floating-point sums of another batch size go in another order.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpaged.batch.openai import Decode, completion_body, rounded
+from jaxpaged.batch.requests import BatchRequest, InvalidLine
+from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxpaged.sampling_params import SamplingParams
+
+#: What every row begins with, in bytes: how a row that was cut off is told from somebody else's file.
+ROW_START = b'{"id": '
+
+
+def result_row(request: BatchRequest, outputs: Sequence[RequestOutput], decode: Decode | None) -> dict[str, Any]:
+    """The row of a finished line; `outputs` has one entry a prompt of the request, in its order."""
+    if request.is_openai:
+        response = {
+            "status_code": 200,
+            "request_id": f"req_{request.fingerprint}",
+            "body": completion_body(request, outputs, decode),
+        }
+        return _openai_row(request, request.fingerprint, response, error=None)
+    (output,), (params,), (prompt,) = outputs, request.params, request.prompts
+    row: dict[str, Any] = {"id": request.id, "index": request.index, "prompt": output.prompt}
+    if not isinstance(prompt, str):
+        row["prompt_token_ids"] = output.prompt_token_ids
+    row["num_prompt_tokens"] = len(output.prompt_token_ids)
+    row["outputs"] = [_sample(sample, params) for sample in output.outputs]
+    if output.prompt_logprobs is not None:
+        row["prompt_logprobs"] = [_candidates(candidates) for candidates in output.prompt_logprobs]
+    return {**row, "seed": params.seed, "fingerprint": request.fingerprint}
+
+
+def error_row(line: BatchRequest | InvalidLine, reason: str) -> dict[str, Any]:
+    message = f"line {line.index + 1}: {reason}"
+    if line.is_openai:
+        error = {"code": "invalid_request", "message": message}
+        row = _openai_row(line, line.error_fingerprint, response=None, error=error)
+        return {**row, "line": line.index + 1}
+    return {
+        "id": str(line.index) if line.id is None else line.id,
+        "index": line.index,
+        "line": line.index + 1,
+        "error": {"message": message},
+        "fingerprint": line.error_fingerprint,
+    }
+
+
+def _openai_row(line: BatchRequest | InvalidLine, fingerprint: str, response: Any, error: Any) -> dict[str, Any]:
+    return {
+        "id": f"batch_req_{fingerprint}",
+        "custom_id": line.id,
+        "response": response,
+        "error": error,
+        "index": line.index,
+        "fingerprint": fingerprint,
+    }
+
+
+def _sample(sample: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "index": sample.index,
+        "text": sample.text,
+        "token_ids": list(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "stop_reason": sample.stop_reason,
+    }
+    if params.logprobs is not None:
+        row["cumulative_logprob"] = rounded(sample.cumulative_logprob)
+        row["logprobs"] = [_candidates(candidates) for candidates in sample.logprobs or []]
+    return row
+
+
+def _candidates(candidates: dict[int, Logprob] | None) -> list[dict[str, Any]] | None:
+    if candidates is None:  # the first prompt token
+        return None
+    return [
+        {"token_id": token_id, "token": c.decoded_token, "logprob": rounded(c.logprob), "rank": c.rank}
+        for token_id, c in candidates.items()
+    ]

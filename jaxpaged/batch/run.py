@@ -1,0 +1,56 @@
+"""Requests through an LLM to rows, each written as soon as its line is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from jaxpaged.batch.requests import BatchRequest
+from jaxpaged.outputs import RequestOutput
+from jaxpaged.sampling_params import SamplingParams
+
+
+class GeneratingLLM(Protocol):
+    """What a batch needs of `jaxpaged.LLM`."""
+
+    def check_request(self, prompt: Any, params: SamplingParams) -> None: ...
+
+    def generate_iter(
+        self, prompts: Any, sampling_params: Any, *, request_ids: list[str] | None = None
+    ) -> Iterator[RequestOutput]: ...
+
+
+def check_requests(
+    llm: GeneratingLLM, requests: Sequence[BatchRequest]
+) -> tuple[list[BatchRequest], list[tuple[BatchRequest, str]]]:
+    """The requests that this model and pool can run, and those that they cannot, with the reason."""
+    accepted, refused = [], []
+    for request in requests:
+        try:
+            for prompt, params in zip(request.prompts, request.params, strict=True):
+                llm.check_request(prompt, params)
+        except ValueError as error:
+            refused.append((request, str(error)))
+        else:
+            accepted.append(request)
+    return accepted, refused
+
+
+def run_batch(
+    llm: GeneratingLLM,
+    requests: Sequence[BatchRequest],
+    on_finished: Callable[[BatchRequest, list[RequestOutput]], None],
+) -> None:
+    """Run checked requests together; `on_finished` gets each as it ends, with one output a prompt, in prompt order."""
+    owner = {f"{r.index}.{part}": (r, part) for r in requests for part in range(len(r.prompts))}
+    prompts = [prompt for r in requests for prompt in r.prompts]
+    params = [p for r in requests for p in r.params]
+    outputs: dict[int, dict[int, RequestOutput]] = {r.index: {} for r in requests}
+    for output in llm.generate_iter(prompts, params, request_ids=list(owner)):
+        request, part = owner[output.request_id]
+        finished = outputs[request.index]
+        finished[part] = output
+        if len(finished) == len(request.prompts):
+            on_finished(request, [finished[p] for p in range(len(finished))])
+            del outputs[request.index]
+    assert not outputs, f"lines without a result: {sorted(outputs)}"

@@ -1,0 +1,136 @@
+"""The command `jaxpaged`: `generate` runs prompts or batch files, `info` and `convert` look at and rewrite checkpoints.
+
+Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
+one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jaxpaged
+from jaxpaged.batch import WriteError
+from jaxpaged.batch.parse import FORMATS
+from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, add_flags
+from jaxpaged.generate_command import UsageError, generate, reason
+
+INTERRUPTED = 130
+READER_GONE = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is there for those who ask for it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = None) -> int:
+    """`make_llm` takes the place of `jaxpaged.LLM`."""
+    try:
+        args = make_parser().parse_args(argv)
+        if args.verbose:
+            logging.basicConfig(level=logging.WARNING)
+            logging.getLogger("jaxpaged").setLevel(logging.INFO)
+        return args.run(args, make_llm or _make_llm)
+    except UsageError as error:
+        print(f"jaxpaged: {error}", file=sys.stderr)
+        return 2
+    except WriteError as error:
+        print(f"jaxpaged: {error}; mend that and give the same command again to go on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("jaxpaged: interrupted; with --output, the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What Python still buffers for this pipe must not fail a second time when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="jaxpaged", description="Language-model generation over a paged KV cache.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"jaxpaged {jaxpaged.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    _add_generate(commands)
+    info = _add_command(commands, "info", _info, "say what a checkpoint holds, without loading its weights")
+    info.add_argument("path", metavar="PATH", help="checkpoint directory")
+    convert = _add_command(commands, "convert", _convert, "rewrite a Hugging Face checkpoint in the native format")
+    convert.add_argument("source", metavar="SRC", help="checkpoint directory, native or Hugging Face")
+    convert.add_argument("destination", metavar="DST", help="directory that does not exist yet")
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[..., int], summary: str, **options: Any) -> Parser:
+    command = commands.add_parser(name, help=summary, allow_abbrev=False, **options)
+    command.add_argument("-v", "--verbose", action="store_true", help="say on standard error what was chosen")
+    command.set_defaults(run=run)
+    return command
+
+
+GENERATE_EPILOG = """\
+input files, told apart by their first line: plain text, one prompt a line; JSON, one object a line, either
+  {"prompt": "..."} or {"prompt_token_ids": [...]}, with "id" and any sampling parameter, or an OpenAI batch line
+  {"custom_id": "...", "method": "POST", "url": "/v1/completions", "body": {"prompt": "...", ...}}
+  Flags are the defaults of lines that do not say otherwise.
+
+A run that was stopped, at any moment and in any way, goes on when the same command is given again.
+"""
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add_command(
+        commands, "generate", generate, "complete prompts",
+        epilog=GENERATE_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for more")
+    source.add_argument("--input", metavar="FILE", help="a file of prompts, '-' for standard input")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input (default auto)")
+    parser.add_argument("--output", metavar="FILE", default="-", help="rows of JSON (default '-': standard output)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where the output has results already")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N",
+        help="of lines without a seed of their own, each of which gets one made of N and its line number (default 0)",
+    )  # fmt: skip
+    add_flags(parser, "sampling", SAMPLING_FLAGS)
+    add_flags(parser, "model and memory", MODEL_FLAGS)
+
+
+def _make_llm(**options: Any) -> Any:
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        # The process is ours alone: --memory-utilization is of this share of a GPU, by XLA's default of three quarters.
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    from jaxpaged.llm import LLM  # imports jax: seconds that --help and a mistyped flag need not cost
+
+    return LLM(**options)
+
+
+def _info(args: argparse.Namespace, _make_llm: object) -> int:
+    from jaxpaged.checkpoint import describe_checkpoint
+
+    try:
+        print(describe_checkpoint(args.path))
+    except (ValueError, OSError) as error:
+        raise UsageError(reason(error)) from error
+    return 0
+
+
+def _convert(args: argparse.Namespace, _make_llm: object) -> int:
+    from jaxpaged.checkpoint import convert_checkpoint
+
+    try:
+        convert_checkpoint(args.source, args.destination)
+    except (ValueError, OSError) as error:
+        raise UsageError(reason(error)) from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

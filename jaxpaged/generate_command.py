@@ -1,0 +1,173 @@
+"""`jaxpaged generate`: reads the input, takes up an earlier run's output, and runs what is left.
+
+Whatever can be refused is refused before the model is loaded, which may take minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxpaged.batch import (
+    BatchContext,
+    BatchRequest,
+    InvalidLine,
+    ResultStream,
+    check_requests,
+    error_row,
+    make_request,
+    model_identity,
+    open_result_file,
+    parse_batch,
+    result_row,
+    run_batch,
+)
+from jaxpaged.batch.json_values import check_encodable
+from jaxpaged.batch.requests import digest
+from jaxpaged.batch.resume import EarlierRun
+from jaxpaged.cli_options import MODEL_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
+from jaxpaged.outputs import RequestOutput
+from jaxpaged.progress import ProgressBar
+from jaxpaged.sampling_params import SamplingParams
+
+STDOUT = 1
+
+
+class UsageError(Exception):
+    """The command cannot run as given; the text is what the user reads."""
+
+
+@contextmanager
+def usage_errors(what: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
+    """Turn errors of the user's input into the one line that `main` prints."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except kinds as error:
+        raise UsageError(what + reason(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(str(error).split())
+
+
+def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+    lines = _lines(args, _context(args))
+    results, earlier = _open_output(args, lines)
+    if earlier.done:
+        print(f"jaxpaged: {args.output} has {len(earlier.done)} of {len(lines)} lines already", file=sys.stderr)
+    left = [line for line in lines if line.index not in earlier.done]
+    invalid = [line for line in left if isinstance(line, InvalidLine)]
+    requests = [line for line in left if isinstance(line, BatchRequest)]
+    try:
+        for line in invalid:
+            results.write(error_row(line, line.reason))
+        refused = _run(args, requests, results, len(earlier.done) + len(invalid), make_llm) if requests else []
+    finally:
+        results.close()
+    failed = earlier.failed | {line.index for line in (*invalid, *refused)}
+    if failed:
+        _report_failed(args.output, failed, len(lines))
+    return 1 if failed else 0
+
+
+def _context(args: argparse.Namespace) -> BatchContext:
+    params, options = given(args, SAMPLING_FLAGS), given(args, MODEL_FLAGS)
+    with usage_errors():
+        SamplingParams(**params)
+        models = [model_identity(args.model)]
+        if "tokenizer" in options:
+            models.append(model_identity(options["tokenizer"]))
+    deciding = {name: options[name] for name in RESULT_OPTIONS if name in options}
+    identity = digest([models, deciding, args.seed])
+    return BatchContext(params, args.seed, identity, options=repr((identity, sorted(options.items()))))
+
+
+def _lines(args: argparse.Namespace, context: BatchContext) -> Sequence[BatchRequest | InvalidLine]:
+    if args.prompt is not None:
+        with usage_errors("--prompt: "):
+            for prompt in args.prompt:  # bytes of the command line that are no UTF-8 arrive as such characters
+                check_encodable(prompt, "the text")
+            return [make_request(i, str(i), [prompt], {}, context) for i, prompt in enumerate(args.prompt)]
+    with usage_errors("cannot read the input: ", (OSError,)):
+        data = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
+    with usage_errors(f"{args.input}: "):
+        lines = parse_batch(data, context, args.format)
+    if not lines:
+        print(f"jaxpaged: {args.input} has no prompts", file=sys.stderr)
+    return lines
+
+
+def _open_output(
+    args: argparse.Namespace, lines: Sequence[BatchRequest | InvalidLine]
+) -> tuple[ResultStream, EarlierRun]:
+    if args.output == "-":
+        return ResultStream(STDOUT), EarlierRun()
+    path = Path(args.output)
+    with usage_errors("cannot write the output: "):
+        if args.input not in (None, "-") and path.exists() and path.samefile(args.input):
+            raise ValueError(f"{path} is also the input: choose another --output")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is not a directory: create it, or choose another --output")
+        return open_result_file(path, lines, args.overwrite)
+
+
+def _run(
+    args: argparse.Namespace,
+    requests: list[BatchRequest],
+    results: ResultStream,
+    num_done: int,
+    make_llm: Callable[..., Any],
+) -> list[BatchRequest]:
+    """Run what is left; returns the requests that the model refused."""
+    with usage_errors(
+        kinds=(ValueError, OSError, RuntimeError)
+    ):  # RuntimeError: what jax raises without memory or device
+        llm = make_llm(model=args.model, seed=args.seed, **given(args, MODEL_FLAGS))
+    accepted, refused = check_requests(llm, requests)
+    for request, why in refused:
+        if args.prompt is not None:
+            raise UsageError(f"prompt {request.index + 1}: {why}")
+        results.write(error_row(request, why))
+
+    on_terminal = args.output == "-" and sys.stdout.isatty()
+    is_readable = on_terminal and args.prompt is not None
+    decode = None if llm.tokenizer is None else llm.tokenizer.decode
+    num_finished = 0
+
+    def on_finished(request: BatchRequest, outputs: list[RequestOutput]) -> None:
+        nonlocal num_finished
+        num_finished += 1
+        if is_readable:
+            _print(outputs[0])
+        else:
+            results.write(result_row(request, outputs, decode))
+        stats = llm.last_run
+        bar.update(num_finished, stats.num_generated_tokens, stats.tokens_per_second, stats.pool_used)
+
+    with ProgressBar(num_done + len(requests), num_done + len(refused), enabled=not on_terminal) as bar:
+        run_batch(llm, accepted, on_finished)
+    return [request for request, _ in refused]
+
+
+def _print(output: RequestOutput) -> None:
+    print(f"> {output.prompt}")
+    for sample in output.outputs:
+        number = f"[{sample.index + 1}] " if len(output.outputs) > 1 else ""
+        print(f"{number}{sample.text or sample.token_ids}")
+    print(flush=True)
+
+
+def _report_failed(output: str, failed: set[int], num_lines: int) -> None:
+    numbers = [str(index + 1) for index in sorted(failed)]
+    shown = ", ".join(numbers[:5]) + (", ..." if len(numbers) > 5 else "")
+    where = "on standard output" if output == "-" else f"in {output}"
+    print(f"jaxpaged: {len(numbers)} of {num_lines} lines failed: {shown}; the reasons are {where}", file=sys.stderr)

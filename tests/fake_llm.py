@@ -1,0 +1,78 @@
+"""A stand-in for `LLM` in the tests of the command: outputs are a function of (prompt, seed, sample) alone, as the real
+one's are, and requests finish in another order than they came.
+
+    python tests/fake_llm.py generate MODEL ...     the command with the fake; FAKE_DELAY seconds before each result
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+
+MAX_MODEL_LEN = 200
+CHARACTERS = 'abcdefghij klmnopqrstuvwxyzäß€\n"\\ '
+
+
+class FakeTokenizer:
+    """One token a Unicode character."""
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(c) for c in text]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return "".join(chr(i) for i in token_ids)
+
+
+class FakeLLM:
+    def __init__(self, model, seed=0, num_pages=None, **options):
+        self.tokenizer = FakeTokenizer()
+        self.max_len = MAX_MODEL_LEN if num_pages is None else num_pages
+        self.delay = float(os.environ.get("FAKE_DELAY", "0"))
+        self.last_run = SimpleNamespace(num_generated_tokens=0, tokens_per_second=0.0, pool_used=0.5)
+        self.served = []  # request ids, in the order of their results
+
+    def check_request(self, prompt, params):
+        num_tokens = len(prompt)
+        if not 1 <= num_tokens < self.max_len:
+            raise ValueError(f"prompt of {num_tokens} tokens; 1 to {self.max_len - 1} are possible")
+
+    def generate_iter(self, prompts, sampling_params, request_ids=None):
+        requests = list(zip(request_ids, prompts, sampling_params, strict=True))
+        for request_id, prompt, params in sorted(requests, key=lambda r: hashlib.md5(r[0].encode()).digest()):
+            if self.delay:
+                time.sleep(self.delay)
+            self.served.append(request_id)
+            yield self._output(request_id, prompt, params)
+
+    def _output(self, request_id, prompt, params):
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        samples = [self._sample(ids, params, i) for i in range(params.n)]
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = [None, *(self._logprobs(i) for i in ids[1:])]
+        return RequestOutput(
+            request_id, prompt if isinstance(prompt, str) else None, ids, prompt_logprobs, samples, True,
+            RequestMetrics(0.0, 0.0, 0.0, time.time()), KVUsage(1, 1, 0, 0, 0, 0),
+        )  # fmt: skip
+
+    def _sample(self, ids, params, index):
+        count = min(params.max_tokens, MAX_MODEL_LEN)
+        seed = 0 if params.is_greedy else params.seed
+        digest = hashlib.shake_128(repr((ids, seed, index)).encode()).digest(count)
+        token_ids = [ord(CHARACTERS[b % len(CHARACTERS)]) for b in digest]
+        logprobs = None if params.logprobs is None else [self._logprobs(i) for i in token_ids]
+        return CompletionOutput(index, self.tokenizer.decode(token_ids), token_ids, -0.5, logprobs, "length", None)
+
+    def _logprobs(self, token_id):
+        return {token_id: Logprob(-0.25, 2, chr(token_id)), 33: Logprob(-0.1, 1, "!")}
+
+
+if __name__ == "__main__":
+    from jaxpaged.cli import main
+
+    sys.exit(main(make_llm=FakeLLM))
