@@ -1,0 +1,59 @@
+# Set-up, demo and tests of jaxpaged. Needs python3 (3.11 to 3.13), make and a package index.
+
+VENV = .venv
+# The interpreter that makes the environment; empty: the newest of the three versions that runs.
+PYTHON =
+# More requirements for pip, such as "jax==0.10.2".
+REQUIRE =
+# More arguments for pytest, such as "-k scheduler".
+ARGS =
+
+BIN = $(VENV)/bin
+# A worker a core, a file a worker: what a file compiles is compiled once.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+ASKED_FOR = $(VENV)/.asked-for
+INSTALLED = $(VENV)/.installed
+
+.PHONY: help venv demo test test-short test-slow lint clean FORCE
+
+help:
+	@echo 'make demo         complete a few prompts with the bundled checkpoint'
+	@echo 'make test         lint, types and all tests'
+	@echo 'make test-short   the tests without those marked slow'
+	@echo 'make test-slow    the slow ones alone'
+	@echo 'make lint         ruff and pyright'
+	@echo 'make venv         only the environment: PYTHON=$(PYTHON) VENV=$(VENV) REQUIRE=$(REQUIRE)'
+	@echo 'make clean        remove the environment and what tools left behind'
+
+venv: $(INSTALLED)
+
+# Changes only when another interpreter or other requirements are asked for, and the environment must then be made anew.
+$(ASKED_FOR): FORCE
+	@mkdir -p $(VENV)
+	@echo '$(PYTHON) $(REQUIRE)' | cmp -s - $@ || echo '$(PYTHON) $(REQUIRE)' >$@
+
+$(INSTALLED): pyproject.toml $(ASKED_FOR)
+	python=$(or $(PYTHON),$$(sh scripts/find_python.sh)) && "$$python" -m venv --clear $(VENV)
+	@echo '$(PYTHON) $(REQUIRE)' >$(ASKED_FOR)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(REQUIRE)
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(PYTEST) $(ARGS)
+
+test-short: $(INSTALLED)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

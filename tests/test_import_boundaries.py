@@ -1,0 +1,113 @@
+"""Who may import whom: the two sides meet in engine.py only, and the kernels stand alone (docs say why)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ABOVE_ENGINE = ("jaxpaged.llm", "jaxpaged.cli", "jaxpaged.cli_options", "jaxpaged.generate_command", "jaxpaged.batch")
+ABOVE_STEPS = ("jaxpaged.engine", "jaxpaged.loading", *ABOVE_ENGINE)
+DEVICE_STACK = ("jax", "jaxlib", "flax", "orbax", "jaxpaged.device", "pallas_kernels")
+
+#: module prefix -> what neither it nor anything below it may import. The longest matching prefix alone counts.
+FORBIDDEN = {
+    "jaxpaged.host": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.device": ("jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.checkpoint": ("jaxpaged.host", *ABOVE_STEPS),
+    "jaxpaged.config": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.step_io": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.sampling_params": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.outputs": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.tokenizer": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.progress": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.batch": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
+    "jaxpaged.engine": ("jaxpaged.checkpoint", *ABOVE_ENGINE),
+    "jaxpaged.llm": ("jaxpaged.device", "jaxpaged.cli", "jaxpaged.generate_command", "jaxpaged.batch"),
+    "jaxpaged": ("scripts", "tests"),
+    "pallas_kernels": ("jaxpaged", "flax", "scripts", "tests"),
+}
+SIDES = ("jaxpaged.host", "jaxpaged.device")
+THE_DOOR = "jaxpaged.engine"
+
+
+def source_modules() -> dict[str, str]:
+    """Dotted name -> source of every module of the two packages."""
+    files = [file for package in ("jaxpaged", "pallas_kernels") for file in (ROOT / package).rglob("*.py")]
+    return {_module_name(file): file.read_text() for file in files}
+
+
+def _module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(module: str, source: str) -> Iterator[str]:
+    """Every name that the source imports, in functions too; `from a import b` gives a.b, which names a or a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute, so that this test can read them"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def violations(modules: dict[str, str]) -> list[str]:
+    found = []
+    for module, source in modules.items():
+        imported = set(imports(module, source))
+        rule = max((prefix for prefix in FORBIDDEN if is_below(module, prefix)), key=len)
+        for name in sorted(imported):
+            if any(is_below(name, prefix) for prefix in FORBIDDEN[rule]):
+                found.append(f"{module} imports {name}")
+        sides = [side for side in SIDES if any(is_below(name, side) for name in imported)]
+        if len(sides) > 1 and module != THE_DOOR:
+            found.append(f"{module} imports both sides")
+    return found
+
+
+def test_no_module_imports_what_it_must_not():
+    assert violations(source_modules()) == []
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("jaxpaged.host.scheduler", "import jax.numpy as jnp"),
+        ("jaxpaged.host.scheduler", "def f():\n    from jaxpaged.device import steps"),
+        ("jaxpaged.host.scheduler", "from jaxpaged import engine"),
+        ("jaxpaged.device.cache", "from jaxpaged.host.sequence import Sequence"),
+        ("jaxpaged.step_io", "import jax"),
+        ("jaxpaged.config", "from jax import Array"),
+        ("jaxpaged.engine", "import jaxpaged.llm"),
+        ("jaxpaged.batch.run", "from jaxpaged.llm import LLM"),
+        ("jaxpaged.loading", "import jaxpaged.host.scheduler\nimport jaxpaged.device.steps"),
+        ("pallas_kernels.paged_decode", "from jaxpaged.step_io import NULL_PAGE"),
+    ],
+)
+def test_a_planted_violation_is_found(module, source):
+    assert len(violations({module: source})) == 1
+
+
+def test_what_is_allowed_is_not_reported():
+    allowed = {
+        "jaxpaged.engine": "from jaxpaged.device import steps\nfrom jaxpaged.host.scheduler import Scheduler",
+        "jaxpaged.checkpoint.native": "from jaxpaged.device.params import param_shapes\nimport orbax.checkpoint",
+        "jaxpaged.host.batching": "import numpy\nfrom jaxpaged.step_io import NULL_PAGE",
+        "jaxpaged.hostile": "import jax",  # a prefix is of names, not of letters
+    }
+    assert violations(allowed) == []
+
+
+def test_every_rule_is_about_modules_that_exist():
+    modules = source_modules()
+    for prefix in FORBIDDEN:
+        assert any(is_below(module, prefix) for module in modules), prefix
