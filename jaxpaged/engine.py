@@ -67,7 +67,6 @@ class Engine:
                 finished = self.step()
                 stats.compilations = steps.num_compiled() - compiled_before
                 stats.recomputed_tokens += sum(group.recomputed_tokens for group in finished)
-                stats.seconds["total"] = time.perf_counter() - self._began
                 yield from finished
         finally:
             self.scheduler = Scheduler(self.cache_config, self.limits)

@@ -51,6 +51,8 @@ class JsonTokenizer:
 
     def __init__(self, path: Path):
         self._model = tokenizers.Tokenizer.from_file(str(path))
+        self._model.no_truncation()  # some files bring the settings of their training
+        self._model.no_padding()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._model.encode(text, add_special_tokens=add_special_tokens).ids

@@ -25,7 +25,7 @@ class RunStats:
     recomputed_tokens: int = 0
     page_copies: int = 0
     compilations: int = 0  # programs compiled during the run
-    #: "schedule": deciding; "device": until the step's results are on the host; "host": the rest; "total": all.
+    #: "schedule": deciding; "device": until the step's results are on the host; "host": the rest; "total": their sum.
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total"), 0.0)
     )
@@ -66,7 +66,7 @@ class RunStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens per second of the whole run."""
+        """Generated tokens per second of the engine's time: what the caller does between results does not count."""
         return self.num_generated_tokens / self.seconds["total"] if self.seconds["total"] else 0.0
 
     @property
@@ -96,3 +96,4 @@ class RunStats:
         self.seconds["schedule"] += schedule
         self.seconds["device"] += device
         self.seconds["host"] += step - schedule - device
+        self.seconds["total"] += step
