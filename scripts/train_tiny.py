@@ -30,6 +30,7 @@ import sysconfig
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def mean_loss(params: Params, config: ModelConfig, windows: jax.Array, dtype: st
 def make_optimizer() -> optax.GradientTransformation:
     """Muon for the layers' matrices, AdamW for embedding and norms; both at rate 1, which `train_step` scales."""
 
-    def uses_muon(params: Params):
+    def uses_muon(params: Any) -> Any:
         layers = jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers() if x.ndim == 2 else None, params["layers"])
         return {**jax.tree.map(lambda _: None, params), "layers": layers}
 

@@ -71,7 +71,7 @@ def _embed(params: Params, config: ModelConfig, tokens: Array, positions: Array)
     return x
 
 
-def _block(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache: Cache, attend: Attend):
+def _block(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
     """One attention and one feed-forward block, each with its residual; the three norm placements differ only here."""
     before = config.norm_placement != "post"
     h = _norm(weights["attention_norm"], config, x) if before else x
@@ -90,7 +90,7 @@ def _block(weights: Params, config: ModelConfig, layer: int, x: Array, positions
 
 
 def _attention(
-    weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache: Cache, attend: Attend
+    weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend
 ):
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _linear(weights["qkv"], x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
