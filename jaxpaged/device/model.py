@@ -89,9 +89,7 @@ def _block(weights: Params, config: ModelConfig, layer: int, x: Array, positions
     return (x if before else _norm(weights["mlp_norm"], config, x)), cache
 
 
-def _attention(
-    weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend
-):
+def _attention(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _linear(weights["qkv"], x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
