@@ -45,7 +45,7 @@ def num_pages_needed(tables: Sequence[BlockTable], counts: Sequence[int], alloca
     for table, count in zip(tables, counts, strict=True):
         pages = table.pages
         needed += -(-(table.num_slots + count) // size) - len(pages)
-        if count and table.num_slots % size and allocator.ref_count(pages[-1]) > 1:
+        if table.num_slots % size and count and allocator.ref_count(pages[-1]) > 1:
             writers[pages[-1]] += 1
     # The last holder of a page writes in place, if all holders write.
     return needed + sum(n - (n == allocator.ref_count(page_id)) for page_id, n in writers.items())

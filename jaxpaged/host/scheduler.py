@@ -74,6 +74,7 @@ class Scheduler:
         self.running: list[SequenceGroup] = []  # in order of arrival
         # Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read.
         self._prefilling: deque[tuple[SequenceGroup, Sequence]] = deque()
+        self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
         self._watermark = math.ceil(limits.watermark * cache.num_usable_pages)
 
     @property
@@ -135,20 +136,25 @@ class Scheduler:
             append_slots([sequence.table], [sequence.num_tokens - sequence.num_computed], self.allocator)
             sequence.status = SequenceStatus.RUNNING
             self._prefilling.append((group, sequence))
-        group.pages.record([sequence.table for sequence in group.unfinished])
+        group.record_pages()
         self.running.append(group)
+        self._batch = None
         return True
 
     def _headroom(self, group: SequenceGroup) -> int:
         """Pages to leave free when `group` is admitted, so that it is not preempted at once; none when it is alone."""
         if not self.running:
             return 0
-        tables = [sequence.table for _, sequence in self._decoding()]
+        tables = [sample.sequence.table for sample in self._decoding()]
         next_step = num_pages_needed(tables, [1] * len(tables), self.allocator)
         return self._watermark + next_step + group.num_rows
 
-    def _decoding(self) -> list[tuple[SequenceGroup, Sequence]]:
-        return [(group, sequence) for group in self.running for sequence in group.unfinished]
+    def _decoding(self) -> list[Sample]:
+        """Every running sequence, with its row in a decode step. The same from step to step until one comes or goes."""
+        if self._batch is None:
+            pairs = [(group, sequence) for group in self.running for sequence in group.unfinished]
+            self._batch = [Sample(group, sequence, row) for row, (group, sequence) in enumerate(pairs)]
+        return self._batch
 
     def _plan_prefill(self) -> StepPlan:
         plan = StepPlan(is_prefill=True)
@@ -189,46 +195,44 @@ class Scheduler:
             )  # fmt: skip
             group.sequences.append(sample)
             plan.samples.append(Sample(group, sample, row))
-        group.pages.record([s.table for s in group.sequences])
+        group.record_pages()
+        self._batch = None
 
     # Decode and preemption
 
     def _plan_decode(self) -> StepPlan:
         plan = StepPlan(is_prefill=False)
         while True:
-            decoding = self._decoding()
+            samples = self._decoding()
             try:
-                plan.copies = append_slots([s.table for _, s in decoding], [1] * len(decoding), self.allocator)
+                plan.copies = append_slots([s.sequence.table for s in samples], [1] * len(samples), self.allocator)
                 break
             except OutOfPagesError:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
                 self._preempt(self.running.pop())
                 plan.num_preempted += 1
-        for row, (group, sequence) in enumerate(decoding):
-            computed = sequence.num_computed
-            plan.rows.append(PlanRow(group, sequence, computed, 1))
-            plan.samples.append(Sample(group, sequence, row))
-            sequence.num_computed = computed + 1
-            sequence.num_once_computed = max(sequence.num_once_computed, computed + 1)
-        self._record_pages(plan)
+        plan.samples = samples
+        for group, sequence, _ in samples:
+            start = sequence.num_computed
+            plan.rows.append(PlanRow(group, sequence, start, 1))
+            sequence.num_computed = start + 1
+            if sequence.num_once_computed <= start:
+                sequence.num_once_computed = start + 1
+        if plan.copies:
+            copied_pages = {copy.dst for copy in plan.copies}
+            for group, sequence, _ in samples:
+                group.pages.copied += sequence.table.pages[-1] in copied_pages
         return plan
 
-    def _record_pages(self, plan: StepPlan) -> None:
-        copied_pages = {copy.dst for copy in plan.copies}
-        for group in self.running:
-            tables = [sequence.table for sequence in group.unfinished]
-            num_copied = sum(table.pages[-1] in copied_pages for table in tables) if copied_pages else 0
-            if num_copied or sum([len(table.pages) for table in tables]) != group.pages.logical:
-                group.pages.record(tables)
-                group.pages.copied += num_copied
-
     def _preempt(self, group: SequenceGroup) -> None:
+        group.record_pages()
         for sequence in reversed(group.unfinished):
             release(sequence.table, self.allocator)
             sequence.num_computed = 0
             sequence.status = SequenceStatus.WAITING
         group.num_preemptions += 1
         self.waiting.appendleft(group)
+        self._batch = None
 
     # Learning from a step
 
@@ -240,9 +244,12 @@ class Scheduler:
             sequence.token_ids.append(token_id)
             sequence.cumulative_logprob += logprob
             if apply_stop(group, sequence):
+                group.record_pages()
                 sequence.status = SequenceStatus.FINISHED
                 release(sequence.table, self.allocator)
                 ended.append(group)
+        if ended:
+            self._batch = None
         finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
         if finished:
             self.running = [group for group in self.running if group.unfinished]

@@ -59,20 +59,23 @@ class Sequence:
 
 @dataclass(slots=True)
 class GroupPages:
-    """The most pages that one group ever held; "logical" counts a page once for each table that names it."""
+    """The most pages that one group ever held; "logical" counts a page once for each table that names it.
 
-    logical: int = 0  # now
+    Between two events (a fork, the end of a sample, a preemption) a group's pages only grow and its sharing only
+    shrinks, so recording right after forks and right before releases misses no peak.
+    """
+
     physical_at_peak: int = 0
     logical_at_peak: int = 0
     most_shared: int = 0
     copied: int = 0
 
     def record(self, tables: list[BlockTable]) -> None:
-        self.logical = sum(len(table.pages) for table in tables)
+        logical = sum(len(table.pages) for table in tables)
         physical = len(set().union(*(table.pages for table in tables)))
         if physical >= self.physical_at_peak:
-            self.physical_at_peak, self.logical_at_peak = physical, self.logical
-        self.most_shared = max(self.most_shared, self.logical - physical)
+            self.physical_at_peak, self.logical_at_peak = physical, logical
+        self.most_shared = max(self.most_shared, logical - physical)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +113,9 @@ class SequenceGroup:
     @property
     def unfinished(self) -> list[Sequence]:
         return [s for s in self.sequences if s.status is not SequenceStatus.FINISHED]
+
+    def record_pages(self) -> None:
+        self.pages.record([sequence.table for sequence in self.unfinished])
 
     @property
     def num_rows(self) -> int:

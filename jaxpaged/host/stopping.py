@@ -12,13 +12,15 @@ def apply_stop(group: SequenceGroup, sequence: Sequence) -> bool:
     Nothing but length ends a sample before `min_tokens`.
     """
     token_id = sequence.token_ids[-1]
-    may_stop = sequence.num_generated >= group.params.min_tokens
+    may_stop = len(sequence.token_ids) - sequence.prompt_len >= group.params.min_tokens
     if may_stop and token_id in group.eos_ids:
         sequence.finish_reason = "stop"
     elif may_stop and token_id in group.stop_ids:
         sequence.finish_reason, sequence.stop_reason = "stop", token_id
     elif sequence.stream is not None and (stop := sequence.stream.push(token_id, may_stop=may_stop)) is not None:
         sequence.finish_reason, sequence.stop_reason = "stop", stop
-    elif sequence.num_tokens >= group.max_len:
+    elif len(sequence.token_ids) >= group.max_len:
         sequence.finish_reason = "length"
-    return sequence.finish_reason is not None
+    else:
+        return False
+    return True
