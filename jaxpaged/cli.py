@@ -17,9 +17,8 @@ import jaxpaged
 from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, add_flags
-from jaxpaged.generate_command import UsageError, generate, reason
+from jaxpaged.generate_command import INTERRUPTED, UsageError, generate, reason
 
-INTERRUPTED = 130
 READER_GONE = 141
 
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = No
         print(f"jaxpaged: {error}; mend that and give the same command again to go on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("jaxpaged: interrupted; with --output, the same command goes on from here", file=sys.stderr)
+        print("jaxpaged: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # What Python still buffers for this pipe must not fail a second time when the interpreter exits.

@@ -6,8 +6,10 @@ Whatever can be refused is refused before the model is loaded, which may take mi
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
 from jaxpaged.sampling_params import SamplingParams
 
-STDOUT = 1
+STDOUT, STDERR = 1, 2
+INTERRUPTED = 130
 
 
 class UsageError(Exception):
@@ -70,7 +73,8 @@ def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     try:
         for line in invalid:
             results.write(error_row(line, line.reason))
-        refused = _run(args, requests, results, len(earlier.done) + len(invalid), make_llm) if requests else []
+        with _exit_at_interrupt(args):
+            refused = _run(args, requests, results, len(earlier.done) + len(invalid), make_llm) if requests else []
     finally:
         results.close()
     failed = earlier.failed | {line.index for line in (*invalid, *refused)}
@@ -150,12 +154,32 @@ def _run(
             _print(outputs[0])
         else:
             results.write(result_row(request, outputs, decode))
-        stats = llm.last_run
-        bar.update(num_finished, stats.num_generated_tokens, stats.tokens_per_second, stats.pool_used)
+        bar.update(num_finished)
 
-    with ProgressBar(num_done + len(requests), num_done + len(refused), enabled=not on_terminal) as bar:
+    num_requests, num_settled = num_done + len(requests), num_done + len(refused)
+    with ProgressBar(num_requests, lambda: llm.last_run, num_settled, enabled=not on_terminal) as bar:
         run_batch(llm, accepted, on_finished)
     return [request for request, _ in refused]
+
+
+@contextmanager
+def _exit_at_interrupt(args: argparse.Namespace) -> Iterator[None]:
+    """Control-C ends the process as `kill -9` does, which the output is made for, only with a word and an exit code.
+
+    A KeyboardInterrupt is raised wherever Python happens to be: in a callback of jax it would be printed and forgotten.
+    """
+    remedy = "" if args.output == "-" else "; the same command (without --overwrite) goes on from here"
+    show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress bar hides it
+
+    def handle(_signal_number: int, _frame: object) -> None:
+        os.write(STDERR, f"{show_cursor}jaxpaged: interrupted{remedy}\n".encode())
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _print(output: RequestOutput) -> None:

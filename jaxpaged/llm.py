@@ -97,11 +97,10 @@ class LLM:
         groups = self._make_groups(prompts, sampling_params, None)
         order = {group: i for i, group in enumerate(groups)}
         outputs: list[RequestOutput | None] = [None] * len(groups)
-        with ProgressBar(len(groups), enabled=progress) as bar:
+        with ProgressBar(len(groups), lambda: self.last_run, enabled=progress) as bar:
             for done, (group, output) in enumerate(self._run(groups), start=1):
                 outputs[order[group]] = output
-                stats = self.last_run
-                bar.update(done, stats.num_generated_tokens, stats.tokens_per_second, stats.pool_used)
+                bar.update(done)
         return [output for output in outputs if output is not None]
 
     def generate_iter(
@@ -199,7 +198,7 @@ class LLM:
         if self.tokenizer is None:
             raise ValueError(
                 f"{what} a tokenizer, and {self._directory} has no tokenizer.json or tokenizer.model: "
-                "give token ids, or LLM(tokenizer=...)"
+                "give token ids, or name a tokenizer"
             )
         return self.tokenizer
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class Stats(Protocol):
+    """What the bar reads of a run (host/accounting.py, `RunStats`)."""
+
+    num_generated_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float: ...
+
+    @property
+    def pool_used(self) -> float: ...
 
 
 class ProgressBar:
-    """Requests done, tokens per second and the pool's use, on standard error; use as a context manager."""
+    """Requests done, tokens per second and the pool's use, on standard error; use as a context manager.
 
-    def __init__(self, total_requests: int, done: int = 0, enabled: bool = True):
+    `stats` is asked whenever the bar is drawn anew, so tokens and pool move while long requests run.
+    """
+
+    def __init__(self, total_requests: int, stats: Callable[[], Stats], done: int = 0, enabled: bool = True):
         self._bar: Any = None
         self._done_before = done  # by an earlier run that this one resumes
         if enabled and total_requests > 0 and sys.stderr.isatty():
-            self._bar = _make_bar()
-            self._task = self._bar.add_task("", total=total_requests, completed=done, tokens=0, rate=0.0, pool=0.0)
+            self._bar = _make_bar(stats)
+            self._task = self._bar.add_task("", total=total_requests, completed=done)
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
@@ -25,34 +41,35 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, finished: int, generated_tokens: int, tokens_per_second: float, pool_used_fraction: float) -> None:
-        """`finished` counts this run's requests; `pool_used_fraction` is in [0, 1]."""
+    def update(self, finished: int) -> None:
+        """`finished` counts this run's requests."""
         if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=self._done_before + finished,
-                tokens=generated_tokens,
-                rate=tokens_per_second,
-                pool=pool_used_fraction,
-            )
+            self._bar.update(self._task, completed=self._done_before + finished)
 
 
-def _make_bar() -> Any:
+def _make_bar(stats: Callable[[], Stats]) -> Any:
     from rich.console import Console  # only where a bar is shown: it takes as long to import as `--help` to print
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
-        TextColumn,
+        ProgressColumn,
+        Task,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class RunColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            run = stats()
+            tokens = f"requests  {run.num_generated_tokens:,} tokens  {run.tokens_per_second:,.0f} tokens/s"
+            return Text(f"{tokens}  pool {run.pool_used:.0%}")
 
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("requests  {task.fields[tokens]:,} tokens  {task.fields[rate]:,.0f} tokens/s"),
-        TextColumn("pool {task.fields[pool]:.0%}"),
+        RunColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),

@@ -44,10 +44,16 @@ class FakeLLM:
     def generate_iter(self, prompts, sampling_params, request_ids=None):
         requests = list(zip(request_ids, prompts, sampling_params, strict=True))
         for request_id, prompt, params in sorted(requests, key=lambda r: hashlib.md5(r[0].encode()).digest()):
-            if self.delay:
-                time.sleep(self.delay)
+            self._wait()
             self.served.append(request_id)
             yield self._output(request_id, prompt, params)
+
+    def _wait(self):
+        if self.delay:
+            try:
+                time.sleep(self.delay)
+            except KeyboardInterrupt:
+                pass  # as in a callback of jax: Control-C must end the command all the same
 
     def _output(self, request_id, prompt, params):
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

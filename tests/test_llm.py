@@ -211,7 +211,7 @@ def test_without_a_tokenizer_ids_work_and_text_says_what_is_missing(tmp_path):
     llm = LLM(directory, num_pages=40, max_num_seqs=8, max_num_batched_tokens=64)
     (out,) = llm.generate([5, 6, 7], GREEDY)
     assert out.outputs[0].text == "" and len(out.outputs[0].token_ids) == 8
-    with pytest.raises(ValueError, match="no tokenizer.json or tokenizer.model: give token ids, or LLM"):
+    with pytest.raises(ValueError, match="no tokenizer.json or tokenizer.model: give token ids, or name a tokenizer"):
         llm.generate("abc", GREEDY)
     with pytest.raises(ValueError, match="stop strings and bad_words need a tokenizer"):
         llm.generate([5], SamplingParams(stop="x"))

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 from jaxpaged.progress import ProgressBar
 
@@ -15,8 +16,9 @@ def shown(monkeypatch, stream, **options):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with ProgressBar(8, **options) as bar:
-        bar.update(3, 1200, 345.6, 0.25)
+    run = SimpleNamespace(num_generated_tokens=1200, tokens_per_second=345.6, pool_used=0.25)
+    with ProgressBar(8, lambda: run, **options) as bar:
+        bar.update(3)
     return stream.getvalue()
 
 
