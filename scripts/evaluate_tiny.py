@@ -3,10 +3,10 @@
     python scripts/evaluate_tiny.py checkpoints/tiny-python
     python scripts/evaluate_tiny.py checkpoints/tiny-python --show 12
 
-A prompt is the header of a function in the held-out files (see train_tiny.py for the split). What the model adds is
-cut where the function ends, at the first line that begins in column 0, and counts if `ast` accepts header and body
-together. A body that still goes on after --max-tokens is cut there, so it counts only if it happens to parse. The last
-line of the output is the result as JSON.
+A prompt is the header of a function in the held-out files (see train_tiny.py for the split), with the comments right
+below it if there are any; methods are moved to column 0. What the model adds is cut where the function ends, at the
+first line that begins in column 0, and counts if `ast` accepts header and body together. A body that is longer than
+--max-tokens is cut there, so it counts only if it happens to parse. The last line of the output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -76,20 +76,20 @@ def measure_loss(directory: Path, sources: dict[str, str]) -> dict[str, float]:
     )
 
 
-def sample_functions(args: argparse.Namespace, headers: list[str]) -> tuple[list[str], int]:
-    """-> the functions written, and how many of them were still unfinished after --max-tokens."""
+def sample_functions(args: argparse.Namespace, headers: list[str]) -> list[tuple[str, bool]]:
+    """-> the functions written, and whether each came to its end within --max-tokens."""
     # A seed each: a sample depends on its seed and position alone, so one seed would give every prompt the same noise.
     params = [
         SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed + i)
         for i in range(len(headers))
     ]
-    functions, num_unfinished = [], 0
+    functions = []
     for header, output in zip(headers, LLM(args.model).generate(headers, params), strict=True):
         completion = output.outputs[0]
         body = cut_function(completion.text)
-        functions.append(header + body)
-        num_unfinished += completion.finish_reason == "length" and body.rstrip() == completion.text.rstrip()
-    return functions, num_unfinished
+        finished = completion.finish_reason == "stop" or body.rstrip() != completion.text.rstrip()
+        functions.append((header + body, finished))
+    return functions
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -112,17 +112,18 @@ def main(argv: list[str] | None = None) -> int:
     _, sources = split_sources(find_sources(args.source))
     headers = find_headers(sources)
     headers = random.Random(args.seed).sample(headers, min(args.samples, len(headers)))
-    functions, num_unfinished = sample_functions(args, headers)
-    num_parsed = sum(map(parses, functions))
-    for function in functions[: args.show]:
+    functions = sample_functions(args, headers)
+    for function, _ in functions[: args.show]:
         print(f"# {'parses' if parses(function) else 'does not parse'}\n{function}")
+    num_parsed = sum(parses(function) for function, _ in functions)
     result = dict(
         python=platform.python_version(),
         device=jax.devices()[0].device_kind,
         samples=len(functions),
         parsed=num_parsed,
         parse_share=round(num_parsed / len(functions), 3),
-        unfinished=num_unfinished,
+        finished=sum(finished for _, finished in functions),
+        finished_and_parsed=sum(finished and parses(function) for function, finished in functions),
         temperature=args.temperature,
         top_p=args.top_p,
         max_tokens=args.max_tokens,

@@ -83,7 +83,12 @@ def test_split_depends_on_the_name_alone(train_tiny):
     assert (sorted(train), sorted(held_out)) == (["abc.py", "argparse.py"], ["functools.py", "graphlib.py"])
 
 
-def test_sources_leave_out_tests_and_files_that_are_not_utf8(train_tiny, tmp_path):
+def test_tests_are_learnt_from_and_never_held_out(train_tiny):
+    train, held_out = train_tiny.split_sources({"functools.py": "", "test/functools.py": ""})
+    assert (sorted(train), sorted(held_out)) == (["test/functools.py"], ["functools.py"])
+
+
+def test_sources_leave_out_installed_packages_and_files_that_are_not_utf8(train_tiny, tmp_path):
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "b.py").write_text("b = 1\n")
     (tmp_path / "a.py").write_text("a = 1\n")

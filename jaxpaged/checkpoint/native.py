@@ -40,6 +40,8 @@ def save_checkpoint(directory: Path, config: ModelConfig, params: Params) -> Non
     directory.mkdir(parents=True, exist_ok=True)
     with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(directory / PARAMS_FOLDER, params)
+    # Orbax notes the folder's absolute path here, for object stores; a checkpoint that travels should name no machine.
+    (directory / PARAMS_FOLDER / "commit_success.txt").unlink(missing_ok=True)
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, **config.to_dict()}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
