@@ -12,10 +12,10 @@ HAS_CUDA_PLUGIN = any(importlib.util.find_spec(name) for name in ("jax_cuda12_pl
 # Set before anything imports jax; what the caller sets stands.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Most of the time goes into compiling toy models for the CPU; unoptimised code is as right, and compiled in half of it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if not HAS_CUDA_PLUGIN:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Most of the time goes into compiling toy models; unoptimised code is as right, and compiled in half of it.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
