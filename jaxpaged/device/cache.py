@@ -7,7 +7,8 @@ differs.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, Self
+import dataclasses
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +43,16 @@ class KVCache(Protocol):
         ...
 
 
-class PagedCache(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
     """The page pool: k and v are tuples over layers of [N, S, K, D]."""
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
-        return self._replace(k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
+        return dataclasses.replace(self, k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
 
     def attend(
         self,
@@ -70,23 +73,16 @@ class PagedCache(NamedTuple):
             )  # fmt: skip
 
     def copy_pages(self, src: Array, dst: Array) -> Self:
-        return self._replace(
-            k=tuple(pool.at[dst].set(pool[src]) for pool in self.k),
-            v=tuple(pool.at[dst].set(pool[src]) for pool in self.v),
-        )
+        return jax.tree.map(lambda pool: pool.at[dst].set(pool[src]), self)
 
 
-class DenseCache(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseCache(PagedCache):
     """One row a sequence: k and v are tuples over layers of [rows, max_len, K, D]. Decodes only.
 
     A row's "block table" has the one entry that names it.
     """
-
-    k: tuple[Array, ...]
-    v: tuple[Array, ...]
-
-    def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
-        return self._replace(k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
 
     def attend(
         self,
@@ -113,12 +109,6 @@ class DenseCache(NamedTuple):
         weights = jax.nn.softmax(jnp.where(readable[:, None, None], scores, -1e30), axis=-1)
         out = jnp.einsum("bkgs,bskd->bkgd", weights, v.astype(jnp.float32), precision="highest")
         return out.reshape(q.shape).astype(q.dtype)
-
-    def copy_pages(self, src: Array, dst: Array) -> Self:
-        return self._replace(
-            k=tuple(rows.at[dst].set(rows[src]) for rows in self.k),
-            v=tuple(rows.at[dst].set(rows[src]) for rows in self.v),
-        )
 
 
 def _written(pools: tuple[Array, ...], layer: int, values: Array, slots: Array) -> tuple[Array, ...]:
