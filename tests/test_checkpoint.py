@@ -167,7 +167,7 @@ def test_dummy_needs_only_a_config(tmp_path):
     shutil.copy(GOLDENS / "gemma2" / "config.json", tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     params = load_params(checkpoint, dtype="bfloat16", device=CPU, load_format="dummy", seed=3)
-    assert_equal(params, random_params(checkpoint.config, "bfloat16", 3))
+    assert_equal(params, random_params(checkpoint.config, "bfloat16", 3, CPU))
     assert jax.tree.structure(params) == jax.tree.structure(param_shapes(checkpoint.config, "bfloat16"))
 
 
@@ -232,7 +232,7 @@ def test_convert_writes_nothing_when_the_source_is_broken(tmp_path):
 def test_info_counts_from_the_configuration_alone(tmp_path):
     values = json.loads((GOLDENS / "llama_tied" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values))
-    text = describe_checkpoint(tmp_path)
+    text = describe_checkpoint(tmp_path, CPU)
     facts = {line.split(":")[0]: line.split(":", 1)[1].strip() for line in text.splitlines()}
     assert facts["format"] == "huggingface"
     assert facts["parameters"] == "19,616"

@@ -249,8 +249,10 @@ def test_host_memory_stays_under_two_of_the_largest_tensors(tmp_path):
     largest, total = write_large_llama(tmp_path / "llama")
     assert total > 10 * largest
     load(tmp_path / "llama")  # compiles, which allocates Python objects too
-    assert traced_peak(lambda: load(tmp_path / "llama")) < 2 * largest
-    assert traced_peak(lambda: load(tmp_path / "llama", "bfloat16")) < 2 * largest
+    # The runtime may let go of one tensor's bytes only while the next is read; Python's own objects take a few kB.
+    bound = 2 * largest + (64 << 10)
+    assert traced_peak(lambda: load(tmp_path / "llama")) < bound
+    assert traced_peak(lambda: load(tmp_path / "llama", "bfloat16")) < bound
 
 
 def test_the_memory_test_can_fail(tmp_path):
