@@ -15,7 +15,7 @@ from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.progress import ProgressBar
-from jaxpaged.prompts import Prompt, read_prompts
+from jaxpaged.prompts import Prompt, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation, load_tokenizer
 
@@ -129,8 +129,7 @@ class LLM:
 
     def check_request(self, prompt: Any, params: SamplingParams) -> None:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
-        (read,) = read_prompts([prompt])
-        self._make_group(read, params, "", seed=0)
+        self._make_group(read_prompt(prompt), params, "", seed=0)
 
     def _make_groups(
         self,

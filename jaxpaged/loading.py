@@ -76,9 +76,6 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     cache = CacheConfig(
         options.page_size, _num_pages(options, model, dtype, max_model_len, weight_bytes, device), dtype
     )
-    if options.max_model_len is None and cache.num_usable_tokens < max_model_len:
-        logger.info("max_model_len: %d, all that the pool holds", cache.num_usable_tokens)
-        max_model_len = cache.num_usable_tokens
     limits = EngineConfig(max_model_len, options.max_num_seqs, options.max_num_batched_tokens)
     params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
     return Engine(params, model, cache, limits, kernels, device)

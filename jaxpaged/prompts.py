@@ -20,13 +20,13 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     """
     prompts = _as_list(prompts)
     if isinstance(prompts, str | Mapping) or _are_token_ids(prompts):
-        return [_read_prompt(prompts)]
+        return [read_prompt(prompts)]
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
     read = []
     for i, prompt in enumerate(prompts):
         try:
-            read.append(_read_prompt(prompt))
+            read.append(read_prompt(prompt))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from None
     return read
@@ -46,7 +46,8 @@ def _are_token_ids(value: Any) -> bool:
     )
 
 
-def _read_prompt(prompt: Any) -> Prompt:
+def read_prompt(prompt: Any) -> Prompt:
+    """One prompt in any of its forms."""
     prompt = _as_list(prompt)
     if isinstance(prompt, Mapping):
         keys = set(prompt)

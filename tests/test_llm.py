@@ -219,8 +219,19 @@ def test_without_a_tokenizer_ids_work_and_text_says_what_is_missing(tmp_path):
     assert LLM(directory, tokenizer=tmp_path, num_pages=40, max_num_seqs=8).tokenizer is not None
 
 
-def test_max_model_len_follows_the_pool(directory):
+def test_a_pool_never_shortens_a_request(directory):
+    """What does not fit is refused; capping it would make its tokens depend on the pool."""
     llm = LLM(directory, page_size=4, num_pages=11, max_num_seqs=8, max_num_batched_tokens=64)
-    (out,) = llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
-    assert len(out.outputs[0].token_ids) == 38  # 10 pages of 4
-    np.testing.assert_array_less(llm.last_run.pages_used, 11)
+    with pytest.raises(ValueError, match="prompt of 2 tokens .* up to 254 tokens needs 64 pages of 4 tokens"):
+        llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=None))
+    with pytest.raises(ValueError, match="needs 11 pages of 4 tokens, the pool has 10"):
+        llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=40))
+    (out,) = llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=39, ignore_eos=True))
+    assert len(out.outputs[0].token_ids) == 39  # 40 positions are written: 10 pages of 4
+    assert max(llm.last_run.pages_used) == 10
+
+
+def test_check_request_says_what_generate_would(llm):
+    llm.check_request("abc", GREEDY)
+    with pytest.raises(ValueError, match="^the prompt is empty"):
+        llm.check_request("", GREEDY)
