@@ -73,7 +73,7 @@ MODEL_FLAGS = (
     Flag("max_num_batched_tokens", int, "prompt tokens in one step at most (default 8192)"),
     Flag("attention", str, "pallas, reference or auto (default)"),
     Flag("preemption", str, "how a request gives way when pages run out: recompute or auto (default)"),
-    Flag("swap_space_gib", float, "host memory for swapped pages (default 4)"),
+    Flag("swap_space_gib", float, "host memory for swapped pages (default 4); unused while preemption recomputes"),
 )  # fmt: skip
 
 #: Of MODEL_FLAGS, those that decide what a request's result is; the others decide only how fast it comes.

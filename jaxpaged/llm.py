@@ -238,7 +238,7 @@ class LLM:
             outputs=[self._completion(group, sequence, i) for i, sequence in enumerate(chosen)],
             finished=True,
             metrics=RequestMetrics(
-                group.arrival_time, group.first_scheduled_time, group.first_token_time, group.finished_time
+                0.0, group.first_scheduled_time, group.first_token_time, group.finished_time
             ),
             kv=KVUsage(
                 pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,

@@ -45,7 +45,7 @@ class KVUsage:
 class RequestMetrics:
     """Seconds since the run began."""
 
-    arrival_time: float
+    arrival_time: float  # 0: a run takes all its requests when it begins
     first_scheduled_time: float
     first_token_time: float
     finished_time: float

@@ -65,10 +65,10 @@ class PoolModel:
 def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
     for group in groups:
         scheduler.add(group)
-    device, plans, done = PoolModel(scheduler.cache.page_size), [], {}
+    pool, plans, done = PoolModel(scheduler.cache.page_size), [], {}
     while (plan := scheduler.schedule()) is not None:
         plans.append(plan)
-        for group in scheduler.commit(plan, device.run(plan)):
+        for group in scheduler.commit(plan, pool.run(plan)):
             done[group.request_id] = [sequence.output_ids for sequence in group.sequences]
         scheduler.check_invariants()
         assert len(plans) < 5000, "the scheduler makes no progress"

@@ -96,7 +96,6 @@ class SequenceGroup:
     prompt_logprobs: list[Any] = field(default_factory=list)
     num_preemptions: int = 0
     recomputed_tokens: int = 0
-    arrival_time: float = 0.0
     first_scheduled_time: float = -1.0
     first_token_time: float = -1.0
     finished_time: float = -1.0
