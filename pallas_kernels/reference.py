@@ -10,6 +10,8 @@ masked, and their contents, NaN included, never reach an output).
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -34,17 +36,19 @@ def paged_decode(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
+    k_scales: Array | None = None,
+    v_scales: Array | None = None,
 ) -> Array:
     """One query token a sequence.
 
     q [B, H, D], k_pages and v_pages [N, S, K, D], block_tables i32[B, P], context_lens i32[B] (the query's own position
     included; 0 for a padding row, whose output is 0) -> [B, H, D] in q's dtype. A query reads its `sliding_window` last
-    positions.
+    positions. k_scales and v_scales f32[N or 1, K or 1] multiply what fp8 pages hold.
     """
     tile = DECODE_CONTEXT_TILE.get(jax.default_backend(), 128)
     out = _attend(
         q[:, None], context_lens[:, None] - 1, k_pages, v_pages, block_tables, context_lens,
-        scale, soft_cap, sliding_window, tile,
+        scale, soft_cap, sliding_window, tile, k_scales, v_scales,
     )  # fmt: skip
     return out[:, 0]
 
@@ -87,6 +91,29 @@ def paged_prefill(
     return jax.lax.fori_loop(0, ends[-1], attend_tile, jnp.zeros_like(q))
 
 
+def shared_prefix_decode(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_tables: Array,
+    context_lens: Array,
+    groups: Any,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Array:
+    """`paged_decode` in which a row reads a run of its groups (shared_prefix.py) through the first member's table."""
+    page_size, members = k_pages.shape[1], groups.members.shape[1]
+    pages = jnp.arange(block_tables.shape[1])
+    read = jnp.where(pages * page_size >= groups.own_starts[:, None], block_tables, 0)
+    for parts in groups.parts:
+        group = jnp.maximum(parts, 0) // members
+        first, count = groups.first_pages[group][:, None], groups.num_pages[group][:, None]
+        in_run = (parts >= 0)[:, None] & (pages >= first) & (pages < first + count)
+        read = jnp.where(in_run, block_tables[jnp.maximum(groups.members[group, 0], 0)], read)
+    return paged_decode(q, k_pages, v_pages, read, context_lens, scale=scale, soft_cap=soft_cap)
+
+
 def _attend(
     q: Array,
     positions: Array,
@@ -98,6 +125,8 @@ def _attend(
     soft_cap: float | None,
     sliding_window: int | None,
     context_tile: int,
+    k_scales: Array | None = None,
+    v_scales: Array | None = None,
 ) -> Array:
     """q [B, Q, H, D] at positions i32[B, Q] of their sequences -> [B, Q, H, D]."""
     rows, queries, heads, head_dim = q.shape
@@ -108,8 +137,11 @@ def _attend(
     block_tables = jnp.pad(block_tables, ((0, 0), (0, width - block_tables.shape[1])))
     grouped = q.reshape(rows, queries, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
 
-    def read_tile(pages: Array, table: Array) -> Array:
-        return pages[table].reshape(rows, tile, kv_heads, head_dim).astype(jnp.float32)
+    def read_tile(pages: Array, scales: Array | None, table: Array) -> Array:
+        values = pages[table].astype(jnp.float32)
+        if scales is not None:
+            values = values * (scales[table] if scales.shape[0] > 1 else scales)[..., None, :, None]
+        return values.reshape(rows, tile, kv_heads, head_dim)
 
     def attend_tile(i, state):
         highest, total, out = state
@@ -119,7 +151,7 @@ def _attend(
         readable = exists[:, None] & (keys_at <= positions[:, :, None])  # [B, Q, tile]
         if sliding_window is not None:
             readable &= keys_at > positions[:, :, None] - sliding_window
-        k, v = read_tile(k_pages, table), read_tile(v_pages, table)
+        k, v = read_tile(k_pages, k_scales, table), read_tile(v_pages, v_scales, table)
         v = jnp.where(exists[:, :, None, None], v, 0.0)  # a masked weight of 0 times NaN would be NaN
         scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, precision="highest") * scale
         if soft_cap is not None:

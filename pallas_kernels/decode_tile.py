@@ -1,0 +1,87 @@
+"""How the decode kernel cuts its work for given shapes: which heads go together, how many tiles are in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Shared memory that one program can have (228 KB a multiprocessor, of which 1 KB is reserved).
+SHARED_MEMORY = 227 * 1024
+#: Up to so many columns of query heads share one matrix product.
+MAX_COLUMNS = 32
+#: A ring of more tiles than this gains nothing.
+MAX_STAGES = 6
+#: Batches of so few rows get large tiles.
+FEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """The shape of one program (CTA): a ring of `stages` tiles, each the keys and values of `keys` positions of one KV
+    head; `programs` of them live on a multiprocessor."""
+
+    keys: int = 64
+    stages: int = 3
+    programs: int = 2
+
+    def __post_init__(self):
+        if self.keys % 64 or self.keys <= 0:
+            raise ValueError(f"keys={self.keys}; a tile holds a multiple of 64 keys")
+        if self.stages < 2 or self.programs < 1:
+            raise ValueError(f"{self}: at least 2 stages and 1 program")
+
+
+def heads_per_pack(num_heads: int, num_kv_heads: int) -> int:
+    """KV heads that are taken in turn so that their query heads fill columns by eights; 1 where none do."""
+    group = num_heads // num_kv_heads
+    for pack in (1, 2, 4, 8):
+        if num_kv_heads % pack == 0 and pack * group % 8 == 0 and pack * group <= MAX_COLUMNS:
+            return pack
+    return 1
+
+
+def choose_tile(columns: int, head_dim: int, itemsize: int, *, few_rows: bool) -> DecodeTile:
+    """The tile for programs of `columns` query columns, and pages of `itemsize` bytes.
+
+    Two small programs a multiprocessor hide each other's latencies. Few rows are cut into many pieces, which cost more
+    to merge than that gains: there one program with larger tiles is better.
+    """
+    small, large = (64, 2), (128, 1)
+    for keys, programs in (large, small, (64, 1)) if few_rows else (small, (64, 1)):
+        free = SHARED_MEMORY // programs - _bytes_beside_ring(keys, columns, head_dim, itemsize)
+        stages = free // (2 * keys * head_dim * itemsize)
+        if stages >= (2 if programs == 1 else 3):
+            return DecodeTile(keys, min(stages, MAX_STAGES), programs)
+    raise ValueError(f"no tile of {columns} query columns and head_dim {head_dim} fits into shared memory")
+
+
+def choose_shared_tile(columns: int, shared_columns: int, head_dim: int, itemsize: int) -> DecodeTile:
+    """The tile for two phases: shared prefixes with `shared_columns`, then rows with `columns` query columns."""
+    keys = 64
+    free = SHARED_MEMORY - sum(_bytes_beside_ring(keys, n, head_dim, itemsize) for n in (columns, shared_columns))
+    stages = free // (2 * keys * head_dim * itemsize)
+    most = max(1, _shared_columns(head_dim) // columns)
+    if shared_columns > most * columns or stages < 2:
+        raise ValueError(
+            f"groups of {shared_columns // columns} rows with {columns} query columns each and head_dim {head_dim} do "
+            f"not fit into a program: at most {most} rows a group"
+        )
+    return DecodeTile(keys, min(stages, MAX_STAGES), 1)
+
+
+def max_members(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Rows that a group of a shared prefix can have at most."""
+    columns = -(-heads_per_pack(num_heads, num_kv_heads) * (num_heads // num_kv_heads) // 8) * 8
+    return max(1, _shared_columns(head_dim) // columns)
+
+
+def _shared_columns(head_dim: int) -> int:
+    """Query columns of a shared prefix: scores and outputs must fit the registers of one warpgroup."""
+    return 64 if head_dim <= 128 else 32
+
+
+def _bytes_beside_ring(keys: int, columns: int, head_dim: int, itemsize: int) -> int:
+    """Shared memory of queries (of two rows), softmax weights and outputs, and of reductions and barriers."""
+    beside = 2 * (3 * columns * head_dim + columns * keys) + 4096
+    if itemsize == 1:
+        beside += 2 * 2 * keys * head_dim  # keys and values as 16-bit floats
+    return beside
