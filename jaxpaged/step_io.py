@@ -16,6 +16,21 @@ import numpy as np
 NULL_PAGE = 0
 
 
+class PrefixGroups(NamedTuple):
+    """Runs of full pages that several rows of a decode step have in common, each to be read once for all its rows.
+
+    A row belongs to one group at most at each level. Its run of level 1 starts where that of level 0 ends (first the
+    prompt, then what some beams have in common), or at its first page if it has none there; from `own_starts` on it
+    reads alone. V groups of M members at most, L levels.
+    """
+
+    members: Any  # i32[V, M] rows whose queries are stacked, padded with -1; a padding group has only -1
+    first_pages: Any  # i32[V] index into the members' block tables where the common run starts
+    num_pages: Any  # i32[V] length of the run in pages; 0 for a padding group
+    own_starts: Any  # i32[B] first token position that the row reads alone, a multiple of the page size
+    parts: Any  # i32[L, B] group * M + column of the row in its group at that level, -1: in none
+
+
 class DecodeInputs(NamedTuple):
     """One new token a row. Padding rows have context length 0 and write to NULL_PAGE."""
 
@@ -24,6 +39,7 @@ class DecodeInputs(NamedTuple):
     slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset
     block_tables: Any  # i32[B, P]
     context_lens: Any  # i32[B] tokens readable in this step, the new one included
+    prefix_groups: PrefixGroups | None = None  # what is read once for several rows; None: nothing
 
 
 class PrefillInputs(NamedTuple):

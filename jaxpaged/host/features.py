@@ -1,4 +1,4 @@
-"""What the requests of a run ask of the sampler, in sum: it decides which arrays a step has, and so which program runs.
+"""What the requests of a run ask of a step, in sum: it decides which arrays a step has, and so which program runs.
 
 The union over a whole run is taken, not over one step, so that programs do not change as requests come and go.
 """
@@ -19,6 +19,7 @@ LOGPROB_SIZES = (0, 5, 20, 100)
 class SamplingFeatures:
     """Counts are rounded up to powers of two."""
 
+    has_samples: bool = False  # some request has several samples, which share the pages of its prompt
     is_random: bool = False  # some request has a temperature
     is_filtered: bool = False  # ... and top_p, top_k or min_p
     is_penalised: bool = False
@@ -33,6 +34,7 @@ class SamplingFeatures:
         groups = list(groups)
         params = [group.params for group in groups]
         return cls(
+            has_samples=any(p.num_samples > 1 for p in params),
             is_random=any(p.temperature > 0 for p in params),
             is_filtered=any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in params),
             is_penalised=any(penalties(p) != (1, 0, 0) for p in params),
