@@ -72,6 +72,7 @@ MODEL_FLAGS = (
     Flag("max_num_seqs", int, "sequences that run together at most (default 256)"),
     Flag("max_num_batched_tokens", int, "prompt tokens in one step at most (default 8192)"),
     Flag("attention", str, "pallas, reference or auto (default)"),
+    Flag("shared_prefixes", True, "read the pages that samples of a prompt share once a step (pallas only)"),
     Flag("preemption", str, "how a request gives way when pages run out: recompute or auto (default)"),
     Flag("swap_space_gib", float, "host memory for swapped pages (default 4); unused while preemption recomputes"),
 )  # fmt: skip

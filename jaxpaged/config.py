@@ -190,6 +190,7 @@ class EngineConfig:
     max_model_len: int
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    shares_prefixes: bool = False  # a decode step reads pages that several rows share once, where the kernels can
     watermark: float = 0.01  # share of the pool that admission leaves free, so that running sequences can grow
 
     def __post_init__(self):

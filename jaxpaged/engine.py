@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,14 +13,16 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache, make_paged_cache
-from jaxpaged.device.params import Params
+from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies
 from jaxpaged.host.features import SamplingFeatures
+from jaxpaged.host.id_check import check_copies, check_ids
 from jaxpaged.host.logprobs import collect_logprobs
+from jaxpaged.host.prefix_groups import PrefixSharing, share_nothing, share_prefixes
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.step_io import NULL_PAGE, Layout, StepOutputs, pack, unpack_logprobs
+from jaxpaged.step_io import NULL_PAGE, DecodeBatch, Layout, PrefillBatch, StepOutputs, pack, unpack_logprobs
 
 
 class Engine:
@@ -46,6 +49,10 @@ class Engine:
         self.params = params
         self.pool: PagedCache = make_paged_cache(model, cache, device)
         self.buckets = Buckets.for_limits(limits, cache)
+        self.sharing: PrefixSharing | None = None
+        if limits.shares_prefixes:
+            assert kernels.max_members is not None, f"{kernels.name} reads no shared prefixes"
+            self.sharing = PrefixSharing(kernels.max_members(model.num_heads, model.num_kv_heads, model.head_dim))
         self.scheduler = Scheduler(cache, limits)
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)
@@ -80,12 +87,18 @@ class Engine:
         assert plan is not None, "step() without work"
         planned = time.perf_counter()
         self.stats.record(plan, self.scheduler)
-        shape = self.buckets.shape_of(plan)
-        packed, layout = pack(make_batch(plan, shape, self.cache_config, self.model.vocab_size, self.features))
+        shape = self.buckets.shape_of(plan, self.features)
+        batch = make_batch(plan, shape, self.cache_config, self.model.vocab_size, self.features)
+        check_ids(batch.inputs, self.cache_config)
+        if self.sharing is not None and self.features.has_samples and isinstance(batch, DecodeBatch):
+            batch = share_prefixes(batch, self.cache_config.page_size, self.sharing)
+        packed, layout = pack(batch)
         launched = time.perf_counter()
         if plan.copies:
-            self.pool = steps.copy_pages(self.pool, self._upload(make_copies(plan, self.buckets)))
-        outputs = self._launch(shape, packed, layout)
+            copies = make_copies(plan, self.buckets)
+            check_copies(copies, self.cache_config)
+            self.pool = steps.copy_pages(self.pool, self._upload(copies))
+        outputs = self._launch(packed, layout)
         arrived = time.perf_counter()
         collect_logprobs(plan, outputs)
         finished = self.scheduler.commit(plan, outputs)
@@ -99,24 +112,25 @@ class Engine:
         for shape in self.buckets.shapes():
             nothing = StepPlan(is_prefill=shape.num_tokens is not None)
             batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, self.features)
-            self._launch(shape, *pack(batch))
+            self._launch(*pack(batch))
+            if self.sharing is not None and self.features.has_samples and isinstance(batch, DecodeBatch):
+                shared = share_nothing(batch, self.sharing)
+                if shared is not None:
+                    self._launch(*pack(shared))
         for size in self.buckets.copies:
             self.pool = steps.copy_pages(self.pool, self._upload(np.full((2, size), NULL_PAGE, np.int32)))
 
-    def _launch(self, shape: StepShape, packed: np.ndarray, layout: Layout) -> StepOutputs:
+    def _launch(self, packed: np.ndarray, layout: Layout) -> StepOutputs:
         """Run one step and wait for what the host must learn of it."""
         features = self.features
-        static = {
-            "config": self.model, "kernels": self.kernels, "layout": layout,
-            "num_logprobs": features.num_logprobs, "processors": features.processors,
-        }  # fmt: skip
+        static = static_arguments(self.model, self.kernels, layout, features)
         prompt_columns = None
-        if shape.num_tokens is None:
-            columns, self.pool = steps.decode_step(self.params, self.pool, self._upload(packed), **static)
-        else:
+        if layout[0] is PrefillBatch:
             columns, prompt_columns, self.pool = steps.prefill_step(
-                self.params, self.pool, self._upload(packed), num_prompt_logprobs=features.num_prompt_logprobs, **static
+                self.params, self.pool, self._upload(packed), **static
             )
+        else:
+            columns, self.pool = steps.decode_step(self.params, self.pool, self._upload(packed), **static)
         array = np.asarray(columns)
         outputs = StepOutputs(array[:, 0], unpack_logprobs(array[:, 1:], features.num_logprobs))
         if prompt_columns is None:
@@ -137,3 +151,55 @@ class Engine:
                     sample.group.first_token_time = done
         for group in finished:
             group.finished_time = done
+
+
+def lower_largest_steps(
+    model: ModelConfig, cache: CacheConfig, limits: EngineConfig, kernels: AttentionKernels, device: jax.Device
+) -> Iterator[jax.stages.Lowered]:
+    """The largest decode step and the largest prefill step, with all that ordinary requests ask of the sampler."""
+    buckets = Buckets.for_limits(limits, cache)
+    width = buckets.table_widths[-1]
+    features = SamplingFeatures(
+        is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size)
+    )
+    for shape in (
+        StepShape(buckets.decode_rows[-1], width),
+        StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1]),
+    ):
+        yield lower_step(shape, model, cache, kernels, features, jax.sharding.SingleDeviceSharding(device))
+
+
+def lower_step(
+    shape: StepShape,
+    model: ModelConfig,
+    cache: CacheConfig,
+    kernels: AttentionKernels,
+    features: SamplingFeatures,
+    sharding: jax.sharding.Sharding,
+) -> jax.stages.Lowered:
+    """The program of a step of this shape, before there are weights or a pool: to learn what it takes, or to keep it.
+
+    `sharding` names the device that it is for.
+    """
+    nothing = StepPlan(is_prefill=shape.num_tokens is not None)
+    packed, layout = pack(make_batch(nothing, shape, cache, model.vocab_size, features))
+    pool = jax.eval_shape(lambda: make_paged_cache(model, cache))
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        (param_shapes(model, cache.dtype), pool, packed),
+    )
+    step = steps.decode_step if shape.num_tokens is None else steps.prefill_step
+    return step.lower(*arguments, **static_arguments(model, kernels, layout, features))
+
+
+def static_arguments(
+    model: ModelConfig, kernels: AttentionKernels, layout: Layout, features: SamplingFeatures
+) -> dict[str, Any]:
+    """What the step whose inputs have this layout is compiled for."""
+    static: dict[str, Any] = {
+        "config": model, "kernels": kernels, "layout": layout,
+        "num_logprobs": features.num_logprobs, "processors": features.processors,
+    }  # fmt: skip
+    if layout[0] is PrefillBatch:
+        static["num_prompt_logprobs"] = features.num_prompt_logprobs
+    return static

@@ -44,6 +44,7 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
         attention: str = "auto",
+        shared_prefixes: bool = False,
         preemption: str = "auto",
         swap_space_gib: float = 4.0,
     ):
@@ -62,7 +63,10 @@ class LLM:
             memory_utilization: share of the device's memory for weights, pool and temporaries.
             max_num_seqs: sequences that run together at most.
             max_num_batched_tokens: prompt tokens in one step at most; longer prompts are computed in chunks.
-            attention: "reference" (XLA, anywhere), "pallas", or "auto", the best that runs here.
+            attention: "pallas" (a Hopper GPU, 16-bit floats), "reference" (XLA, anywhere), or "auto", the best of the
+                two that runs here.
+            shared_prefixes: read the pages that the samples of a prompt share once for all of them in each step, where
+                that saves enough; with the "pallas" kernels only.
             preemption: how a request gives way when pages run out: "recompute", or "auto".
             swap_space_gib: host memory for swapped pages; unused while preemption recomputes.
 
@@ -71,7 +75,8 @@ class LLM:
         """
         options = EngineOptions(
             dtype, load_format, seed, max_model_len, page_size, num_pages, memory_utilization, max_num_seqs,
-            max_num_batched_tokens, attention, preemption, swap_space_gib,
+            max_num_batched_tokens, attention, shared_prefixes, preemption,
+            swap_space_gib,
         )  # fmt: skip
         checkpoint = open_checkpoint(model)
         self.tokenizer = _find_tokenizer(tokenizer, checkpoint.tokenizer_file)

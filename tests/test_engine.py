@@ -148,6 +148,17 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_the_engine_usable(large, ex
     assert run_tokens(large, mixed_requests()) == expected
 
 
+def test_a_page_outside_the_pool_never_reaches_the_device():
+    engine = toy_engine(num_pages=20)
+    group = make_group([5, 6, 7, 8, 9, 10], SamplingParams(temperature=0, max_tokens=5))
+    engine.scheduler.add(group)
+    engine.step()
+    group.sequences[0].table.pages[0] = 20
+    with pytest.raises(RuntimeError, match="block_tables: row 0, entry 0 is 20, but the pool has 20 pages of 4 tokens"):
+        engine.step()
+    assert not any(pool.is_deleted() for pool in engine.pool.k)
+
+
 def test_leaving_a_run_early_drops_the_rest_and_leaves_the_engine_usable(large, expected):
     for _ in large.run(mixed_requests()):
         break

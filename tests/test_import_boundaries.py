@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ABOVE_ENGINE = ("jaxpaged.llm", "jaxpaged.cli", "jaxpaged.cli_options", "jaxpaged.generate_command", "jaxpaged.batch")
+ABOVE_ENGINE = (
+    "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.cli", "jaxpaged.cli_options", "jaxpaged.generate_command",
+    "jaxpaged.batch",
+)  # fmt: skip
 ABOVE_STEPS = ("jaxpaged.engine", "jaxpaged.loading", *ABOVE_ENGINE)
 DEVICE_STACK = ("jax", "jaxlib", "flax", "orbax", "jaxpaged.device", "pallas_kernels")
 
@@ -27,6 +30,7 @@ FORBIDDEN = {
     "jaxpaged.progress": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.batch": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
     "jaxpaged.engine": ("jaxpaged.checkpoint", *ABOVE_ENGINE),
+    "jaxpaged.pool_size": ("jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.loading", "jaxpaged.llm"),
     "jaxpaged.llm": ("jaxpaged.device", "jaxpaged.cli", "jaxpaged.generate_command", "jaxpaged.batch"),
     "jaxpaged": ("scripts", "tests"),
     "pallas_kernels": ("jaxpaged", "flax", "scripts", "tests"),

@@ -187,7 +187,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(llm, prompt, params, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(attention="pallas"), "attention='pallas' cannot run on"),
+        (dict(attention="pallas"), "attention='pallas' cannot run its kernels on"),
         (dict(attention="flash"), "choose one of auto, pallas, reference"),
         (dict(dtype="int8"), "dtype='int8'; choose one of auto, float32"),
         (dict(num_pages=1), "num_pages=1: a pool needs page 0"),

@@ -59,13 +59,25 @@ class Buckets:
         ]
         return decode + prefill
 
-    def shape_of(self, plan: StepPlan) -> StepShape:
+    def shape_of(self, plan: StepPlan, features: SamplingFeatures) -> StepShape:
         width = fit(max(len(row.sequence.table.pages) for row in plan.rows), self.table_widths)
-        if not plan.is_prefill:
+        if not plan.is_prefill or _can_decode(plan, features):
             return StepShape(fit(len(plan.rows), self.decode_rows), width)
         # As many rows to sample from as table rows, so that one list serves both.
         rows = fit(max(len(plan.rows), len(plan.samples)), self.prefill_rows)
         return StepShape(rows, width, fit(sum(row.count for row in plan.rows), self.prefill_tokens))
+
+
+def _can_decode(plan: StepPlan, features: SamplingFeatures) -> bool:
+    """Whether a decode step, which is faster, computes this prefill: one token a row, and row i chooses for sample i.
+
+    Rows behind the last sample are prompts that go on in the next step: what a decode step chooses for them is unread.
+    """
+    return (
+        features.num_prompt_logprobs is None
+        and all(row.count == 1 for row in plan.rows)
+        and all(sample.row == i for i, sample in enumerate(plan.samples))
+    )
 
 
 def _geometric(first: int, last: int, factor: int) -> tuple[int, ...]:
