@@ -13,8 +13,11 @@ BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 ASKED_FOR = $(VENV)/.asked-for
 INSTALLED = $(VENV)/.installed
+# JAX's CUDA plugin and NVIDIA's assembler, apart from the environment: with them in it, JAX would look for a GPU.
+CUDA = build/cuda
+CUDA_INSTALLED = $(CUDA)/.installed
 
-.PHONY: help venv demo test test-short test-slow lint clean FORCE
+.PHONY: help venv demo test test-short test-slow lint compile-check clean FORCE
 
 help:
 	@echo 'make demo         complete a few prompts with the bundled checkpoint'
@@ -22,6 +25,7 @@ help:
 	@echo 'make test-short   the tests without those marked slow'
 	@echo 'make test-slow    the slow ones alone'
 	@echo 'make lint         ruff and pyright'
+	@echo 'make compile-check  compile the kernels for an H200; needs JAX 0.11 and 265 MB of wheels, no GPU'
 	@echo 'make venv         only the environment: PYTHON=$(PYTHON) VENV=$(VENV) REQUIRE=$(REQUIRE)'
 	@echo 'make clean        remove the environment and what tools left behind'
 
@@ -54,6 +58,15 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+$(CUDA_INSTALLED): $(INSTALLED)
+	rm -rf $(CUDA)
+	jax=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && $(BIN)/python -m pip install --quiet --no-deps \
+		--target $(CUDA) "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" nvidia-cuda-nvcc nvidia-nvvm
+	@touch $@
+
+compile-check: $(CUDA_INSTALLED)
+	PYTHONPATH=$(CUDA) $(BIN)/python scripts/compile_kernels.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         max_num_seqs=args.max_num_seqs,
         num_pages=args.num_pages,
         max_model_len=args.max_model_len,
+        page_size=args.page_size,
+        attention=args.attention,
     )
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, llm.engine.model.vocab_size, (args.prompts, args.prompt_len)).tolist()
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         json.dumps(
             {
                 **vars(args),
+                "attention": llm.engine.kernels.name,
                 "medians": medians,
                 "peak_pages": int(llm.last_run.pages_used.max()),
                 "compilations_in_the_last_run": llm.last_run.compilations,
@@ -75,6 +78,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--num-pages", type=int, default=None)
     parser.add_argument("--max-model-len", type=int, default=None)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--attention", default="auto")
     return parser.parse_args(argv)
 
 

@@ -24,6 +24,7 @@ from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import StepOutputs, TokenLogprobs, pack
 
 VOCAB_SIZE = 32_000
+FEATURES = SamplingFeatures(is_random=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +59,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         assert plan is not None
         t1 = time.perf_counter()
         if not plan.is_prefill:
-            pack(make_batch(plan, buckets.shape_of(plan), cache, VOCAB_SIZE, SamplingFeatures(is_random=True)))
+            shape = buckets.shape_of(plan, FEATURES)
+            pack(make_batch(plan, shape, cache, VOCAB_SIZE, FEATURES))
         t2 = time.perf_counter()
         outputs = StepOutputs(
             rng.integers(0, VOCAB_SIZE, len(plan.samples), np.int32),
