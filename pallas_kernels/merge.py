@@ -7,6 +7,7 @@ each scaled from its own highest score to the highest of all (log-sum-exp), over
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +27,37 @@ TOGETHER = 8
 
 
 class Pieces(NamedTuple):
-    """Partial results, and the split that says whose they are."""
+    """Partial results, and the split that says whose they are: arrays, or in a kernel references to them."""
 
-    outs: Array  # f32[K / R, slots, D, columns]
-    sums: Array  # f32[K / R, slots, 2, columns] highest score (base 2) and denominator
-    starts: Array  # i32[rows + 1] as in WorkSplit
-    cuts: Array  # i32[shares + 1]
+    outs: Any  # f32[K / R, slots, D, columns]
+    sums: Any  # f32[K / R, slots, 2, columns] highest score (base 2) and denominator
+    starts: Any  # i32[rows + 1] as in WorkSplit
+    cuts: Any  # i32[shares + 1]
+
+
+class Merged(NamedTuple):
+    """What has been merged so far, in registers."""
+
+    highest: Any  # f32[N]
+    total: Any  # f32[N]
+    out: Any  # f32[64, N] rows of the output's head_dim
 
 
 def merge_pieces(out: Array, own: Pieces, slots_per_row: int | None = None) -> Array:
     """Complete `out` [B, K / R, N, D] in place: rows with more than one piece are written, the others are there."""
+
+    def kernel(out_ref, outs_ref, sums_ref, starts_ref, cuts_ref, offsets_ref, out_tile):
+        row, pack, part = _place(out, offsets_ref)
+        pieces = Pieces(outs_ref, sums_ref, starts_ref, cuts_ref)
+        slot, count = pieces_of(row, starts_ref, cuts_ref, slots_per_row)
+
+        @pl.when(count > 1)
+        def _():
+            merged = _add_pieces(_nothing(out.shape[2]), pieces, pack, part, slot, count, column=0)
+            _write(merged, out_tile, out_ref.at[row, pack, :, part])
+
     out_ref = jax.new_ref(out)
-    _merge(out_ref, out, own, None, None, slots_per_row)
+    _launch(kernel, out, ())(out_ref, *own, _offsets(out))
     return jax.freeze(out_ref)
 
 
@@ -47,86 +67,96 @@ def merge_with_prefixes(own: Pieces, shared: Pieces, parts: Array, out: jax.Shap
     The columns of `shared` are those of M rows side by side. parts i32[levels, B] says where row b is:
     group * M + member, or -1.
     """
-    return _merge(None, out, own, shared, parts, None)
-
-
-def _merge(
-    out_ref: Any, out: Any, own: Pieces, shared: Pieces | None, parts: Array | None, slots_per_row: int | None
-) -> Any:
-    num_rows, packs, columns, head_dim = out.shape
-    swizzle = swizzle_bytes(head_dim, out.dtype)
-    offsets = jnp.array(row_tiles(head_dim), jnp.int32)  # a program merges 64 rows of the output's head_dim
+    columns = out.shape[2]
+    members = shared.outs.shape[3] // columns
 
     def kernel(*refs):
-        out_ref, refs = (refs[0], refs[1:]) if shared is None else (refs[-2], (*refs[:-2], refs[-1]))
-        own_refs, offsets_ref, *refs = Pieces(*refs[:4]), *refs[4:]
-        *refs, out_tile = refs
-        row, pack = lax.axis_index("row"), lax.axis_index("pack")
-        rows = pl.ds(pl.multiple_of(offsets_ref[lax.axis_index("part")], swizzle // out.dtype.itemsize), 64)
-        load = functools.partial(plgpu.load, optimized=False)
+        own_refs, shared_refs, (parts_ref, offsets_ref, out_ref, out_tile) = (
+            Pieces(*refs[:4]),
+            Pieces(*refs[4:8]),
+            refs[8:],
+        )
+        row, pack, part = _place(out, offsets_ref)
+        slot, count = pieces_of(row, own_refs.starts, own_refs.cuts, None)
+        merged = _add_pieces(_nothing(columns), own_refs, pack, part, slot, count, column=0)
+        for level in range(parts.shape[0]):
+            place = parts_ref[level, row]
+            group, member = lax.div(lax.max(place, i32(0)), i32(members)), lax.rem(lax.max(place, i32(0)), i32(members))
+            slot, count = pieces_of(group, shared_refs.starts, shared_refs.cuts, None)
+            count = jnp.where(place >= 0, count, i32(0))
+            column = pl.multiple_of(member * columns, 8)
+            merged = _add_pieces(merged, shared_refs, pack, part, slot, count, column=column)
+        _write(merged, out_tile, out_ref.at[row, pack, :, part])
 
-        def add_pieces(state, pieces, first_slot, count, column):
-            window = pl.ds(column, columns)
+    return _launch(kernel, out, jax.ShapeDtypeStruct(out.shape, out.dtype))(*own, *shared, parts, _offsets(out))
 
-            def add(i, state):
-                highest, total, merged = state
-                loaded = []
-                for j in range(TOGETHER):
-                    slot = first_slot + lax.min(i * TOGETHER + j, count - 1)
-                    weightless = jnp.where(i * TOGETHER + j < count, f32(0), f32(MASKED))
-                    piece_highest = load(pieces.sums.at[pack, slot, 0, window], layout=COLUMN) + weightless
-                    piece_total = load(pieces.sums.at[pack, slot, 1, window], layout=COLUMN)
-                    piece = load(pieces.outs.at[pack, slot, rows, window], layout=TILE)
-                    loaded.append((piece_highest, piece_total, piece))
-                for piece_highest, piece_total, piece in loaded:
-                    new_highest = jnp.maximum(highest, piece_highest)
-                    old, new = jnp.exp2(highest - new_highest), jnp.exp2(piece_highest - new_highest)
-                    kept = merged * lax.broadcast_in_dim(old, merged.shape, [1])
-                    merged = kept + piece * lax.broadcast_in_dim(new, piece.shape, [1])
-                    total = total * old + piece_total * new
-                    highest = new_highest
-                return highest, total, merged
 
-            return lax.fori_loop(i32(0), lax.div(count + (TOGETHER - 1), i32(TOGETHER)), add, state)
-
-        def merge(first_slot, count):
-            state = (
-                plgpu.layout_cast(jnp.full((columns,), MASKED, f32), COLUMN),
-                plgpu.layout_cast(jnp.zeros((columns,), f32), COLUMN),
-                plgpu.layout_cast(jnp.zeros((64, columns), f32), TILE),
-            )
-            state = add_pieces(state, own_refs, first_slot, count, 0)
-            if shared is not None:
-                shared_refs, parts_ref = Pieces(*refs[:4]), refs[4]
-                members = shared.outs.shape[3] // columns
-                for level in range(parts_ref.shape[0]):
-                    part = parts_ref[level, row]
-                    group, member = lax.div(lax.max(part, i32(0)), i32(members)), lax.rem(part, i32(members))
-                    slot, pieces = pieces_of(group, shared_refs.starts, shared_refs.cuts, None)
-                    column = pl.multiple_of(lax.max(member, i32(0)) * columns, 8)
-                    state = add_pieces(state, shared_refs, slot, jnp.where(part >= 0, pieces, i32(0)), column)
-            _, total, merged = state
-            inverse = jnp.where(total > 0, 1.0 / total, 0.0)
-            out_tile.T[...] = (merged * lax.broadcast_in_dim(inverse, merged.shape, [1])).astype(out_tile.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, pack, :, rows])
-            plgpu.wait_smem_to_gmem(0)
-
-        first_slot, count = pieces_of(row, own_refs.starts, own_refs.cuts, slots_per_row)
-        if shared is None:
-            pl.when(count > 1)(lambda: merge(first_slot, count))
-        else:
-            merge(first_slot, count)
-
-    call = plgpu.kernel(
+def _launch(kernel: Callable[..., None], out: Any, out_type: Any) -> Callable[..., Any]:
+    """One program for each row, pack of KV heads, and 64 rows of the output's head_dim."""
+    rows, packs, columns, head_dim = out.shape
+    transforms = swizzled(swizzle_bytes(head_dim, out.dtype), out.dtype)
+    return plgpu.kernel(
         kernel,
-        out_type=() if shared is None else jax.ShapeDtypeStruct(out.shape, out.dtype),
-        scratch_types=[plgpu.SMEM((columns, 64), out.dtype, transforms=swizzled(swizzle, out.dtype))],
-        grid=(num_rows, packs, offsets.size),
+        out_type=out_type,
+        scratch_types=[plgpu.SMEM((columns, 64), out.dtype, transforms=transforms)],
+        grid=(rows, packs, len(row_tiles(head_dim))),
         grid_names=("row", "pack", "part"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="merge_pieces",
     )
-    if shared is None:
-        return call(out_ref, *own, offsets)
-    return call(*own, offsets, *shared, parts)
+
+
+def _offsets(out: Any) -> Array:
+    return jnp.array(row_tiles(out.shape[3]), jnp.int32)
+
+
+def _place(out: Any, offsets_ref: Any) -> tuple[Any, Any, pl.Slice]:
+    """The program's row, pack, and rows of the output's head_dim."""
+    tile_columns = swizzle_bytes(out.shape[3], out.dtype) // out.dtype.itemsize
+    offset = pl.multiple_of(offsets_ref[lax.axis_index("part")], tile_columns)
+    return lax.axis_index("row"), lax.axis_index("pack"), pl.ds(offset, 64)
+
+
+def _nothing(columns: int) -> Merged:
+    return Merged(
+        plgpu.layout_cast(jnp.full((columns,), MASKED, f32), COLUMN),
+        plgpu.layout_cast(jnp.zeros((columns,), f32), COLUMN),
+        plgpu.layout_cast(jnp.zeros((64, columns), f32), TILE),
+    )
+
+
+def _add_pieces(
+    merged: Merged, pieces: Pieces, pack: Any, part: Any, first_slot: Any, count: Any, column: Any
+) -> Merged:
+    """Add `count` pieces from `first_slot` on, of which the columns from `column` on belong to the row."""
+    window = pl.ds(column, merged.highest.shape[0])
+    load = functools.partial(plgpu.load, optimized=False)
+
+    def add(i, merged):
+        loaded = []
+        for j in range(TOGETHER):
+            slot = first_slot + lax.min(i * TOGETHER + j, count - 1)
+            weightless = jnp.where(i * TOGETHER + j < count, f32(0), f32(MASKED))
+            highest = load(pieces.sums.at[pack, slot, 0, window], layout=COLUMN) + weightless
+            total = load(pieces.sums.at[pack, slot, 1, window], layout=COLUMN)
+            loaded.append(Merged(highest, total, load(pieces.outs.at[pack, slot, part, window], layout=TILE)))
+        return functools.reduce(_merge, loaded, merged)
+
+    return lax.fori_loop(i32(0), lax.div(count + (TOGETHER - 1), i32(TOGETHER)), add, merged)
+
+
+def _merge(a: Merged, b: Merged) -> Merged:
+    highest = jnp.maximum(a.highest, b.highest)
+    scale_a, scale_b = jnp.exp2(a.highest - highest), jnp.exp2(b.highest - highest)
+    kept = a.out * lax.broadcast_in_dim(scale_a, a.out.shape, [1])
+    out = kept + b.out * lax.broadcast_in_dim(scale_b, b.out.shape, [1])
+    return Merged(highest, a.total * scale_a + b.total * scale_b, out)
+
+
+def _write(merged: Merged, out_tile: Any, out_ref: Any) -> None:
+    inverse = jnp.where(merged.total > 0, 1.0 / merged.total, 0.0)
+    scaled = merged.out * lax.broadcast_in_dim(inverse, merged.out.shape, [1])
+    out_tile.T[...] = scaled.astype(out_tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_tile, out_ref)
+    plgpu.wait_smem_to_gmem(0)
