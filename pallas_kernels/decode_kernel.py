@@ -131,7 +131,9 @@ def attend(
                 def load_tile(i, step):
                     position = first + i * keys
                     pages = [refs.tables[row, lax.div(position, i32(page_size)) + j] for j in range(copies)]
-                    within = pl.ds(lax.rem(position, i32(page_size)) if page_size > keys else 0, page_keys)
+                    # A larger page holds several tiles. Written so that the compiler sees a multiple of `keys`.
+                    part = lax.rem(lax.div(position, i32(keys)), i32(max(1, page_size // keys)))
+                    within = pl.ds(part * keys if page_size > keys else 0, page_keys)
 
                     def load_head(r, step):
                         place = lax.rem(step, i32(stages))
@@ -148,17 +150,18 @@ def attend(
 
                 return lax.fori_loop(low, jnp.where(end > 0, high, low), load_tile, step), index + 1
 
-            step, count = lax.fori_loop(refs.rows[0, share], refs.rows[1, share] + 1, load_row, (step, i32(0)))
-            if with_queries:
-                _for_last(2, count, lambda i: plgpu.barrier_wait(refs.q_free.at[i]))
-            return step
+            return lax.fori_loop(refs.rows[0, share], refs.rows[1, share] + 1, load_row, (step, i32(0)))
 
-        def load_all(**what):
-            step = i32(0)
+        def load_all(*, with_queries, **what):
+            step, counts = i32(0), []
             for refs in phase_refs:
-                step = load(refs, step, **what)
-            # Every phase of a barrier must be waited for.
+                step, count = load(refs, step, with_queries=with_queries, **what)
+                counts.append(count)
+            # Each time that a barrier opens must be waited for.
             _for_last(stages, step, lambda i: plgpu.barrier_wait(tile_free.at[i]))
+            for refs, count in zip(phase_refs, counts, strict=True):
+                if with_queries:
+                    _for_last(2, count, lambda i, refs=refs: plgpu.barrier_wait(refs.q_free.at[i]))
 
         def compute(refs, step):
             """The compute warpgroup: row after row, tile after tile, head after head."""
@@ -184,7 +187,7 @@ def attend(
 
                 scores = pl.run_scoped(multiply_keys, ACCUMULATOR((keys, columns), f32))
                 if converts:
-                    k_scales, v_scales, v_scale = scales_of(row, key, pack * heads + lax.rem(j, i32(heads)))
+                    k_scales, v_scales, v_scale = scales_of(row, key, end, pack * heads + lax.rem(j, i32(heads)))
                     scores = scores * k_scales
                 scores = _in_base_2(scores, scale, options.soft_cap)
                 if window is not None:
@@ -206,7 +209,7 @@ def attend(
                         part = v_tile.at[:, pl.ds(offset, 64)]
                         values = plgpu.load(part, layout=TILE)
                         at = plgpu.broadcasted_iota(i32, (keys, 64), 0, layout=TILE) + key
-                        part[...] = jnp.where(at < end, values, jnp.zeros_like(values))
+                        part[...] = jnp.where((at >= window) & (at < end), values, jnp.zeros_like(values))
                 refs.weights.T[...] = p.astype(refs.weights.dtype)
                 plgpu.commit_smem()
 
@@ -222,21 +225,23 @@ def attend(
                 plgpu.barrier_arrive(tile_free.at[place])
                 return Softmax(tuple(outs), highest, sums), step + 1
 
-            def scales_of(row, key, head):
+            def scales_of(row, key, end, head):
                 """Scales of a tile's keys and of its values, f32[keys, N]; the values' are divided by the last result.
 
                 So weights stay below 1, where 16 bits are precise, however small the scales are.
                 """
-                k_of, v_of = (scales_by_page(ref, row, key, head) for ref in scale_refs)
-                highest = functools.reduce(jnp.maximum, v_of)
+                k_of, v_of = (scales_by_page(ref, row, key, end, head) for ref in scale_refs)
+                highest = functools.reduce(jnp.maximum, v_of, f32(1e-30))
                 return by_key(k_of), by_key([scale / highest for scale in v_of]), highest
 
-            def scales_by_page(ref, row, key, head):
+            def scales_by_page(ref, row, key, end, head):
                 head = head if ref.shape[1] > 1 else 0
                 if ref.shape[0] == 1:
                     return [ref[0, head]]
                 page = lax.div(key, i32(page_size))
-                return [ref[refs.tables[row, page + j], head] for j in range(copies)]
+                scales = [ref[refs.tables[row, page + j], head] for j in range(copies)]
+                # Of pages behind the end nothing is known.
+                return [jnp.where(key + j * page_keys < end, scale, f32(0)) for j, scale in enumerate(scales)]
 
             def by_key(scales):
                 page = lax.div(plgpu.broadcasted_iota(i32, (keys, columns), 0, layout=TILE), i32(page_keys))

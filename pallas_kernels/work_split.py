@@ -101,4 +101,4 @@ def chunk_tiles(tiles: Any) -> Any:
 
 def max_chunks(tiles: int) -> int:
     """Chunks that a row of at most so many tiles can have."""
-    return min(MAX_CHUNKS, -(-tiles // MIN_CHUNK_TILES))
+    return max(1, min(MAX_CHUNKS, -(-tiles // MIN_CHUNK_TILES)))

@@ -124,7 +124,8 @@ class StepFacts(NamedTuple):
 
 DECODE_SHAPES = (
     *(PagedShape(head_dim=head_dim) for head_dim in (64, 80, 96, 128, 256)),
-    PagedShape(page_size=64),
+    PagedShape(page_size=8),
+    PagedShape(page_size=256),
     PagedShape(kv_heads=32),
     PagedShape(kv_heads=4),
     PagedShape(heads=24),
@@ -134,7 +135,8 @@ DECODE_SHAPES = (
 )
 PREFILL_SHAPES = (
     *(PagedShape(head_dim=head_dim) for head_dim in (64, 128, 256)),
-    PagedShape(page_size=64),
+    PagedShape(page_size=8),
+    PagedShape(page_size=256),
     PagedShape(kv_heads=32),
     PagedShape(soft_cap=50.0, sliding_window=4096),
 )
