@@ -148,7 +148,7 @@ SHARED_SHAPES = (
 ROWS, TABLE_WIDTH, TOKENS, NUM_PAGES = 64, 512, 8192, 16_000
 NUM_GROUPS = 16
 #: The compute warpgroups of prefill hold a whole tile of scores and one of outputs: a row's scalars do not fit beside.
-PREFILL_SPILLS = {64: 0, 128: 128, 256: 640}
+PREFILL_SPILLS = {64: 0, 128: 192, 256: 640}
 
 
 class Compiled(NamedTuple):
