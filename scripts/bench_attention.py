@@ -74,6 +74,7 @@ from device_timing import Card, Program, measure_card, seconds_per_call
 import jaxpaged
 from jaxpaged.device.cache import PagedCache
 from pallas_kernels import mosaic, reference
+from pallas_kernels.decode_tile import max_members
 
 Array = jax.Array
 
@@ -279,6 +280,7 @@ def _prefill_candidate(kernel: Callable[..., Array], case: PrefillCase, data: Pa
 def bench_shared(args: argparse.Namespace, report: Report) -> None:
     given = [SharedPrefixCase(*shape, heads=args.shape) for shape in args.shared_prefix or []]
     cases = given or shared_prefix_cases(args.shape, args.quick)
+    most = args.max_members or max_members(args.shape.num_heads, args.shape.num_kv_heads, args.shape.head_dim)
     # The same functions for all cases, whose arrays have the same shapes: each is compiled once.
     oracle = functools.partial(reference.paged_decode, scale=args.shape.scale)
     plain, setting = oracle, "reference"
@@ -289,7 +291,7 @@ def bench_shared(args: argparse.Namespace, report: Report) -> None:
     def shared() -> Callable[..., Array]:
         return _own_kernel("shared_prefix", "shared_prefix_decode", scale=args.shape.scale)
 
-    for case, data, groups, alone_bytes, shared_bytes, calls in shared_prefix_data(cases, args.max_members):
+    for case, data, groups, alone_bytes, shared_bytes, calls in shared_prefix_data(cases, most):
         inputs = (data.block_tables, data.context_lens)
         expected = JaxCandidate(oracle, data.q, data.caches, inputs).output()
         label = case.name + case.heads.changes(args.shape)
@@ -371,7 +373,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float8_e4m3fn"), default="bfloat16")
-    parser.add_argument("--max-members", type=int, default=16, help="rows that read a shared run together")
+    parser.add_argument("--max-members", type=int, help="rows that read a shared run together (default: the most)")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, help="default: all")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)
