@@ -320,8 +320,9 @@ def _attend(
                         key = plgpu.broadcasted_iota(i32, values.shape, 0, layout=TILE) + (i * keys + offset)
                         v_tiles[place, part] = jnp.where(key < context, values, jnp.zeros_like(values))
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(v_clean)
 
+                # Both arrive: with one, it could come here twice before the other has waited once.
+                plgpu.barrier_arrive(v_clean)
                 plgpu.barrier_wait(v_clean)
 
             def attend_item(tile_index, first_row, last_row, head, state, outs):
@@ -405,7 +406,7 @@ def _attend(
         plgpu.Barrier(num_arrivals=2, num_barriers=query_places),
         plgpu.Barrier(num_arrivals=2, num_barriers=key_places),
         plgpu.Barrier(num_arrivals=2, num_barriers=value_places),
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=2),
     ]
     call = plgpu.kernel(
         kernel,
