@@ -1,8 +1,8 @@
 """Decode attention, one query token a sequence, at the speed of memory (Mosaic GPU, Hopper).
 
 Decoding is bound by reading keys and values once. Each program (CTA) therefore keeps a ring of `stages` tiles of keys
-and values in flight: a memory warp asks the TMA unit for page after page and never computes; a compute warpgroup takes
-the tiles as they arrive. Programs are persistent: each gets an equal share of all key tiles (`work_split.py`), and the
+and values in flight: memory warps ask the TMA unit for page after page and never compute; a compute warpgroup takes the
+tiles as they arrive. Programs are persistent: each gets an equal share of all key tiles (`work_split.py`), and the
 ring stays full from one row to the next.
 
 * **Keys on M.** A warpgroup's matrix product needs 64 rows. The few query heads that share a KV head would leave most
@@ -11,8 +11,8 @@ ring stays full from one row to the next.
 * **Packs.** With fewer than 8 query heads a KV head, one program takes several KV heads in turn: each fills its own
   columns of one [.., N] tile. So queries and outputs need no padding in memory.
 * **Running softmax** over tiles (Milakov and Gimelshein, arXiv 1805.02867): highest score so far, sum and output are
-  rescaled when the highest grows. A segment that lies whole in one share is divided by its sum and written; pieces of a
-  cut one are written as they are and merged by `merge.py`.
+  rescaled when the highest grows. A row that lies whole in one share is divided by its sum and written; pieces of a cut
+  one are written as they are and merged by `merge.py`.
 """
 
 from __future__ import annotations
