@@ -213,13 +213,14 @@ def attend(
                 refs.weights.T[...] = p.astype(refs.weights.dtype)
                 plgpu.commit_smem()
 
-                def multiply_values(offset, acc):
-                    plgpu.wgmma(acc, v_tile.at[:, pl.ds(offset, 64)].T, refs.weights.T)
-                    return acc[...]
+                def multiply_values(*accs):
+                    for offset, acc in zip(offsets, accs, strict=True):
+                        plgpu.wgmma(acc, v_tile.at[:, pl.ds(offset, 64)].T, refs.weights.T)
+                    return [acc[...] for acc in accs]
 
+                parts = pl.run_scoped(multiply_values, *[ACCUMULATOR((64, columns), f32) for _ in offsets])
                 outs = []
-                for offset, out in zip(offsets, softmax.outs, strict=True):
-                    part = pl.run_scoped(functools.partial(multiply_values, offset), ACCUMULATOR((64, columns), f32))
+                for out, part in zip(softmax.outs, parts, strict=True):
                     part = part * v_scale if converts else part
                     outs.append(out * lax.broadcast_in_dim(decay, out.shape, [1]) + part)
                 plgpu.barrier_arrive(tile_free.at[place])
