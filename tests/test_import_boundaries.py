@@ -25,6 +25,8 @@ FORBIDDEN = {
     "jaxpaged.config": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.step_io": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.sampling_params": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_params": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.param_checks": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.outputs": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.tokenizer": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.progress": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
