@@ -1,0 +1,201 @@
+"""Beam search between two steps: which candidates run on, which are finished, and which searches are over.
+
+The semantics are those of transformers 5, in float32 and in the order of its operations, so that tokens are equal and
+scores differ by the model's rounding alone. In one step of one group of W beams
+
+1. the M = max(2, 1 + number of end ids) * W best continuations of all beams are its candidates, by the sum of their
+   log-probabilities; the lowest flat index, beam * vocabulary + token, goes first among equals (`merge_candidates`);
+2. a candidate ends at an end id, a stop string, or the length at which all do;
+3. the W best that do not end run on;
+4. those that end and are among the first W candidates join the pool of finished ones, of which the W best are kept, by
+   score = sum / generated length ** length_penalty, the older first among equals;
+5. the search is over when no running beam can better the worst finished one, when the pool is full and
+   `early_stopping` is True, or when every candidate has ended.
+
+"Not" is said by adding -1e9 rather than by leaving out, because beams that all ended, and beams that had no
+continuation, then take part in the same way as they do there.
+
+All functions take the groups of a step together: arrays `[G, W]` and `[G, M]`, as wide as the widest group, the unused
+end of a narrower one masked. A finished hypothesis is a reference (step, parent, token); its tokens are read off the
+parents of each step at the end (beam_state.py). Axes: G groups, W beams, M candidates, R rows of the step, k candidates
+that the device kept of a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+NOT = np.float32(-1e9)
+NOTHING = np.float32(-np.inf)  # behind everything: unused places
+
+#: Where that many times more values than wanted are to be ordered, the best are separated first.
+_PRUNE_FACTOR = 8
+
+
+class Candidates(NamedTuple):
+    """The best continuations of each group: best first, or in the order in which they were drawn."""
+
+    scores: np.ndarray  # f32[G, M]  sums of log-probabilities; -inf in unused places
+    parents: np.ndarray  # i32[G, M]  running beam that is continued
+    tokens: np.ndarray  # i32[G, M]  -1 in unused places
+    ends: np.ndarray  # bool[G, M]  ends the hypothesis, for another reason than its length
+
+
+class Finished(NamedTuple):
+    """The pools of finished hypotheses, best first."""
+
+    scores: np.ndarray  # f32[G, W]  -1e9 in empty places, -inf in unused ones
+    is_finished: np.ndarray  # bool[G, W]
+    sums: np.ndarray  # f32[G, W]  of log-probabilities
+    steps: np.ndarray  # i32[G, W]  step, from 0, that chose the last token
+    parents: np.ndarray  # i32[G, W]  running beam, before that step, that it continued
+    tokens: np.ndarray  # i32[G, W]
+
+
+class Beams(NamedTuple):
+    """Where the searches stand between two steps."""
+
+    num_generated: np.ndarray  # i32[G]
+    running_scores: np.ndarray  # f32[G, W]  best first
+    can_improve: np.ndarray  # bool[G]
+    finished: Finished
+
+
+class BeamRules(NamedTuple):
+    """What each group's request asks for."""
+
+    widths: np.ndarray  # i32[G]
+    max_tokens: np.ndarray  # i32[G]  generated length at which every candidate ends
+    length_penalties: np.ndarray  # f64[G]
+    stops_when_full: np.ndarray  # bool[G]  early_stopping is True
+    hopes_for_longest: np.ndarray  # bool[G]  early_stopping is "never", and length is rewarded
+
+
+class Selection(NamedTuple):
+    """What a step decided."""
+
+    parents: np.ndarray  # i32[G, W]  running beam that each of the next ones continues; -1 in unused places
+    tokens: np.ndarray  # i32[G, W]
+    beams: Beams
+    is_done: np.ndarray  # bool[G]
+
+
+def num_candidates(width: int, num_ends: int) -> int:
+    """Candidates of a group in a step: enough that `width` remain when every beam's ends are among them."""
+    return max(2, 1 + num_ends) * width
+
+
+def select_beams(beams: Beams, candidates: Candidates, rules: BeamRules) -> Selection:
+    """One step of every group. M must be at least W; a group that is done may be given again and stays as it is."""
+    width = beams.running_scores.shape[1]
+    in_group = np.arange(width) < rules.widths[:, None]  # [G, W]
+    generated = beams.num_generated + 1
+    is_used = candidates.tokens >= 0
+    ends = candidates.ends | (generated >= rules.max_tokens)[:, None] | ~is_used
+
+    next_scores = _add_not(candidates.scores, ends)
+    chosen = _best(next_scores, width)
+    running_scores = np.where(in_group, _take(next_scores, chosen), NOTHING)
+
+    finished = _update_finished(beams, candidates, ends & is_used, generated, rules, in_group)
+    can_improve = beams.can_improve & _may_improve(running_scores[:, 0], finished, generated, rules, in_group)
+    is_full = (finished.is_finished | ~in_group).all(1)
+    return Selection(
+        parents=np.where(in_group, _take(candidates.parents, chosen), -1),
+        tokens=np.where(in_group, _take(candidates.tokens, chosen), -1),
+        beams=Beams(generated, running_scores, can_improve, finished),
+        is_done=~can_improve | (rules.stops_when_full & is_full) | ends.all(1),
+    )
+
+
+def _update_finished(
+    beams: Beams,
+    candidates: Candidates,
+    ends: np.ndarray,
+    generated: np.ndarray,
+    rules: BeamRules,
+    in_group: np.ndarray,
+) -> Finished:
+    """The pools with the candidates that ended among the first W; nothing joins where the search is over."""
+    width, count = in_group.shape[1], candidates.scores.shape[1]
+    old = beams.finished
+    joins = ends & (np.arange(count) < rules.widths[:, None])
+    is_full = rules.stops_when_full & (old.is_finished | ~in_group).all(1)
+    scores = candidates.scores / _length_divisor(generated, rules)[:, None]
+    for blocked in (is_full[:, None], ~beams.can_improve[:, None], ~joins):
+        scores = _add_not(scores, blocked)
+    steps = np.broadcast_to(beams.num_generated[:, None], scores.shape)
+    new = Finished(scores, joins, candidates.scores, steps, candidates.parents, candidates.tokens)
+
+    both = Finished(*(np.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)))
+    best = _best(both.scores, width)
+    kept = Finished(*(_take(values, best) for values in both))
+    return kept._replace(scores=np.where(in_group, kept.scores, NOTHING), is_finished=kept.is_finished & in_group)
+
+
+def _may_improve(
+    best_running: np.ndarray, finished: Finished, generated: np.ndarray, rules: BeamRules, in_group: np.ndarray
+) -> np.ndarray:
+    """bool[G]: can the best running beam, at the length hoped for, beat the worst finished one or fill a place?"""
+    longest = np.where(rules.hopes_for_longest, rules.max_tokens, generated)
+    hoped = best_running / _length_divisor(longest, rules)
+    worst = np.where(in_group, finished.scores, np.inf).min(1)
+    has_empty = (in_group & ~finished.is_finished).any(1)
+    return (finished.is_finished.any(1) & (hoped > worst)) | (has_empty & (hoped > NOT))
+
+
+def _length_divisor(lengths: np.ndarray, rules: BeamRules) -> np.ndarray:
+    """f32[G]: length ** length_penalty; the power is taken in float64, as Python takes it."""
+    return np.power(lengths.astype(np.float64), rules.length_penalties).astype(np.float32)
+
+
+def _add_not(scores: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return scores + np.where(where, NOT, np.float32(0))
+
+
+def _take(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(values, order, axis=1)
+
+
+def _best(values: np.ndarray, count: int) -> np.ndarray:
+    """Places [G, count] of the largest of values [G, n], largest first, the first place first among equals."""
+    if values.shape[1] >= _PRUNE_FACTOR * count:
+        # Whatever reaches the count-th largest value, in its order; almost always that many, more only where many tie.
+        bound = np.partition(values, -count, axis=1)[:, -count, None]
+        reaches = values >= bound
+        most = int(reaches.sum(1).max())
+        if most * 2 < values.shape[1]:
+            places = np.argsort(~reaches, axis=1, kind="stable")[:, :most]
+            return _take(places, _best_of_all(_take(values, places), count))
+    return _best_of_all(values, count)
+
+
+def _best_of_all(values: np.ndarray, count: int) -> np.ndarray:
+    return np.argsort(-values, axis=1, kind="stable")[:, :count]
+
+
+def merge_candidates(
+    scores: np.ndarray, tokens: np.ndarray, rows: np.ndarray, counts: np.ndarray, keys: np.ndarray | None = None
+) -> Candidates:
+    """The best `counts[g]` candidates of each group out of the best k of each row, with nothing marked as an end.
+
+    scores f32[R, k] are sums (log-probability plus the running beam's sum, added before the k best are taken: adding
+    rounds, and what was in order may tie). tokens i32[R, k]. Equal scores of a row must come in order of token, as
+    `lax.top_k` leaves them. rows i32[G, W] has the row of each running beam, -1 behind the group's last; k must be at
+    least min(counts[g], V) for the result to be that of all W * V continuations. With keys f32[R, k] the order is by
+    key, and k must serve the keys: scores plus Gumbel noise draw without replacement in proportion to exp(score).
+    """
+    num_groups, k = len(rows), scores.shape[1]
+    ranked = np.where((rows >= 0)[:, :, None], (scores if keys is None else keys)[rows], NOTHING)
+    places = _best(ranked.reshape(num_groups, -1), int(counts.max()))
+    parents = places // k
+    row = _take(rows, parents)
+    is_used = (row >= 0) & (np.arange(places.shape[1]) < counts[:, None])
+    return Candidates(
+        scores=np.where(is_used, scores[row, places % k], NOTHING),
+        parents=np.where(is_used, parents, -1).astype(np.int32),
+        tokens=np.where(is_used, tokens[row, places % k], -1),
+        ends=np.zeros(places.shape, bool),
+    )
