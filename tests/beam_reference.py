@@ -86,7 +86,7 @@ def toy_model(vocab_size: int = 11, salt: bytes = b"", scale: float = 2.0) -> Mo
 
 
 def lattice_model(vocab_size: int = 7, salt: bytes = b"", values=(-1.0, -2.0, -3.0, -np.inf)) -> Model:
-    """ "Log-probabilities" out of a few values, so that most candidates tie. They sum to no distribution, and need not."""
+    """Log-probabilities out of a few values, so that most candidates tie. They make no distribution, and need not."""
 
     def logprobs(tokens: list[int]) -> np.ndarray:
         row = _generator(tokens, salt).choice(np.array(values, np.float32), vocab_size)

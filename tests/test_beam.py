@@ -320,6 +320,29 @@ def test_only_the_first_w_candidates_may_finish():
     assert not selection.beams.finished.is_finished.any() and not selection.is_done[0]
 
 
+def test_a_search_whose_candidates_all_end_is_over():
+    """Though the best of them, at -1e9 because it ended, seems to beat an empty place."""
+    state = BeamState(2, 1)
+    candidates = Candidates(
+        np.array([[200, NEG, NEG, -np.inf]], np.float32), np.zeros((1, 4), np.int32), np.array([[5, 6, 7, 8]]),
+        np.zeros((1, 4), bool),
+    )  # fmt: skip
+    selection = select_beams(state._batch.beams, candidates, state._batch.rules)
+    assert selection.beams.can_improve[0] and selection.is_done[0]
+    assert selection.beams.finished.is_finished.tolist() == [[True, False]]
+
+
+def test_places_behind_a_narrow_group_stay_unused():
+    searches = [Search(GOLDEN, 5), Search(GOLDEN, 2, 4, early_stopping="never")]
+    states = [search.state for search in searches]
+    while not any(state.is_done for state in states):
+        advance_beams(states, *device_step(states, [s.model(s.running()) for s in searches]))
+        beams = states[1]._batch.beams
+        assert (beams.running_scores[1, 2:] == -np.inf).all() and (beams.finished.scores[1, 2:] == -np.inf).all()
+        assert not beams.finished.is_finished[1, 2:].any()
+    assert states[1].is_done and len(states[1].hypotheses()) == 2
+
+
 def test_a_sampled_search_keeps_sums_and_draws_by_key():
     rng = np.random.default_rng(5)
     state, model, tokens = BeamState(3, 5), GOLDEN, list(PROMPT)
@@ -380,21 +403,22 @@ def run_diverse(requests: list[tuple[Model, tuple[int, ...], list[BeamState]]]) 
 
 @pytest.mark.parametrize("make_model", [toy_model, lattice_model])
 def test_diverse_groups_equal_turns_over_the_whole_vocabulary(make_model):
-    requests, expected = [], []
-    for i, (width, groups, strength, early_stopping) in enumerate(
-        [(4, 2, 1.0, False), (6, 3, 0.5, True), (4, 4, 0.3, "never"), (3, 1, 0.0, False), (8, 2, 2.5, True)]
-    ):
+    cases = [(4, 2, 1.0, False), (6, 3, 0.5, True), (4, 4, 0.3, "never"), (3, 1, 0.0, False), (8, 2, 2.5, True)]
+    requests, expected, some_end_first = [], [], 0
+    for salt, (width, groups, strength, early_stopping) in enumerate(cases * 6):
         params = BeamSearchParams(
             width, num_beam_groups=groups, diversity_penalty=strength, early_stopping=early_stopping
         )
-        model = make_model(23, bytes([i]))
-        requests.append((model, (i,), BeamState.of(params, [2], 6)))
-        expected.append(diverse_reference(model, (i,), params, [2], 6))
+        model = make_model(23, bytes([salt]))
+        requests.append((model, (salt,), BeamState.of(params, [2, 3, 5], 6)))
+        expected.append(diverse_reference(model, (salt,), params, [2, 3, 5], 6))
     run_diverse(requests)
     for (_, _, states), pools in zip(requests, expected, strict=True):
         assert [[(h.token_ids, h.score) for h in state.hypotheses()] for state in states] == pools
         ranked = best_hypotheses(states, 3)
         assert [h.score for h in ranked] == sorted((score for pool in pools for _, score in pool), reverse=True)[:3]
+        some_end_first += states[0].num_generated < states[-1].num_generated
+    assert some_end_first  # a group that is done costs the others nothing
 
 
 def test_diverse_groups_of_width_1_first_choose_different_tokens():

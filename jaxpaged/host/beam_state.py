@@ -143,7 +143,7 @@ class BeamState:
         ]
 
     def _walk(self, steps: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and beams i32[C, T] of C references, by following parents backwards; unset behind a last step."""
+        """Tokens and beams i32[C, T] of C references, by following parents back; behind `steps` they mean nothing."""
         all_tokens = np.zeros((len(steps), self.num_generated), np.int32)
         all_beams = np.zeros_like(all_tokens)
         beam = np.zeros(len(steps), np.int32)
@@ -151,7 +151,7 @@ class BeamState:
             is_last = steps == step
             all_tokens[:, step] = np.where(is_last, tokens, self.tokens[step][beam])
             all_beams[:, step] = np.where(is_last, parents, self.parents[step][beam])
-            beam = np.where(steps >= step, all_beams[:, step], 0)
+            beam = all_beams[:, step]
         return all_tokens, all_beams
 
     def _record(self, batch: _Batch, place: int, selection: Selection, is_done: bool) -> None:
