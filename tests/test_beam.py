@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.host.beam import Candidates, merge_candidates, num_candidates, select_beams
-from jaxpaged.host.beam_state import BeamState, advance_beams, best_hypotheses
+from jaxpaged.host.beam_state import BeamState, advance_beams, advance_merged, best_hypotheses
 
 PROMPT = (1, 4, 7)
 GOLDEN = toy_model()
@@ -236,6 +236,26 @@ def test_groups_may_come_leave_and_wait_in_any_order():
             if together:
                 states = [s.state for s in together]
                 advance_beams(states, *device_step(states, [s.model(s.running()) for s in together]))
+    for search in searches:
+        assert_equal_to_reference(search)
+
+
+def test_candidates_that_the_device_merged_give_the_same_searches():
+    searches = [s for s in grid_searches()[::5] if not s.stops]
+    active = searches
+    while active:
+        states = [s.state for s in active]
+        scores, tokens, starts = device_step(states, [s.model(s.running()) for s in active])
+        if states[0].num_generated == 0:
+            advance_beams(states, scores, tokens, starts)
+        else:
+            lanes = np.arange(max(state.width for state in states))
+            widths = np.array([state.width for state in states])
+            rows = np.where(lanes < widths[:, None], np.array(starts)[:, None] + lanes, -1)
+            most = np.full(len(states), max(state.num_candidates for state in states))
+            merged = merge_candidates(scores, tokens, rows, most)
+            advance_merged(states, merged.scores, merged.parents, merged.tokens)
+        active = [s for s in active if not s.state.is_done]
     for search in searches:
         assert_equal_to_reference(search)
 

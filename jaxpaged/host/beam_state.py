@@ -189,6 +189,25 @@ def advance_beams(
         _advance([states[i] for i in places], scores, tokens, starts[places], keys)
 
 
+def advance_merged(states: Sequence[BeamState], scores: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> None:
+    """`advance_beams` where the device has already taken the best of each group: [G, C], C at least every group's
+    `num_candidates` (or all that there are, -1 for tokens where there are no more).
+
+    Not for a first step, whose beams have one row in common, and not for diverse groups, whose turns come in between.
+    """
+    members = list(states)
+    assert all(state.num_generated and not state.earlier for state in members), "these groups need advance_beams"
+    batch = _batch_of(members)
+    is_used = (tokens >= 0) & (np.arange(tokens.shape[1]) < batch.counts[:, None])
+    candidates = Candidates(
+        scores=np.where(is_used, scores, NOTHING),
+        parents=np.where(is_used, parents, -1),
+        tokens=np.where(is_used, tokens, -1),
+        ends=np.zeros(is_used.shape, bool),
+    )
+    _decide(members, batch, candidates)
+
+
 def _advance(
     states: list[BeamState], scores: np.ndarray, tokens: np.ndarray, first_rows: np.ndarray, keys: np.ndarray | None
 ) -> None:
@@ -210,7 +229,10 @@ def _advance(
             scores = scores - _diversity(states, row_tokens)
         scores, tokens, keys = _in_row_order(scores, row_tokens, keys)
         rows = np.where(in_group, np.arange(rows.size).reshape(rows.shape), -1)
-    candidates = merge_candidates(scores, tokens, rows, batch.counts, keys)
+    _decide(states, batch, merge_candidates(scores, tokens, rows, batch.counts, keys))
+
+
+def _decide(states: list[BeamState], batch: _Batch, candidates: Candidates) -> None:
     candidates = candidates._replace(ends=_ends(states, candidates, batch.end_ids))
     selection = select_beams(batch.beams, candidates, batch.rules)
     batch = batch._replace(beams=selection.beams)
