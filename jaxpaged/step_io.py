@@ -62,6 +62,7 @@ class SamplingInputs(NamedTuple):
     seeds: Any  # i32[R, 2] high and low word
     sample_indices: Any  # i32[R] which sample of its request
     positions: Any  # i32[R] of the token to be chosen
+    running_scores: Any = None  # f32[R] what a beam's next log-probabilities are added to; only where beams run
     temperatures: Any = None  # f32[R]; 0 is greedy
     top_ps: Any = None  # f32[R]
     top_ks: Any = None  # i32[R]; V when all are kept
@@ -101,11 +102,19 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: np.ndarray | None = None  # f32[R, k]
 
 
+class RowCandidates(NamedTuple):
+    """The likeliest continuations of every row, best first."""
+
+    scores: np.ndarray  # f32[R, k] sums of log-probabilities
+    tokens: np.ndarray  # i32[R, k]
+
+
 class StepOutputs(NamedTuple):
     """What the host learns from a step."""
 
     tokens: np.ndarray  # i32[R]
     token_logprobs: TokenLogprobs
+    candidates: RowCandidates | None = None  # where beams run
     prompt_logprobs: TokenLogprobs | None = None  # over the T packed tokens
 
 
@@ -142,3 +151,9 @@ def unpack_logprobs(columns: np.ndarray, num_logprobs: int | None) -> TokenLogpr
     top_ids = columns[:, 2 : 2 + num_logprobs]
     top_logprobs = np.ascontiguousarray(columns[:, 2 + num_logprobs :]).view(np.float32)
     return TokenLogprobs(logprobs, columns[:, 1], top_ids, top_logprobs)
+
+
+def unpack_candidates(columns: np.ndarray) -> RowCandidates:
+    """The device's i32[R, 2k] columns: k score bits, k token ids."""
+    k = columns.shape[1] // 2
+    return RowCandidates(np.ascontiguousarray(columns[:, :k]).view(np.float32), columns[:, k:])

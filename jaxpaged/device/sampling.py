@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.sampling_params import LogitsProcessor
 from jaxpaged.step_io import SamplingInputs
 
@@ -54,6 +55,18 @@ def token_logprobs(logits: Array, tokens: Array, num_logprobs: int | None) -> Ar
             values, ids = jax.lax.top_k(logits, num_logprobs)
             columns += [ids.astype(jnp.int32), _bits(values - normaliser)]
     return jnp.concatenate(columns, axis=1)
+
+
+def beam_candidates(
+    logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...], count: int
+) -> Array:
+    """The `count` continuations of every row with the highest sums of log-probabilities, as int32 columns.
+
+    The sums are taken before the best are: rounding makes some of them equal, and of equals the lowest token wins.
+    """
+    sums = _process(jax.nn.log_softmax(logits), inputs, processors) + inputs.running_scores[:, None]
+    values, tokens = top_candidates(sums, count)
+    return jnp.concatenate([_bits(values), tokens], axis=1)
 
 
 def _bits(x: Array) -> Array:

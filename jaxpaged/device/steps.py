@@ -19,7 +19,7 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import KVCache
 from jaxpaged.device.model import compute_logits, forward
 from jaxpaged.device.params import Params
-from jaxpaged.device.sampling import sample_tokens, token_logprobs
+from jaxpaged.device.sampling import beam_candidates, sample_tokens, token_logprobs
 from jaxpaged.sampling_params import LogitsProcessor
 from jaxpaged.step_io import DecodeBatch, Layout, PrefillBatch, SamplingInputs
 
@@ -28,7 +28,7 @@ Array = jax.Array
 #: Packed tokens whose prompt log-probabilities are computed at a time: bounds the logits in memory.
 LOGPROB_TILE = 128
 
-_STATIC = ("config", "kernels", "layout", "num_logprobs", "processors")
+_STATIC = ("config", "kernels", "layout", "num_logprobs", "num_candidates", "processors")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
@@ -41,6 +41,7 @@ def decode_step(
     kernels: AttentionKernels,
     layout: Layout,
     num_logprobs: int | None = None,
+    num_candidates: int = 0,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> tuple[Array, KVCache]:
     """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
@@ -49,7 +50,7 @@ def decode_step(
     """
     batch: DecodeBatch = unpack(packed, layout)
     hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
-    return _choose(params, config, hidden, batch.sampling, num_logprobs, processors), cache
+    return _choose(params, config, hidden, batch.sampling, num_logprobs, num_candidates, processors), cache
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "num_prompt_logprobs"), donate_argnames="cache")
@@ -63,6 +64,7 @@ def prefill_step(
     layout: Layout,
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
+    num_candidates: int = 0,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> tuple[Array, Array | None, KVCache]:
     """Compute many tokens a row and choose the next token for the rows in `sample_from`.
@@ -72,7 +74,8 @@ def prefill_step(
     """
     batch: PrefillBatch = unpack(packed, layout)
     hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
-    outputs = _choose(params, config, hidden[batch.inputs.sample_from], batch.sampling, num_logprobs, processors)
+    hidden_last = hidden[batch.inputs.sample_from]
+    outputs = _choose(params, config, hidden_last, batch.sampling, num_logprobs, num_candidates, processors)
     if batch.inputs.next_tokens is None:
         return outputs, None, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, num_prompt_logprobs)
@@ -128,12 +131,16 @@ def _choose(
     hidden: Array,
     sampling: SamplingInputs,
     num_logprobs: int | None,
+    num_candidates: int,
     processors: tuple[LogitsProcessor, ...],
 ) -> Array:
     logits = compute_logits(params, config, hidden)
     with jax.named_scope("sample"):
         tokens = sample_tokens(logits, sampling, processors)
-        return jnp.concatenate([tokens[:, None], token_logprobs(logits, tokens, num_logprobs)], axis=1)
+        columns = [tokens[:, None], token_logprobs(logits, tokens, num_logprobs)]
+        if num_candidates:
+            columns.append(beam_candidates(logits, sampling, processors, num_candidates))
+        return jnp.concatenate(columns, axis=1)
 
 
 def _prompt_logprobs(

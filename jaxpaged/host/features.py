@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.sampling_params import LogitsProcessor, SamplingParams
 
@@ -20,6 +22,7 @@ class SamplingFeatures:
     """Counts are rounded up to powers of two."""
 
     has_samples: bool = False  # some request has several samples, which share the pages of its prompt
+    num_candidates: int = 0  # likeliest continuations of every row to return, for beams; 0: no beams
     is_random: bool = False  # some request has a temperature
     is_filtered: bool = False  # ... and top_p, top_k or min_p
     is_penalised: bool = False
@@ -33,10 +36,12 @@ class SamplingFeatures:
     def of(cls, groups: Iterable[SequenceGroup], vocab_size: int) -> SamplingFeatures:
         groups = list(groups)
         params = [group.params for group in groups]
+        drawn = [p for p in params if isinstance(p, SamplingParams)]
         return cls(
+            num_candidates=_candidates([state for group in groups for state in group.beams], vocab_size),
             has_samples=any(p.num_samples > 1 for p in params),
-            is_random=any(p.temperature > 0 for p in params),
-            is_filtered=any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in params),
+            is_random=any(p.temperature > 0 for p in drawn),
+            is_filtered=any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in drawn),
             is_penalised=any(penalties(p) != (1, 0, 0) for p in params),
             max_edits=_power_of_two(max(map(_most_edits, groups), default=0)),
             max_allowed=_power_of_two(max((len(p.allowed_token_ids or ()) for p in params), default=0)),
@@ -50,7 +55,7 @@ class SamplingFeatures:
         return self.is_penalised or bool(self.processors)
 
 
-def penalties(params: SamplingParams) -> tuple[float, float, float]:
+def penalties(params: SamplingParams | BeamSearchParams) -> tuple[float, float, float]:
     return params.repetition_penalty, params.presence_penalty, params.frequency_penalty
 
 
@@ -65,6 +70,10 @@ def _logprob_size(wanted: list[int | None], vocab_size: int) -> int | None:
     if not counts:
         return None
     return next((size for size in LOGPROB_SIZES if max(counts) <= size <= vocab_size), vocab_size)
+
+
+def _candidates(states: list[BeamState], vocab_size: int) -> int:
+    return min(_power_of_two(max((state.row_candidates for state in states), default=0)), vocab_size)
 
 
 def _power_of_two(count: int) -> int:

@@ -11,7 +11,7 @@ Entry = dict[int, tuple[float, int]]
 def collect_logprobs(plan: StepPlan, outputs: StepOutputs) -> None:
     """To be called before `Scheduler.commit` of the same plan."""
     for i, (group, sequence, _) in enumerate(plan.samples):
-        if group.params.logprobs is not None:
+        if group.params.logprobs is not None and not group.beams:
             token_id = int(outputs.tokens[i])
             sequence.logprobs.append(_entry(outputs.token_logprobs, i, token_id, group.params.logprobs))
     if outputs.prompt_logprobs is not None:

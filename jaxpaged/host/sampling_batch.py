@@ -8,8 +8,11 @@ import numpy as np
 
 from jaxpaged.host.features import SamplingFeatures, penalties
 from jaxpaged.host.scheduler import Sample
-from jaxpaged.sampling_params import LOGIT_BIAS_LIMIT
+from jaxpaged.sampling_params import LOGIT_BIAS_LIMIT, SamplingParams
 from jaxpaged.step_io import SamplingInputs
+
+#: How a beam's row is sampled from, which nobody reads.
+UNDRAWN = SamplingParams(temperature=0)
 
 
 def make_sampling_inputs(
@@ -17,20 +20,24 @@ def make_sampling_inputs(
 ) -> SamplingInputs:
     """Arrays of `num_rows` rows, of which the first `len(samples)` are real; the others are greedy and unread."""
     params = [sample.group.params for sample in samples]
+    draws = [p if isinstance(p, SamplingParams) else UNDRAWN for p in params]
     inputs = SamplingInputs(
         seeds=_rows([_seed_words(s.group.seed) for s in samples], (num_rows, 2), np.uint32).view(np.int32),
         sample_indices=_rows([s.sequence.sample_index for s in samples], (num_rows,), np.int32),
         positions=_rows([s.sequence.num_tokens for s in samples], (num_rows,), np.int32),
     )
+    if features.num_candidates:
+        scores = [s.sequence.cumulative_logprob if s.group.beams else 0.0 for s in samples]
+        inputs = inputs._replace(running_scores=_rows(scores, (num_rows,), np.float32))
     if features.is_random:
-        inputs = inputs._replace(temperatures=_rows([p.temperature for p in params], (num_rows,), np.float32))
+        inputs = inputs._replace(temperatures=_rows([p.temperature for p in draws], (num_rows,), np.float32))
     if features.is_filtered:
         inputs = inputs._replace(
-            top_ps=_rows([p.top_p for p in params], (num_rows,), np.float32, 1.0),
+            top_ps=_rows([p.top_p for p in draws], (num_rows,), np.float32, 1.0),
             top_ks=_rows(
-                [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], (num_rows,), np.int32, 1
+                [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in draws], (num_rows,), np.int32, 1
             ),
-            min_ps=_rows([p.min_p for p in params], (num_rows,), np.float32),
+            min_ps=_rows([p.min_p for p in draws], (num_rows,), np.float32),
         )
     if features.is_penalised:
         inputs = inputs._replace(penalties=_rows([penalties(p) for p in params], (num_rows, 3), np.float32, 1.0))

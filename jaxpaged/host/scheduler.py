@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.beam_groups import advance_groups
 from jaxpaged.host.block_table import (
     PageCopy,
     append_slots,
@@ -133,9 +134,11 @@ class Scheduler:
                 sequence.table = fork(branches[i - 1].sequence.table, self.allocator)
                 truncate(sequence.table, num_shared * self.cache.page_size, self.allocator)
             sequence.num_computed = sequence.table.num_slots
-            append_slots([sequence.table], [sequence.num_tokens - sequence.num_computed], self.allocator)
+            count = group.num_to_prefill(sequence) - sequence.num_computed
+            append_slots([sequence.table], [count], self.allocator)
             sequence.status = SequenceStatus.RUNNING
-            self._prefilling.append((group, sequence))
+            if count:
+                self._prefilling.append((group, sequence))
         group.record_pages()
         self.running.append(group)
         self._batch = None
@@ -163,9 +166,9 @@ class Scheduler:
         while self._prefilling and budget:
             group, sequence = self._prefilling[0]
             start = sequence.num_computed
-            count = min(budget, sequence.num_tokens - start)
-            is_last = start + count == sequence.num_tokens
-            num_samples += (1 if group.is_forked else group.params.num_samples) if is_last else 0
+            count = min(budget, group.num_to_prefill(sequence) - start)
+            is_last = start + count == group.num_to_prefill(sequence)
+            num_samples += self._num_first_samples(group) if is_last else 0
             if num_samples > self.limits.max_num_seqs:
                 break
             self._plan_row(plan, group, sequence, start, count)
@@ -174,6 +177,12 @@ class Scheduler:
                 self._prefilling.popleft()
                 self._plan_first_samples(plan, group, sequence)
         return plan
+
+    def _num_first_samples(self, group: SequenceGroup) -> int:
+        """Samples that the end of a prefill gives: beams choose from one row, and those that come back from none."""
+        if group.beams:
+            return 0 if group.is_forked else 1
+        return 1 if group.is_forked else group.params.num_samples
 
     def _plan_row(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence, start: int, count: int) -> None:
         plan.rows.append(PlanRow(group, sequence, start, count))
@@ -184,8 +193,10 @@ class Scheduler:
     def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
         """The row that completes a prompt gives the first token of every sample: fork them here, sharing all pages."""
         row = len(plan.rows) - 1
+        if group.beams and group.is_forked:
+            return
         plan.samples.append(Sample(group, sequence, row))
-        if group.is_forked:
+        if group.is_forked or group.beams:
             return
         for index in range(1, group.params.num_samples):
             sample = Sequence(
@@ -240,7 +251,12 @@ class Scheduler:
         """Append the chosen tokens, end the samples that are done and free their pages; returns the finished groups."""
         tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
         ended: list[SequenceGroup] = []
-        for (group, sequence, _), token_id, logprob in zip(plan.samples, tokens, logprobs, strict=False):
+        searches: dict[SequenceGroup, int] = {}  # and their first rows
+        for i, (group, sequence, _) in enumerate(plan.samples):
+            if group.beams:
+                searches.setdefault(group, i)
+                continue
+            token_id, logprob = tokens[i], logprobs[i]
             sequence.token_ids.append(token_id)
             sequence.cumulative_logprob += logprob
             if apply_stop(group, sequence):
@@ -248,6 +264,10 @@ class Scheduler:
                 sequence.status = SequenceStatus.FINISHED
                 release(sequence.table, self.allocator)
                 ended.append(group)
+        if searches:
+            assert outputs.candidates is not None, "beams ran, but no candidates came"
+            ended += advance_groups(list(searches.items()), outputs.candidates, self.allocator)
+            self._batch = None
         if ended:
             self._batch = None
         finished = [group for group in dict.fromkeys(ended) if not group.unfinished]

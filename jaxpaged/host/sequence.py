@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.block_table import BlockTable
 from jaxpaged.sampling_params import SamplingParams
 
@@ -84,13 +86,14 @@ class SequenceGroup:
 
     request_id: str
     prompt: str | None
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     seed: int
     sequences: list[Sequence]
     max_len: int  # tokens of prompt and output at which a sample ends
     eos_ids: frozenset[int] = frozenset()  # empty when the request ignores them
     stop_ids: frozenset[int] = frozenset()
     make_stream: Callable[[], TextStream] | None = None  # for requests with stop strings
+    beams: list[BeamState] = field(default_factory=list)  # of a beam search, one for each of its groups of beams
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`
     pages: GroupPages = field(default_factory=GroupPages)
     prompt_logprobs: list[Any] = field(default_factory=list)
@@ -106,8 +109,21 @@ class SequenceGroup:
 
     @property
     def is_forked(self) -> bool:
-        """Whether the samples exist as sequences of their own."""
+        """Whether the samples, or beams, exist as sequences of their own."""
+        if self.beams:
+            return self.beams[0].num_generated > 0
         return len(self.sequences) == self.params.num_samples
+
+    @property
+    def running_beams(self) -> list[BeamState]:
+        return [state for state in self.beams if not state.is_done]
+
+    def num_to_prefill(self, sequence: Sequence) -> int:
+        """Tokens whose KV is computed when the group is admitted.
+
+        A beam that comes back leaves its last token to the next decode step, in which all beams choose together.
+        """
+        return sequence.num_tokens - (1 if self.beams and self.is_forked else 0)
 
     @property
     def unfinished(self) -> list[Sequence]:
@@ -118,5 +134,7 @@ class SequenceGroup:
 
     @property
     def num_rows(self) -> int:
-        """Rows of a decode step that the group fills: its unfinished samples, forked or not."""
+        """Rows of a decode step that the group fills: its unfinished samples or beams, forked or not."""
+        if self.beams:
+            return sum(state.width for state in self.running_beams)
         return len(self.unfinished) if self.is_forked else self.params.num_samples
