@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.sampling_params import SamplingParams
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "KVUsage",
     "Logprob",

@@ -22,7 +22,16 @@ from jaxpaged.host.logprobs import collect_logprobs
 from jaxpaged.host.prefix_groups import PrefixSharing, share_nothing, share_prefixes
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.step_io import NULL_PAGE, DecodeBatch, Layout, PrefillBatch, StepOutputs, pack, unpack_candidates, unpack_logprobs
+from jaxpaged.step_io import (
+    NULL_PAGE,
+    DecodeBatch,
+    Layout,
+    PrefillBatch,
+    StepOutputs,
+    pack,
+    unpack_candidates,
+    unpack_logprobs,
+)
 
 
 class Engine:
@@ -132,10 +141,10 @@ class Engine:
         else:
             columns, self.pool = steps.decode_step(self.params, self.pool, self._upload(packed), **static)
         array = np.asarray(columns)
-        split = array.shape[1] - 2 * features.num_candidates
+        split = array.shape[1] - features.num_candidates * (3 if features.draws_beams else 2)
         outputs = StepOutputs(array[:, 0], unpack_logprobs(array[:, 1:split], features.num_logprobs))
         if features.num_candidates:
-            outputs = outputs._replace(candidates=unpack_candidates(array[:, split:]))
+            outputs = outputs._replace(candidates=unpack_candidates(array[:, split:], features.num_candidates))
         if prompt_columns is None:
             return outputs
         prompt = unpack_logprobs(np.asarray(prompt_columns), features.num_prompt_logprobs)
@@ -201,7 +210,8 @@ def static_arguments(
     """What the step whose inputs have this layout is compiled for."""
     static: dict[str, Any] = {
         "config": model, "kernels": kernels, "layout": layout,
-        "num_logprobs": features.num_logprobs, "num_candidates": features.num_candidates, "processors": features.processors,
+        "num_logprobs": features.num_logprobs, "num_candidates": features.num_candidates,
+        "processors": features.processors,
     }  # fmt: skip
     if layout[0] is PrefillBatch:
         static["num_prompt_logprobs"] = features.num_prompt_logprobs

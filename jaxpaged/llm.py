@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
+from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
@@ -19,6 +21,7 @@ from jaxpaged.prompts import Prompt, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation, load_tokenizer
 
+Params = SamplingParams | BeamSearchParams
 Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
 
 
@@ -92,7 +95,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompts,
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        sampling_params: Params | SequenceOf[Params] | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Complete every prompt; results in input order. `progress` shows a bar where stderr is a terminal.
@@ -111,7 +114,7 @@ class LLM:
     def generate_iter(
         self,
         prompts: Prompts,
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        sampling_params: Params | SequenceOf[Params] | None = None,
         request_ids: SequenceOf[str] | None = None,
     ) -> Iterator[RequestOutput]:
         """As `generate`, but yields each result as it finishes; `request_id` tells which it is (by default its index).
@@ -121,7 +124,19 @@ class LLM:
         groups = self._make_groups(prompts, sampling_params, request_ids)
         return (output for _, output in self._run(groups))
 
-    def warm_up(self, sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None) -> None:
+    def beam_search(
+        self, prompts: Prompts, params: BeamSearchParams | SequenceOf[BeamSearchParams], progress: bool = True
+    ) -> list[RequestOutput]:
+        """The best continuations of every prompt, best first, with their `score`; the semantics of transformers 5.
+
+        The same as `generate`, which takes beams, samples and greedy requests in one batch.
+        """
+        given = params if isinstance(params, SequenceOf) else [params]
+        if any(not isinstance(one, BeamSearchParams) for one in given):
+            raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {params!r}")
+        return self.generate(prompts, params, progress)
+
+    def warm_up(self, sampling_params: Params | SequenceOf[Params] | None = None) -> None:
         """Compile everything that requests with such parameters can need; no later run of them compiles anything.
 
         Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set
@@ -132,14 +147,14 @@ class LLM:
         )
         self.engine.warm_up([self._make_group(Prompt(None, [0]), one, "", seed=0) for one in params])
 
-    def check_request(self, prompt: Any, params: SamplingParams) -> None:
+    def check_request(self, prompt: Any, params: Params) -> None:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
         self._make_group(read_prompt(prompt), params, "", seed=0)
 
     def _make_groups(
         self,
         prompts: Prompts,
-        params: SamplingParams | SequenceOf[SamplingParams] | None,
+        params: Params | SequenceOf[Params] | None,
         request_ids: SequenceOf[str] | None,
     ) -> list[SequenceGroup]:
         """Every request, checked; nothing has run yet."""
@@ -157,13 +172,13 @@ class LLM:
         self._num_requests += len(groups)
         return groups
 
-    def _request_seed(self, params: SamplingParams, index: int) -> int:
+    def _request_seed(self, params: Params, index: int) -> int:
         """The request's own seed, or one that follows from the LLM's and the number of requests before it."""
         if params.seed is not None:
             return params.seed
         return int(np.random.SeedSequence([self._seed, self._num_requests + index]).generate_state(1, np.uint64)[0])
 
-    def _make_group(self, prompt: Prompt, params: SamplingParams, request_id: str, seed: int) -> SequenceGroup:
+    def _make_group(self, prompt: Prompt, params: Params, request_id: str, seed: int) -> SequenceGroup:
         model, limits = self.engine.model, self.engine.limits
         params.check_token_ids(model.vocab_size)
         token_ids = self._token_ids(prompt, params)
@@ -179,15 +194,30 @@ class LLM:
             max_len=min(budget, limits.max_model_len),
             eos_ids=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
             stop_ids=frozenset(params.stop_token_ids or ()),
-            make_stream=self._stream_maker(params, token_ids),
+            make_stream=None if isinstance(params, BeamSearchParams) else self._stream_maker(params, token_ids),
             banned_words=self._banned_words(params),
         )  # fmt: skip
         if group.make_stream:
             group.sequences[0].stream = group.make_stream()
+        if isinstance(params, BeamSearchParams):
+            self._prepare_search(group, params)
         self.engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len)
         return group
 
-    def _token_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+    def _prepare_search(self, group: SequenceGroup, params: BeamSearchParams) -> None:
+        if params.logprobs is not None:
+            raise ValueError("logprobs of beams are not kept: leave logprobs=None")
+        group.beams = BeamState.of(params, group.eos_ids | group.stop_ids, group.max_len - group.prompt_len)
+        if params.stop_strings and (tokenizer := self.tokenizer) is not None:
+            prompt_ids = group.sequences[0].token_ids[:]
+
+            def ends_text(output_ids: list[int]) -> bool:
+                text = decode_continuation(tokenizer, prompt_ids, output_ids, params.skip_special_tokens)
+                return any(stop in text for stop in params.stop_strings)
+
+            group.ends_text = ends_text
+
+    def _token_ids(self, prompt: Prompt, params: Params) -> list[int]:
         if prompt.token_ids is not None:
             if params.stop_strings or params.bad_words:
                 self._need_tokenizer("stop strings and bad_words need")
@@ -213,7 +243,7 @@ class LLM:
         include, skip = params.include_stop_str_in_output, params.skip_special_tokens
         return lambda: StopStringStream(tokenizer, prompt_ids, stop, include, skip)
 
-    def _banned_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+    def _banned_words(self, params: Params) -> tuple[tuple[int, ...], ...]:
         """Token ids of `bad_words`, each as it is written at the start of a text and behind a space."""
         if not params.bad_words or self.tokenizer is None:
             return ()
@@ -229,9 +259,6 @@ class LLM:
 
     def _request_output(self, group: SequenceGroup) -> RequestOutput:
         params = group.params
-        chosen = group.sequences
-        if params.num_samples > params.n:
-            chosen = sorted(chosen, key=lambda sequence: -sequence.cumulative_logprob)[: params.n]
         pages = group.pages
         return RequestOutput(
             request_id=group.request_id,
@@ -240,7 +267,7 @@ class LLM:
             prompt_logprobs=None
             if params.prompt_logprobs is None
             else [None, *map(self._logprobs, group.prompt_logprobs)],
-            outputs=[self._completion(group, sequence, i) for i, sequence in enumerate(chosen)],
+            outputs=self._completions(group),
             finished=True,
             metrics=RequestMetrics(
                 0.0, group.first_scheduled_time, group.first_token_time, group.finished_time
@@ -249,6 +276,35 @@ class LLM:
                 pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,
                 group.num_preemptions, group.recomputed_tokens,
             ),
+        )  # fmt: skip
+
+    def _completions(self, group: SequenceGroup) -> list[CompletionOutput]:
+        params = group.params
+        if isinstance(params, BeamSearchParams):
+            best = best_hypotheses(group.beams, params.num_returned)
+            return [self._beam(group, params, hypothesis, i) for i, hypothesis in enumerate(best)]
+        chosen = group.sequences
+        if params.num_samples > params.n:
+            chosen = sorted(chosen, key=lambda sequence: -sequence.cumulative_logprob)[: params.n]
+        return [self._completion(group, sequence, i) for i, sequence in enumerate(chosen)]
+
+    def _beam(self, group: SequenceGroup, params: BeamSearchParams, found: Hypothesis, index: int) -> CompletionOutput:
+        last = found.token_ids[-1]
+        prompt_ids, output = group.sequences[0].token_ids[: group.prompt_len], found.token_ids
+        ended_by_token = last in group.eos_ids | group.stop_ids
+        if ended_by_token and not params.include_stop_str_in_output:
+            output = output[:-1]
+        text, stop_reason = "", last if last in group.stop_ids - group.eos_ids else None
+        if self.tokenizer is not None and params.detokenize:
+            text = decode_continuation(self.tokenizer, prompt_ids, output, params.skip_special_tokens)
+        found_stops = [(text.find(stop), stop) for stop in params.stop_strings if stop in text]
+        if found_stops and not ended_by_token:
+            at, stop_reason = min(found_stops)
+            text = text[: at + (len(stop_reason) if params.include_stop_str_in_output else 0)]
+        ended = ended_by_token or bool(found_stops)
+        return CompletionOutput(
+            index, text, found.token_ids, found.cumulative_logprob, None, "stop" if ended else "length", stop_reason,
+            found.score,
         )  # fmt: skip
 
     def _completion(self, group: SequenceGroup, sequence: Sequence, index: int) -> CompletionOutput:
@@ -293,17 +349,15 @@ def _find_tokenizer(given: str | Path | Tokenizer | None, found: Path | None) ->
     return None if found is None else load_tokenizer(found)
 
 
-def _one_for_each(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _one_for_each(params: Params | SequenceOf[Params] | None, count: int) -> list[Params]:
     if params is None:
         params = SamplingParams()
-    if isinstance(params, SamplingParams):
+    if isinstance(params, Params):
         return [params] * count
-    if (
-        isinstance(params, str)
-        or not isinstance(params, SequenceOf)
-        or any(not isinstance(p, SamplingParams) for p in params)
-    ):
-        raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+    if isinstance(params, str) or not isinstance(params, SequenceOf) or any(not isinstance(p, Params) for p in params):
+        raise ValueError(
+            f"sampling_params must be a SamplingParams or BeamSearchParams or a list of them, got {params!r}"
+        )
     if len(params) != count:
         raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")
     return list(params)

@@ -27,6 +27,7 @@ class CompletionOutput:
         str  # "stop": end-of-sequence, a stop token or a stop string; "length": max_tokens or the model's length
     )
     stop_reason: int | str | None  # the stop string or token id; None for the model's own end-of-sequence
+    score: float | None = None  # of a beam: cumulative_logprob / generated length ** length_penalty
 
 
 @dataclass(frozen=True, slots=True)

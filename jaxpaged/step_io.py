@@ -63,6 +63,7 @@ class SamplingInputs(NamedTuple):
     sample_indices: Any  # i32[R] which sample of its request
     positions: Any  # i32[R] of the token to be chosen
     running_scores: Any = None  # f32[R] what a beam's next log-probabilities are added to; only where beams run
+    beam_temperatures: Any = None  # f32[R] of beams that are drawn; 0: the best are taken
     temperatures: Any = None  # f32[R]; 0 is greedy
     top_ps: Any = None  # f32[R]
     top_ks: Any = None  # i32[R]; V when all are kept
@@ -107,6 +108,7 @@ class RowCandidates(NamedTuple):
 
     scores: np.ndarray  # f32[R, k] sums of log-probabilities
     tokens: np.ndarray  # i32[R, k]
+    keys: np.ndarray | None = None  # f32[R, k] what they are ranked by, where some beams are drawn; None: the scores
 
 
 class StepOutputs(NamedTuple):
@@ -153,7 +155,7 @@ def unpack_logprobs(columns: np.ndarray, num_logprobs: int | None) -> TokenLogpr
     return TokenLogprobs(logprobs, columns[:, 1], top_ids, top_logprobs)
 
 
-def unpack_candidates(columns: np.ndarray) -> RowCandidates:
-    """The device's i32[R, 2k] columns: k score bits, k token ids."""
-    k = columns.shape[1] // 2
-    return RowCandidates(np.ascontiguousarray(columns[:, :k]).view(np.float32), columns[:, k:])
+def unpack_candidates(columns: np.ndarray, count: int) -> RowCandidates:
+    """The device's i32[R, 2 or 3 times k] columns: k score bits, k token ids, k key bits."""
+    scores, tokens, *keys = (np.ascontiguousarray(columns[:, i : i + count]) for i in range(0, columns.shape[1], count))
+    return RowCandidates(scores.view(np.float32), tokens, keys[0].view(np.float32) if keys else None)

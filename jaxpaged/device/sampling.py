@@ -64,9 +64,19 @@ def beam_candidates(
 
     The sums are taken before the best are: rounding makes some of them equal, and of equals the lowest token wins.
     """
-    sums = _process(jax.nn.log_softmax(logits), inputs, processors) + inputs.running_scores[:, None]
-    values, tokens = top_candidates(sums, count)
-    return jnp.concatenate([_bits(values), tokens], axis=1)
+    logprobs = _process(jax.nn.log_softmax(logits), inputs, processors)
+    if inputs.beam_temperatures is None:
+        sums, tokens = top_candidates(logprobs + inputs.running_scores[:, None], count)
+        return jnp.concatenate([_bits(sums), tokens], axis=1)
+    is_drawn = inputs.beam_temperatures[:, None] > 0
+    logprobs = jnp.where(is_drawn, logprobs / jnp.where(is_drawn, inputs.beam_temperatures[:, None], 1.0), logprobs)
+    sums = logprobs + inputs.running_scores[:, None]
+    # The largest sums with Gumbel noise are a draw without replacement from their softmax (Kool et al., 2019).
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(
+        inputs.seeds, inputs.sample_indices, inputs.positions, logits.shape[-1]
+    )
+    keys, tokens = top_candidates(jnp.where(is_drawn, sums + noise, sums), count)
+    return jnp.concatenate([_bits(jnp.take_along_axis(sums, tokens, axis=1)), tokens, _bits(keys)], axis=1)
 
 
 def _bits(x: Array) -> Array:

@@ -6,6 +6,10 @@ it, which copies nothing; what they write to a shared last page later is copied 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from jaxpaged.host.beam_state import BeamState, advance_beams
 from jaxpaged.host.block_table import fork, release
 from jaxpaged.host.page_allocator import PageAllocator
@@ -30,7 +34,10 @@ def advance_groups(
                 row, beams = row + state.width, beams[state.width :]
             else:
                 children.append((state, beams * state.width))
-    advance_beams(states, candidates.scores, candidates.tokens, first_rows)
+    for group, _ in groups:
+        if group.ends_text is not None:
+            _watch_for_stops(group.ends_text, [child for child in children if child[0] in group.beams])
+    advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
     parents_of = iter(children)
     replaced = []
     for group, _ in groups:
@@ -42,6 +49,16 @@ def advance_groups(
         _release_losers(group, before, allocator)
         group.record_pages()
     return [group for group, _ in groups if not group.running_beams]
+
+
+def _watch_for_stops(ends_text: Callable[[list[int]], bool], children: list[tuple[BeamState, list[Sequence]]]) -> None:
+    for state, parents in children:
+
+        def find_stops(of: np.ndarray, tokens: np.ndarray, parents=parents) -> np.ndarray:
+            pairs = zip(of.tolist(), tokens.tolist(), strict=True)
+            return np.array([ends_text([*parents[parent].output_ids, token]) for parent, token in pairs], bool)
+
+        state.find_stops = find_stops
 
 
 def _was_done(state: BeamState, ran: list[BeamState]) -> bool:

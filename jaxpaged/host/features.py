@@ -23,6 +23,7 @@ class SamplingFeatures:
 
     has_samples: bool = False  # some request has several samples, which share the pages of its prompt
     num_candidates: int = 0  # likeliest continuations of every row to return, for beams; 0: no beams
+    draws_beams: bool = False  # some beam search draws its candidates
     is_random: bool = False  # some request has a temperature
     is_filtered: bool = False  # ... and top_p, top_k or min_p
     is_penalised: bool = False
@@ -40,6 +41,7 @@ class SamplingFeatures:
         return cls(
             num_candidates=_candidates([state for group in groups for state in group.beams], vocab_size),
             has_samples=any(p.num_samples > 1 for p in params),
+            draws_beams=any(isinstance(p, BeamSearchParams) and p.do_sample for p in params),
             is_random=any(p.temperature > 0 for p in drawn),
             is_filtered=any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in drawn),
             is_penalised=any(penalties(p) != (1, 0, 0) for p in params),

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.host.features import SamplingFeatures, penalties
 from jaxpaged.host.scheduler import Sample
 from jaxpaged.sampling_params import LOGIT_BIAS_LIMIT, SamplingParams
@@ -29,6 +30,10 @@ def make_sampling_inputs(
     if features.num_candidates:
         scores = [s.sequence.cumulative_logprob if s.group.beams else 0.0 for s in samples]
         inputs = inputs._replace(running_scores=_rows(scores, (num_rows,), np.float32))
+    if features.draws_beams:
+        drawn = [isinstance(p, BeamSearchParams) and p.do_sample for p in params]
+        temperatures = [p.temperature if is_drawn else 0.0 for p, is_drawn in zip(params, drawn, strict=True)]
+        inputs = inputs._replace(beam_temperatures=_rows(temperatures, (num_rows,), np.float32))
     if features.is_random:
         inputs = inputs._replace(temperatures=_rows([p.temperature for p in draws], (num_rows,), np.float32))
     if features.is_filtered:

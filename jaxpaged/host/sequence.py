@@ -94,6 +94,7 @@ class SequenceGroup:
     stop_ids: frozenset[int] = frozenset()
     make_stream: Callable[[], TextStream] | None = None  # for requests with stop strings
     beams: list[BeamState] = field(default_factory=list)  # of a beam search, one for each of its groups of beams
+    ends_text: Callable[[list[int]], bool] | None = None  # whether output ids of a beam complete a stop string
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`
     pages: GroupPages = field(default_factory=GroupPages)
     prompt_logprobs: list[Any] = field(default_factory=list)
