@@ -7,78 +7,82 @@ it, which copies nothing; what they write to a shared last page later is copied 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged.host.beam_state import BeamState, advance_beams
+from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams
 from jaxpaged.host.block_table import fork, release
 from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.step_io import RowCandidates
 
 
+class _Search(NamedTuple):
+    """One group of beams in one step."""
+
+    state: BeamState
+    parents: list[Sequence]  # of each running beam; in the first step all are the prompt
+    first_row: int  # among the step's candidates
+
+
 def advance_groups(
     groups: list[tuple[SequenceGroup, int]], candidates: RowCandidates, allocator: PageAllocator
 ) -> list[SequenceGroup]:
     """One step of every group, each with its first row among the candidates; returns the groups that are done."""
-    if not groups:
-        return []
-    states, first_rows, children = [], [], []
-    for group, row in groups:
-        beams = group.sequences
-        for state in group.running_beams:
-            states.append(state)
-            first_rows.append(row)
-            if state.num_generated:
-                children.append((state, beams[: state.width]))
-                row, beams = row + state.width, beams[state.width :]
-            else:
-                children.append((state, beams * state.width))
-    for group, _ in groups:
+    searches = {group: _searches(group, row) for group, row in groups}
+    for group, of_group in searches.items():
+        group.record_pages()  # the most that it holds: what this step wrote is there, and nothing freed yet
         if group.ends_text is not None:
-            _watch_for_stops(group.ends_text, [child for child in children if child[0] in group.beams])
-    advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
-    parents_of = iter(children)
-    replaced = []
-    for group, _ in groups:
-        before = group.sequences
-        ran = [next(parents_of) for _ in range(sum(1 for state in group.beams if not _was_done(state, states)))]
-        group.sequences = _children(ran, allocator) or before[:1]
-        replaced.append((group, before))
-    for group, before in replaced:
-        _release_losers(group, before, allocator)
-        group.record_pages()
-    return [group for group, _ in groups if not group.running_beams]
+            for search in of_group:
+                search.state.find_stops = _stop_finder(search.parents, group.ends_text)
+    running = [search for of_group in searches.values() for search in of_group]
+    if running:
+        first_rows = [search.first_row for search in running]
+        advance_beams(
+            [search.state for search in running], candidates.scores, candidates.tokens, first_rows, candidates.keys
+        )
+    parents = {group: group.sequences for group in searches}
+    for group, of_group in searches.items():
+        group.sequences = _children(of_group, allocator)
+    for group, sequences in parents.items():
+        _release_losers(group, sequences, allocator)
+    return [group for group in searches if not group.running_beams]
 
 
-def _watch_for_stops(ends_text: Callable[[list[int]], bool], children: list[tuple[BeamState, list[Sequence]]]) -> None:
-    for state, parents in children:
-
-        def find_stops(of: np.ndarray, tokens: np.ndarray, parents=parents) -> np.ndarray:
-            pairs = zip(of.tolist(), tokens.tolist(), strict=True)
-            return np.array([ends_text([*parents[parent].output_ids, token]) for parent, token in pairs], bool)
-
-        state.find_stops = find_stops
-
-
-def _was_done(state: BeamState, ran: list[BeamState]) -> bool:
-    return all(state is not other for other in ran)
+def _searches(group: SequenceGroup, row: int) -> list[_Search]:
+    """The searches of a request that are not done: their beams, and so their rows, lie side by side."""
+    found, beams = [], group.sequences
+    for state in group.running_beams:
+        if state.num_generated:
+            found.append(_Search(state, beams[: state.width], row))
+            row, beams = row + state.width, beams[state.width :]
+        else:
+            found.append(_Search(state, beams * state.width, row))
+    return found
 
 
-def _children(ran: list[tuple[BeamState, list[Sequence]]], allocator: PageAllocator) -> list[Sequence]:
+def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]) -> FindStops:
+    def find_stops(beams: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        pairs = zip(beams.tolist(), tokens.tolist(), strict=True)
+        return np.array([ends_text([*parents[beam].output_ids, token]) for beam, token in pairs], bool)
+
+    return find_stops
+
+
+def _children(searches: list[_Search], allocator: PageAllocator) -> list[Sequence]:
     """The running beams after a step, best first: of each parent the first child is the parent itself."""
-    kept: set[int] = set()
+    kept: set[Sequence] = set()
     born: list[tuple[Sequence, int, float]] = []
-    for state, parents in ran:
+    for state, parents, _ in searches:
         if state.is_done:
             continue
         scores = state.running_scores.tolist()
         for parent, token, score in zip(state.parents[-1].tolist(), state.tokens[-1].tolist(), scores, strict=True):
             sequence = parents[parent]
-            if id(sequence) in kept:
+            if sequence in kept:
                 sequence = _fork(sequence, allocator)
-            else:
-                kept.add(id(sequence))
+            kept.add(sequence)
             born.append((sequence, token, score))
     # Tokens are appended when all forks have been made: they copy their parent's as it was.
     for index, (sequence, token, score) in enumerate(born):
@@ -95,9 +99,12 @@ def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:
     )  # fmt: skip
 
 
-def _release_losers(group: SequenceGroup, before: list[Sequence], allocator: PageAllocator) -> None:
-    survivors = {id(sequence) for sequence in group.sequences} if group.running_beams else set()
-    for sequence in reversed(before):
-        if id(sequence) not in survivors:
+def _release_losers(group: SequenceGroup, parents: list[Sequence], allocator: PageAllocator) -> None:
+    """Free the beams that have no child. Of a group that is done one stays, without pages: it knows the prompt."""
+    survivors = set(group.sequences)
+    for sequence in reversed(parents):
+        if sequence not in survivors:
             release(sequence.table, allocator)
             sequence.status = SequenceStatus.FINISHED
+    group.record_pages()
+    group.sequences = group.sequences or parents[:1]

@@ -267,8 +267,7 @@ class Scheduler:
         if searches:
             assert outputs.candidates is not None, "beams ran, but no candidates came"
             ended += advance_groups(list(searches.items()), outputs.candidates, self.allocator)
-            self._batch = None
-        if ended:
+        if ended or searches:
             self._batch = None
         finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
         if finished:
