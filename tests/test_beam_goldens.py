@@ -34,4 +34,4 @@ def test_all_searches_of_a_family_in_one_batch(name):
     outputs = llm.beam_search([arrays[f"prompt_{search['prompt']}"].tolist() for search in searches], params)
     for search, output in zip(searches, outputs, strict=True):
         assert [beam.token_ids for beam in output.outputs] == search["sequences"], search
-        np.testing.assert_allclose([beam.score for beam in output.outputs], search["scores"], rtol=1e-6, atol=1e-4)
+        np.testing.assert_allclose([beam.score for beam in output.outputs], search["scores"], rtol=1e-5, atol=1e-4)
