@@ -53,7 +53,8 @@ class BeamSearchParams:
         repetition_penalty, presence_penalty, frequency_penalty, logit_bias, allowed_token_ids, bad_words,
         logits_processors: as in `SamplingParams`, on log-probabilities, which are not normalised again: the changes are
             part of the sums.
-        logprobs, prompt_logprobs, detokenize, skip_special_tokens: as in `SamplingParams`.
+        logprobs: of single tokens are not kept for beams; `LLM` refuses anything but None.
+        prompt_logprobs, detokenize, skip_special_tokens: as in `SamplingParams`.
     """
 
     beam_width: int

@@ -99,8 +99,8 @@ class Engine:
         shape = self.buckets.shape_of(plan, self.features)
         batch = make_batch(plan, shape, self.cache_config, self.model.vocab_size, self.features)
         check_ids(batch.inputs, self.cache_config)
-        if self.sharing is not None and self.features.has_samples and isinstance(batch, DecodeBatch):
-            batch = share_prefixes(batch, self.cache_config.page_size, self.sharing)
+        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
+            batch = share_prefixes(batch, self.cache_config.page_size, sharing)
         packed, layout = pack(batch)
         launched = time.perf_counter()
         if plan.copies:
@@ -122,12 +122,17 @@ class Engine:
             nothing = StepPlan(is_prefill=shape.num_tokens is not None)
             batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, self.features)
             self._launch(*pack(batch))
-            if self.sharing is not None and self.features.has_samples and isinstance(batch, DecodeBatch):
-                shared = share_nothing(batch, self.sharing)
+            if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
+                shared = share_nothing(batch, sharing)
                 if shared is not None:
                     self._launch(*pack(shared))
         for size in self.buckets.copies:
             self.pool = steps.copy_pages(self.pool, self._upload(np.full((2, size), NULL_PAGE, np.int32)))
+
+    @property
+    def _sharing_in_use(self) -> PrefixSharing | None:
+        """How decode steps share prefixes: not at all where no request has samples or beams that could."""
+        return self.sharing if self.features.has_samples else None
 
     def _launch(self, packed: np.ndarray, layout: Layout) -> StepOutputs:
         """Run one step and wait for what the host must learn of it."""
@@ -172,8 +177,9 @@ def lower_largest_steps(
     buckets = Buckets.for_limits(limits, cache)
     width = buckets.table_widths[-1]
     features = SamplingFeatures(
-        is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size)
-    )
+        num_candidates=min(64, model.vocab_size), draws_beams=True,
+        is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size),
+    )  # fmt: skip
     for shape in (
         StepShape(buckets.decode_rows[-1], width),
         StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1]),

@@ -16,7 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_tile import DecodeTile
-from pallas_kernels.mosaic import ACCUMULATOR, COLUMN, LOG2E, MASKED, TILE, row_tiles, swizzle_bytes, swizzled
+from pallas_kernels.mosaic import (
+    ACCUMULATOR,
+    COLUMN,
+    MASKED,
+    TILE,
+    capped_scores,
+    row_tiles,
+    swizzle_bytes,
+    swizzled,
+)
 from pallas_kernels.work_split import WorkSplit, chunk_tiles, pieces_of
 
 Array = jax.Array
@@ -189,7 +198,8 @@ def attend(
                 if converts:
                     k_scales, v_scales, v_scale = scales_of(row, key, end, pack * heads + lax.rem(j, i32(heads)))
                     scores = scores * k_scales
-                scores = _in_base_2(scores, scale, options.soft_cap)
+                scores, factor = capped_scores(scores, scale, options.soft_cap)
+                scores = scores * factor
                 if window is not None:
                     at = plgpu.broadcasted_iota(i32, (keys, columns), 0, layout=TILE) + key
                     scores = jnp.where((at >= window) & (at < end), scores, MASKED)
@@ -434,11 +444,3 @@ def _no_keys(keys: int, columns: int, num_outs: int) -> Softmax:
     out = plgpu.layout_cast(jnp.zeros((64, columns), f32), TILE)
     highest = plgpu.layout_cast(jnp.full((columns,), LOWEST, f32), COLUMN)
     return Softmax((out,) * num_outs, highest, plgpu.layout_cast(jnp.zeros((keys, columns), f32), TILE))
-
-
-def _in_base_2(scores: Any, scale: float, soft_cap: float | None) -> Any:
-    """Scale and soft cap, times log2(e): the softmax that follows uses exp2, which is one instruction."""
-    if soft_cap is None:
-        return scores * (scale * LOG2E)
-    # tanh(x) = 1 - 2 / (1 + exp(2 x)); the hardware's own tanh is too coarse for logits of this size.
-    return (soft_cap * LOG2E) * (1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * LOG2E * scale / soft_cap))))

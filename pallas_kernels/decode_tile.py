@@ -39,6 +39,11 @@ def heads_per_pack(num_heads: int, num_kv_heads: int) -> int:
     return 1
 
 
+def columns_per_row(num_heads: int, num_kv_heads: int) -> int:
+    """Query columns that a row takes in one pack's matrix product: its query heads, padded to a multiple of 8."""
+    return -(-heads_per_pack(num_heads, num_kv_heads) * (num_heads // num_kv_heads) // 8) * 8
+
+
 def choose_tile(columns: int, head_dim: int, itemsize: int, *, few_rows: bool) -> DecodeTile:
     """The tile for programs of `columns` query columns, and pages of `itemsize` bytes.
 
@@ -70,8 +75,7 @@ def choose_shared_tile(columns: int, shared_columns: int, head_dim: int, itemsiz
 
 def max_members(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
     """Rows that a group of a shared prefix can have at most."""
-    columns = -(-heads_per_pack(num_heads, num_kv_heads) * (num_heads // num_kv_heads) // 8) * 8
-    return max(1, _shared_columns(head_dim) // columns)
+    return max(1, _shared_columns(head_dim) // columns_per_row(num_heads, num_kv_heads))
 
 
 def _shared_columns(head_dim: int) -> int:

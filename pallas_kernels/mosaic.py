@@ -6,6 +6,7 @@ All use of `jax.experimental.pallas.mosaic_gpu` stays inside this package: its n
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,15 @@ def num_multiprocessors() -> int:
     """Of the default device; of an H100 or H200 when that is no GPU (a kernel can be lowered without one)."""
     device = jax.devices()[0]
     return getattr(device, "core_count", None) or 132 if device.platform == "gpu" else 132
+
+
+def capped_scores(scores: Any, scale: float, soft_cap: float | None) -> tuple[Any, float]:
+    """Scores and a factor: their product is scaled, capped and in base 2, for exp2 is one instruction."""
+    if soft_cap is None:
+        return scores, scale * LOG2E  # the product can become part of a fused multiply-add
+    # tanh(x) = 1 - 2 / (1 + exp(2 x)); the hardware's own tanh is too coarse for logits of this size.
+    scores = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * LOG2E * scale / soft_cap)))
+    return scores, soft_cap * LOG2E
 
 
 def row_tiles(size: int) -> tuple[int, ...]:

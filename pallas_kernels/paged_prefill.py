@@ -35,10 +35,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.checks import check_ids, check_options, check_pages
 from pallas_kernels.mosaic import (
     ACCUMULATOR,
-    LOG2E,
     MASKED,
     ROW,
     TILE,
+    capped_scores,
     num_multiprocessors,
     swizzle_bytes,
     swizzled,
@@ -281,7 +281,7 @@ def _attend(
 
                 scores = pl.run_scoped(multiply, ACCUMULATOR((HALF, keys), f32))
                 plgpu.barrier_arrive(k_free.at[k_place])
-                scores, factor = _cap(scores, scale, soft_cap)
+                scores, factor = capped_scores(scores, scale, soft_cap)
                 if masked:
                     last_key = jnp.where(
                         (tokens >= segment.first) & (tokens < segment.last), tokens + segment.shift, -1
@@ -421,12 +421,3 @@ def _attend(
         kernel_name="paged_prefill",
     )
     return call(q, k_pages, v_pages, block_tables, rows, order)
-
-
-def _cap(scores: Any, scale: float, soft_cap: float | None) -> tuple[Any, float]:
-    """Scores and a factor: their product is scaled, capped and in base 2, for exp2 is one instruction."""
-    if soft_cap is None:
-        return scores, scale * LOG2E  # the product becomes part of a fused multiply-add
-    # tanh(x) = 1 - 2 / (1 + exp(2 x)); the hardware's own tanh is too coarse for logits of this size.
-    scores = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * LOG2E * scale / soft_cap)))
-    return scores, soft_cap * LOG2E

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import FP8, check_ids, check_options, check_pages
 from pallas_kernels.decode_kernel import Options, Phase, attend
-from pallas_kernels.decode_tile import choose_shared_tile, heads_per_pack
+from pallas_kernels.decode_tile import choose_shared_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_with_prefixes
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.paged_decode import pack_queries, pad_tables
@@ -74,7 +74,7 @@ def shared_prefix_decode(
     page_size, kv_heads = k_pages.shape[1:3]
     pack = heads_per_pack(heads, kv_heads)
     num_packs, group = kv_heads // pack, heads // kv_heads
-    columns = -(-pack * group // 8) * 8
+    columns = columns_per_row(heads, kv_heads)
     tile = choose_shared_tile(columns, members * columns, head_dim, k_pages.dtype.itemsize)
     num_programs = num_programs or tile.programs * num_multiprocessors()
     num_shares = max(2, num_programs // num_packs)

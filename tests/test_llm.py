@@ -235,3 +235,8 @@ def test_check_request_says_what_generate_would(llm):
     llm.check_request("abc", GREEDY)
     with pytest.raises(ValueError, match="^the prompt is empty"):
         llm.check_request("", GREEDY)
+
+
+def test_shared_prefixes_need_the_pallas_kernels(directory):
+    with pytest.raises(ValueError, match="shared_prefixes=True needs attention='pallas', but .* is 'reference'"):
+        LLM(directory, attention="reference", shared_prefixes=True)

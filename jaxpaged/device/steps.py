@@ -46,7 +46,8 @@ def decode_step(
 ) -> tuple[Array, KVCache]:
     """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
 
-    `packed` is a packed `DecodeBatch` -> i32[B, 1 + columns]: tokens, then their log-probabilities; the new cache.
+    `packed` is a packed `DecodeBatch` -> i32[B, 1 + columns]: tokens, their log-probabilities, and the
+    `num_candidates` likeliest continuations of beams; the new cache.
     """
     batch: DecodeBatch = unpack(packed, layout)
     hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
