@@ -19,7 +19,7 @@ from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.id_check import check_copies, check_ids
 from jaxpaged.host.logprobs import collect_logprobs
-from jaxpaged.host.prefix_groups import PrefixSharing, share_nothing, share_prefixes
+from jaxpaged.host.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.step_io import (
@@ -61,7 +61,9 @@ class Engine:
         self.sharing: PrefixSharing | None = None
         if limits.shares_prefixes:
             assert kernels.max_members is not None, f"{kernels.name} reads no shared prefixes"
-            self.sharing = PrefixSharing(kernels.max_members(model.num_heads, model.num_kv_heads, model.head_dim))
+            most = kernels.max_members(model.num_heads, model.num_kv_heads, model.head_dim)
+            token_bytes = self.pool.k[0].nbytes * 2 // (cache.num_pages * cache.page_size)
+            self.sharing = PrefixSharing(most, measured_rule(token_bytes))
         self.scheduler = Scheduler(cache, limits)
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)

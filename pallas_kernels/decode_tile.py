@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Shared memory that one program can have (228 KB a multiprocessor, of which 1 KB is reserved).
-SHARED_MEMORY = 227 * 1024
+#: Shared memory of a multiprocessor, and what of it is reserved for each program.
+SHARED_MEMORY, RESERVED = 228 * 1024, 1024
 #: Up to so many columns of query heads share one matrix product.
 MAX_COLUMNS = 32
-#: A ring of more tiles than this gains nothing.
-MAX_STAGES = 6
-#: Batches of so few rows get large tiles.
-FEW_ROWS = 16
+#: Keys and values that a multiprocessor asks for ahead of their use: four times what covers the latency of memory at
+#: full speed. With more, requests wait in memory's queues and it gets slower (up to 3 % with 192 KB).
+RING_BYTES = 128 * 1024
+#: Scores and outputs are in registers: with more columns than this, two programs have too few of them.
+MAX_RESIDENT_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -44,33 +45,42 @@ def columns_per_row(num_heads: int, num_kv_heads: int) -> int:
     return -(-heads_per_pack(num_heads, num_kv_heads) * (num_heads // num_kv_heads) // 8) * 8
 
 
-def choose_tile(columns: int, head_dim: int, itemsize: int, *, few_rows: bool) -> DecodeTile:
-    """The tile for programs of `columns` query columns, and pages of `itemsize` bytes.
+def choose_tile(columns: int, head_dim: int, itemsize: int) -> DecodeTile:
+    """The tile for programs of `columns` query columns, and pages of `itemsize` bytes; by `scripts/tune_decode.py`.
 
-    Two small programs a multiprocessor hide each other's latencies. Few rows are cut into many pieces, which cost more
-    to merge than that gains: there one program with larger tiles is better.
+    Large tiles in a short ring: what a tile costs beside its keys counts half, and rows are cut into fewer pieces. Two
+    programs of that size where they fit, since one computes while the other waits; small tiles where no large ones do.
     """
-    small, large = (64, 2), (128, 1)
-    for keys, programs in (large, small, (64, 1)) if few_rows else (small, (64, 1)):
-        free = SHARED_MEMORY // programs - _bytes_beside_ring(keys, columns, head_dim, itemsize)
-        stages = free // (2 * keys * head_dim * itemsize)
-        if stages >= (2 if programs == 1 else 3):
-            return DecodeTile(keys, min(stages, MAX_STAGES), programs)
+    for keys, programs in ((128, 2), (128, 1), (64, 1)):
+        stages = _stages(keys, programs, columns, head_dim, itemsize)
+        if stages >= 2 and (programs == 1 or programs * columns <= MAX_RESIDENT_COLUMNS):
+            return DecodeTile(keys, stages, programs)
     raise ValueError(f"no tile of {columns} query columns and head_dim {head_dim} fits into shared memory")
 
 
 def choose_shared_tile(columns: int, shared_columns: int, head_dim: int, itemsize: int) -> DecodeTile:
     """The tile for two phases: shared prefixes with `shared_columns`, then rows with `columns` query columns."""
     keys = 64
-    free = SHARED_MEMORY - sum(_bytes_beside_ring(keys, n, head_dim, itemsize) for n in (columns, shared_columns))
-    stages = free // (2 * keys * head_dim * itemsize)
+    beside = sum(_bytes_beside_ring(keys, n, head_dim, itemsize) for n in (columns, shared_columns))
+    stages = min(RING_BYTES, SHARED_MEMORY - RESERVED - beside) // _stage_bytes(keys, head_dim, itemsize)
     most = max(1, _shared_columns(head_dim) // columns)
     if shared_columns > most * columns or stages < 2:
         raise ValueError(
             f"groups of {shared_columns // columns} rows with {columns} query columns each and head_dim {head_dim} do "
             f"not fit into a program: at most {most} rows a group"
         )
-    return DecodeTile(keys, min(stages, MAX_STAGES), 1)
+    return DecodeTile(keys, stages, 1)
+
+
+def check_tile(tile: DecodeTile, columns: int, head_dim: int, itemsize: int) -> None:
+    """ValueError where the tile's ring does not fit into shared memory, with the most stages that would."""
+    free = SHARED_MEMORY // tile.programs - RESERVED - _bytes_beside_ring(tile.keys, columns, head_dim, itemsize)
+    stages = max(0, free) // _stage_bytes(tile.keys, head_dim, itemsize)
+    if tile.stages > stages:
+        raise ValueError(
+            f"{tile} with {columns} query columns, head_dim {head_dim} and {itemsize} byte(s) a number: shared memory "
+            f"holds {stages} stages"
+        )
 
 
 def max_members(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
@@ -81,6 +91,16 @@ def max_members(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
 def _shared_columns(head_dim: int) -> int:
     """Query columns of a shared prefix: scores and outputs must fit the registers of one warpgroup."""
     return 64 if head_dim <= 128 else 32
+
+
+def _stages(keys: int, programs: int, columns: int, head_dim: int, itemsize: int) -> int:
+    """Tiles of a ring, as many as RING_BYTES are and shared memory has room for beside the rest."""
+    free = SHARED_MEMORY // programs - RESERVED - _bytes_beside_ring(keys, columns, head_dim, itemsize)
+    return min(RING_BYTES // programs, free) // _stage_bytes(keys, head_dim, itemsize)
+
+
+def _stage_bytes(keys: int, head_dim: int, itemsize: int) -> int:
+    return 2 * keys * head_dim * itemsize
 
 
 def _bytes_beside_ring(keys: int, columns: int, head_dim: int, itemsize: int) -> int:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_ids, check_options, check_pages, check_scales
 from pallas_kernels.decode_kernel import Options, Phase, attend
-from pallas_kernels.decode_tile import FEW_ROWS, DecodeTile, choose_tile, columns_per_row, heads_per_pack
+from pallas_kernels.decode_tile import DecodeTile, check_tile, choose_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_pieces
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.work_split import max_chunks, num_slots, split_work
@@ -69,8 +69,8 @@ def paged_decode(
     pack = heads_per_pack(heads, kv_heads)
     num_packs = kv_heads // pack
     columns = columns_per_row(heads, kv_heads)
-    few_rows = rows <= FEW_ROWS and not batch_invariant  # what does not depend on the batch cannot ask how large it is
-    tile = tile or choose_tile(columns, head_dim, k_pages.dtype.itemsize, few_rows=few_rows)
+    tile = tile or choose_tile(columns, head_dim, k_pages.dtype.itemsize)
+    check_tile(tile, columns, head_dim, k_pages.dtype.itemsize)
     num_programs = num_programs or tile.programs * num_multiprocessors()
     num_shares = max(2, num_programs // num_packs)
 

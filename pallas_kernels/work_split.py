@@ -25,7 +25,7 @@ Array = jax.Array
 i32 = jnp.int32
 
 #: Batch-invariant chunks: so many key tiles at least, and so many chunks a row at most.
-MIN_CHUNK_TILES = 16
+MIN_CHUNK_TILES = 8
 MAX_CHUNKS = 32
 
 

@@ -247,7 +247,7 @@ class SharedPrefixData(NamedTuple):
 
 def shared_prefix_cases(heads: Heads, quick: bool) -> list[SharedPrefixCase]:
     """Two ways to share a prompt, at many lengths of the rest, and a batch that shares nothing."""
-    own = (96,) if quick else (32, 96, 160, 224, 256)
+    own = (128,) if quick else (32, 128, 256)
     cases = [SharedPrefixCase(*shape, 1024, n, heads) for shape in ((4, 16), (1, 64)) for n in own]
     return [*cases, SharedPrefixCase(64, 1, 1024, own[-1], heads)]
 

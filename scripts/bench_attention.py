@@ -363,13 +363,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: those with shapes given, or all")
     parser.add_argument("--quick", action="store_true", help="fewer named cases")
-    parser.add_argument("--decode", nargs="+", default=[], type=_shape(r"(\d+)x(\d+)"), metavar="ROWSxCONTEXT")
-    parser.add_argument("--prefill", nargs="+", default=[], type=_shape(r"(\d+)(?:\+(\d+))?"), metavar="NEW[+CACHED]")
+    parser.add_argument("--decode", nargs="+", default=[], type=numbers(r"(\d+)x(\d+)"), metavar="ROWSxCONTEXT")
+    parser.add_argument("--prefill", nargs="+", default=[], type=numbers(r"(\d+)(?:\+(\d+))?"), metavar="NEW[+CACHED]")
     parser.add_argument(
-        "--shared-prefix", nargs="*", type=_shape(r"(\d+)x(\d+)@(\d+)\+(\d+)"), metavar="PROMPTSxSAMPLES@PROMPT+OWN",
+        "--shared-prefix", nargs="*", type=numbers(r"(\d+)x(\d+)@(\d+)\+(\d+)"), metavar="PROMPTSxSAMPLES@PROMPT+OWN",
         help="without shapes: the named cases",
     )  # fmt: skip
-    parser.add_argument("--heads", type=_shape(r"(\d+)/(\d+)"), default=(32, 8), metavar="H/K")
+    parser.add_argument("--heads", type=numbers(r"(\d+)/(\d+)"), default=(32, 8), metavar="H/K")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float8_e4m3fn"), default="bfloat16")
@@ -383,7 +383,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _shape(pattern: str) -> Callable[[str], tuple[int, ...]]:
+def numbers(pattern: str) -> Callable[[str], tuple[int, ...]]:
     """Reads the numbers of a pattern; those that are left out are 0."""
 
     def shape(text: str) -> tuple[int, ...]:

@@ -144,7 +144,7 @@ SLOW = [
         dict(sliding_window=90, soft_cap=2.0), id="page-32-group-1-head-96-window-cap-f16",
     ),
     pytest.param(
-        dict(lens=[63, 65, 200], page_size=64, heads=16, head_dim=256), dict(tile=LARGE, num_programs=5),
+        dict(lens=[63, 65, 200], page_size=64, heads=16, head_dim=256), dict(num_programs=5),
         id="page-64-group-16-head-256",
     ),
     pytest.param(
@@ -252,7 +252,10 @@ def check_fp8(case, by_page, by_head, **options):
     out = attend(stored, **scales, **options)
     assert out.dtype == case.q.dtype
     assert_close(out, exact(stored, **scales, **options), case.context_lens, 2e-2)
-    assert_close(out, exact(case, **options), case.context_lens, 0.15)
+    # What 8 bits lose, a row as a whole: single outputs of long rows, nearly 0 by averaging, may be off by more.
+    live = np.asarray(case.context_lens) > 0
+    wanted, got = (np.asarray(x, np.float32)[live].reshape(live.sum(), -1) for x in (exact(case, **options), out))
+    np.testing.assert_array_less(np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1), 0.15)
 
 
 FP8_QUICK = [
@@ -446,19 +449,24 @@ def test_kv_heads_are_packed_where_their_query_heads_fill_eights(heads):
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("itemsize", [1, 2])
-@pytest.mark.parametrize("columns", [8, 32])
+@pytest.mark.parametrize("columns", [8, 24, 32])
 def test_the_tile_fits_shared_memory(head_dim, itemsize, columns):
-    few, many = (choose_tile(columns, head_dim, itemsize, few_rows=few) for few in (True, False))
-    for tile in (few, many):
-        ring = 2 * tile.stages * tile.keys * head_dim * itemsize
-        others = 2 * (3 * columns * head_dim + columns * tile.keys) + (itemsize == 1) * 4 * tile.keys * head_dim
-        assert tile.programs * (ring + others) <= 227 * 1024
-    assert (few.keys, many.keys) == (128 if head_dim < 256 else few.keys, 64)
+    tile = choose_tile(columns, head_dim, itemsize)
+    ring = 2 * tile.stages * tile.keys * head_dim * itemsize
+    others = 2 * (3 * columns * head_dim + columns * tile.keys) + (itemsize == 1) * 4 * tile.keys * head_dim
+    assert tile.programs * (ring + others + 1024) <= 228 * 1024
+    assert tile.programs * columns <= 32 or tile.programs == 1  # both programs' columns must fit the registers
+    assert tile.keys == (128 if head_dim < 256 else 64)
+
+
+def test_a_tile_that_does_not_fit_is_refused_with_the_stages_that_would():
+    with pytest.raises(ValueError, match="head_dim 256 and 2 byte.* holds 1 stages"):
+        check(make_case([70], heads=16, head_dim=256), tile=LARGE)
 
 
 def test_says_when_no_tile_fits():
     with pytest.raises(ValueError, match="no tile of 512 query columns and head_dim 256 fits"):
-        choose_tile(512, 256, 2, few_rows=False)
+        choose_tile(512, 256, 2)
 
 
 # On a GPU: thousands of tokens, with the tile and the number of programs that follow from shape and device.

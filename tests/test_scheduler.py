@@ -131,6 +131,11 @@ def test_requests_run_in_order_of_arrival_within_max_num_seqs():
     assert first_seen == [group.request_id for group in groups]
 
 
+def test_one_token_rows_are_not_computed_among_longer_ones():
+    _, plans = run_all(make_scheduler(64), [make_group(n, 1) for n in (5, 3, 1, 1, 4)])
+    assert [[row.count for row in plan.rows] for plan in plans] == [[5, 3], [1, 1], [4]]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "reason", "expected"),
     [

@@ -150,7 +150,7 @@ def test_batch_invariant_cuts_lie_between_chunks_of_the_row(batch):
     work = split(lens, setting, batch_invariant=True)
     for _, row, low, high in pieces(work):
         tiles = int(work.starts[row + 1] - work.starts[row])
-        chunk = max(16, -(-tiles // 32))
+        chunk = max(8, -(-tiles // 32))
         assert low % chunk == 0 and (high % chunk == 0 or high == tiles)
 
 
@@ -188,8 +188,8 @@ def test_rows_that_write_nothing_are_nobodys():
     assert list(pieces(nothing)) == []
 
 
-@pytest.mark.parametrize("tiles, chunk", [(1, 16), (16, 16), (512, 16), (513, 17), (1024, 32), (5000, 157)])
-def test_a_chunk_has_16_tiles_or_a_32nd_of_the_row(tiles, chunk):
+@pytest.mark.parametrize("tiles, chunk", [(1, 8), (8, 8), (256, 8), (257, 9), (1024, 32), (5000, 157)])
+def test_a_chunk_has_8_tiles_or_a_32nd_of_the_row(tiles, chunk):
     assert int(chunk_tiles(jnp.int32(tiles))) == chunk
 
 

@@ -20,18 +20,16 @@ from jaxpaged.step_io import DecodeBatch, PrefixGroups
 NUM_LEVELS = 2
 #: A batch has room for a group for so many rows (few compiled shapes). With more, smaller groups, sharing hardly pays.
 ROWS_PER_GROUP = 4
+#: Bytes of keys and values of one layer that must not be read a second time for sharing to pay.
+MIN_SAVED_BYTES = 32_768 * 4096
 
 
 @dataclass(frozen=True)
 class PrefixRule:
-    """When sharing pays; `scripts/bench_attention.py --shared-prefix` shows where that is on a device.
-
-    The default is an estimate: a shared step adds about 10 us a layer (gathering queries, merging every row), in which
-    an H200 reads some 10,000 tokens of 8 KV heads of 128.
-    """
+    """When sharing pays; `scripts/bench_attention.py --shared-prefix` shows where that is on a device."""
 
     #: Reads saved, summed over the groups of a batch, (members - 1) * tokens of the run: below it, no row shares.
-    min_saved_tokens: int = 16_384
+    min_saved_tokens: int = 32_768
     #: A group with a shorter run or with fewer members is dropped, and its rows read those pages otherwise.
     min_run_pages: int = 4
     min_members: int = 2
@@ -42,6 +40,16 @@ class PrefixRule:
                 f"min_members={self.min_members}, min_run_pages={self.min_run_pages}; "
                 "sharing needs at least 2 members and 1 page"
             )
+
+
+def measured_rule(token_bytes: int) -> PrefixRule:
+    """The rule for a layer that keeps so many bytes of keys and values a token.
+
+    On an H100 a shared step costs 9 us a layer more than a plain one (gathering queries, merging every row), and gains
+    20 us where 57,344 tokens of 4 KiB need not be read: less than memory's speed, since what several rows read is often
+    still in the L2 cache. So it breaks even at 26,000 tokens; a fifth more is asked for.
+    """
+    return PrefixRule(min_saved_tokens=MIN_SAVED_BYTES // token_bytes)
 
 
 @dataclass(frozen=True)

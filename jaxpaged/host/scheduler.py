@@ -167,6 +167,8 @@ class Scheduler:
             group, sequence = self._prefilling[0]
             start = sequence.num_computed
             count = min(budget, group.num_to_prefill(sequence) - start)
+            if plan.rows and (count == 1) != (plan.rows[0].count == 1):
+                break  # one token a row is a decode step (batching.py): among longer rows it costs many times more
             is_last = start + count == group.num_to_prefill(sequence)
             num_samples += self._num_first_samples(group) if is_last else 0
             if num_samples > self.limits.max_num_seqs:
