@@ -171,3 +171,12 @@ def _attend(
     _, total, out = jax.lax.fori_loop(0, num_tiles, attend_tile, state)
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def copy_pages(pools: tuple[Array, ...], src: Array, dst: Array) -> tuple[Array, ...]:
+    """Pools [N, S, K, D]; page src[i] of each goes to dst[i], ids i32[C]. In place where the caller donates the pools.
+
+    A page may be copied several times, and a page onto itself; otherwise no source may be a destination, nor a
+    destination be named twice.
+    """
+    return tuple(pool.at[dst].set(pool[src]) for pool in pools)

@@ -92,29 +92,29 @@ def test_pool_weights_and_the_largest_step_fill_their_share_of_the_device():
     assert all(output.finished for output in llm.generate(prompts, params))
 
 
-def test_the_kernels_say_what_the_reference_says():
-    """Log-probabilities of a trained model, prompt and output, in 16 bits; until a near tie is decided otherwise."""
+def test_the_kernels_are_as_close_to_float32_as_the_reference_is():
+    """Log-probabilities of a trained model's prompts: what 16 bits lose does not depend on who attends."""
     if missing_support(jax.devices()[0]):
         pytest.skip("the kernels need a Hopper GPU and JAX 0.11")
-    directory = ROOT / "checkpoints" / "tiny-python"
     prompts = ["def add(a, b):\n    return", "import os\n" * 60, "x", "class Tree:\n    def __init__(self, left):\n"]
     params = SamplingParams(temperature=0, max_tokens=24, logprobs=0, prompt_logprobs=0, ignore_eos=True)
 
-    def run(attention):
-        llm = LLM(directory, dtype="bfloat16", attention=attention, num_pages=300, max_num_batched_tokens=256)
+    def run(dtype, attention):
+        llm = LLM(
+            ROOT / "checkpoints" / "tiny-python", dtype=dtype, attention=attention, num_pages=300,
+            max_num_batched_tokens=256,
+        )  # fmt: skip
         assert llm.engine.kernels.name == attention
         return llm.generate(prompts, params)
 
-    for ours, theirs in zip(run("pallas"), run("reference"), strict=True):
-        np.testing.assert_allclose(values(ours.prompt_logprobs), values(theirs.prompt_logprobs), atol=0.1)
-        same = 0
-        for one, other in zip(ours.outputs[0].token_ids, theirs.outputs[0].token_ids, strict=True):
-            if one != other:
-                break
-            same += 1
-        a, b = (values(output.outputs[0].logprobs[:same]) for output in (ours, theirs))
-        np.testing.assert_allclose(a, b, atol=0.1)
-        assert same >= 3
+    def read(outputs):
+        """Of all prompts, and of the first token, whose context is the same however the others are chosen."""
+        return np.concatenate([values(o.prompt_logprobs) + values(o.outputs[0].logprobs[:1]) for o in outputs])
+
+    exact = read(run("float32", "reference"))
+    lost, theirs = (np.abs(read(run("bfloat16", name)) - exact) for name in ("pallas", "reference"))
+    assert np.sqrt(np.mean(lost**2)) < 1.3 * np.sqrt(np.mean(theirs**2)), "the kernels lose more than rounding"
+    assert lost.max() < 2 * theirs.max()
 
 
 def values(logprobs) -> list[float]:
