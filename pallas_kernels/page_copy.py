@@ -7,9 +7,7 @@ part of one page in a few of the pools: it asks for all of it before it writes a
 
 from __future__ import annotations
 
-
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
