@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 DTYPES = ("float32", "bfloat16", "float16")
+PREEMPTION_MODES = ("auto", "swap", "recompute")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class PreemptionConfig:
     transfer_pages: int = 1  # most pages that one transfer moves
 
     def __post_init__(self):
-        _check_choice("preemption", self.mode, ("recompute", "swap", "auto"))
+        _check_choice("preemption", self.mode, PREEMPTION_MODES)
         _check_positive_int("transfer_pages", self.transfer_pages)
         if self.swap_pages < 0 or self.page_cost < 0:
             raise ValueError(f"swap_pages={self.swap_pages} and page_cost={self.page_cost} must be at least 0")

@@ -6,8 +6,8 @@
 
 First come, first served: groups are admitted in order of arrival, the latest arrival is preempted first, and a
 preempted group goes back to the head of the queue. So the running groups are always those that arrived first. A
-preempted group gives up all its pages. Either they are swapped (swap.py), and it goes on where it was once there is room
-for them; or it is prefilled again, its sharing rebuilt (token_tree.py).
+preempted group gives up all its pages. Either they are kept in host memory (swap.py), and it goes on where it was once
+they fit the pool again; or it is prefilled again, its sharing rebuilt (token_tree.py).
 
 `schedule` reads the lengths of sequences, never the values of their last tokens.
 """
