@@ -116,6 +116,7 @@ class RunStats:
             self.swapped_in_bytes += num_bytes
 
     def add_preemption_seconds(self, plan: StepPlan, swap: float, compute: float) -> None:
-        self.seconds["swap"] += swap
+        if plan.swaps:
+            self.seconds["swap"] += swap
         if plan.num_recomputed:
             self.seconds["recompute"] += compute * plan.num_recomputed / sum(row.count for row in plan.rows)
