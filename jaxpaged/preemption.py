@@ -8,7 +8,7 @@ What "auto" weighs is `page_cost`: the tokens that are recomputed in the time in
 The device enters by one number, the FLOPs that it does while a byte crosses the link to host memory. A prefill of a
 large model reaches 400 to 600 TFLOP/s on an H200, whose link moves 43 GB/s: about 10,000. An A100 has a third of the
 arithmetic and half of the link, so the ratio is much the same. On a CPU a swap is a copy in main memory, in whose time
-few FLOPs are done: 10.
+few FLOPs are done: on two cores 50 GFLOP/s and 2 GB/s were measured (scripts/bench_preemption.py), so 30.
 
 Two models with 16-bit floats and pages of 16 tokens. Llama 3.1 8B: 2 MiB a page, 14 GFLOP a token, page_cost 3, so a
 group is moved unless its pages hold less than 3 tokens on average. OPT 13B, without grouped heads: 12.5 MiB a page, 25
@@ -33,7 +33,7 @@ logger = logging.getLogger("jaxpaged")
 
 GIB = 1 << 30
 #: FLOPs of a prefill in the time in which one byte goes to host memory or comes from there.
-FLOPS_PER_BYTE = {"cpu": 10.0, "gpu": 10_000.0}
+FLOPS_PER_BYTE = {"cpu": 30.0, "gpu": 10_000.0}
 #: A transfer is no larger: long enough to reach the speed of the link, small beside a pool.
 TRANSFER_BYTES = 64 << 20
 #: Nor does it hold more pages, which bounds the list of sizes that are compiled.
