@@ -126,22 +126,24 @@ def check(args: argparse.Namespace, model: ModelConfig, dtype: str, device: jax.
 
 
 def measure_card(device: jax.Device, dtype: str, repeats: int) -> Card:
-    host, on_device = swap.host_memory(device), jax.sharding.SingleDeviceSharding(device)
     size = LINK_BYTES.get(device.platform, LINK_BYTES["gpu"])
     array = jnp.ones(size // 4, jnp.float32, device=device)
-    copy = jax.jit(jnp.negative)
-    copied = seconds_per_call(Program(copy, array), repeats)
-    if host.memory_kind == "pinned_host":
-        pinned = jax.block_until_ready(jax.device_put(array, host))
-        out = median_seconds(lambda: jax.device_put(array, host), repeats)
-        back = median_seconds(lambda: jax.device_put(pinned, on_device), repeats)
-    else:  # host memory is the device's own: a transfer is a copy
-        out = back = copied
+    # A copy in place: fresh memory would cost a CPU dearly. There a transfer is a copy, too.
+    out, back = (None, None) if device.platform == "cpu" else link_seconds(device, array, repeats)
+    copied = seconds_per_call(Program(jax.jit(jnp.negative, donate_argnums=0), array), repeats)
     rows = MATRIX_ROWS.get(device.platform, MATRIX_ROWS["gpu"])
     a, b = (jax.random.normal(jax.random.key(i), (rows, rows), jnp.dtype(dtype)) for i in range(2))
     product = jax.jit(jnp.matmul)
     multiplied = seconds_per_call(Program(lambda _: product(a, b), None), repeats)
-    return Card(size / out, size / back, 2 * size / copied, 2 * rows**3 / multiplied)
+    return Card(size / (out or copied), size / (back or copied), 2 * size / copied, 2 * rows**3 / multiplied)
+
+
+def link_seconds(device: jax.Device, array: jax.Array, repeats: int) -> tuple[float, float]:
+    """Of the array's way to host memory, and of its way back."""
+    host, on_device = swap.host_memory(device), jax.sharding.SingleDeviceSharding(device)
+    pinned = jax.block_until_ready(jax.device_put(array, host))
+    out = median_seconds(lambda: jax.device_put(array, host), repeats)
+    return out, median_seconds(lambda: jax.device_put(pinned, on_device), repeats)
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
