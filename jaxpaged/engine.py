@@ -16,7 +16,6 @@ from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies, split
-from jaxpaged.host.block_table import num_pages_for
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.id_check import check_copies, check_ids, check_pages
 from jaxpaged.host.logprobs import collect_logprobs
@@ -67,10 +66,6 @@ class Engine:
         self.scheduler = Scheduler(cache, limits)
         self._page_bytes = cache.page_size * model.kv_bytes_per_token(np.dtype(self.pool.k[0].dtype).itemsize)
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
-        if self._may_swap:
-            swap.reserve(
-                limits.preemption.swap_pages * self._page_bytes, self.buckets.swaps[-1] * self._page_bytes, device
-            )
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)
         self._began = time.perf_counter()
@@ -140,15 +135,9 @@ class Engine:
                     self._launch(*pack(shared))
         for size in self.buckets.copies:
             self.pool = steps.copy_pages(self.pool, self._upload(np.full((2, size), NULL_PAGE, np.int32)))
-        for size in self.buckets.swaps if self._may_swap else ():
+        for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
             self.pool = swap.restore_pages(self.pool, nothing, self._fetch(nothing), self.device)
-
-    @property
-    def _may_swap(self) -> bool:
-        """Whether a group can ever be swapped: not where the pool holds as many sequences as can run, at any length."""
-        most = self.limits.max_num_seqs * num_pages_for(self.limits.max_model_len, self.cache_config.page_size)
-        return self.limits.preemption.can_swap and self.cache_config.num_usable_pages < most
 
     def _swap(self, one: Swap) -> None:
         """Carry out one swap, and wait for it."""

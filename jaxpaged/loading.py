@@ -18,7 +18,7 @@ from jaxpaged.device.attention import resolve_attention
 from jaxpaged.device.memory import device_memory
 from jaxpaged.engine import Engine
 from jaxpaged.pool_size import PoolSizer
-from jaxpaged.preemption import resolve_preemption
+from jaxpaged.preemption import reserve_swap_space, resolve_preemption
 
 logger = logging.getLogger("jaxpaged")
 
@@ -90,7 +90,9 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     sizer.check(options.num_pages)
     params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
     num_pages = sizer.choose(params) if options.num_pages is None else options.num_pages
-    return Engine(params, model, CacheConfig(options.page_size, num_pages, dtype), limits, kernels, device)
+    cache = CacheConfig(options.page_size, num_pages, dtype)
+    limits = reserve_swap_space(limits, cache, model, device)
+    return Engine(params, model, cache, limits, kernels, device)
 
 
 def resolve_dtype(requested: str, model: ModelConfig, device: jax.Device) -> str:

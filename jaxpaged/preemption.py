@@ -22,12 +22,15 @@ the attention within what is recomputed.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import jax
+import jax.numpy as jnp
 
-from jaxpaged.config import ModelConfig, PreemptionConfig
+from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionConfig
 from jaxpaged.device.params import param_shapes
+from jaxpaged.device.swap import reserve
 
 logger = logging.getLogger("jaxpaged")
 
@@ -63,6 +66,31 @@ def resolve_preemption(
     assert mode in ("swap", "auto"), mode
     transfer_pages = max(1, min(TRANSFER_PAGES, TRANSFER_BYTES // page_bytes, swap_pages))
     return PreemptionConfig(mode, swap_pages, page_cost, transfer_pages)
+
+
+def reserve_swap_space(
+    limits: EngineConfig, cache: CacheConfig, model: ModelConfig, device: jax.Device
+) -> EngineConfig:
+    """Take the host memory that swapping needs, before the engine starts; the limits with what it is.
+
+    None where the pool holds all sequences that may run, at any length, and no more than these could fill: nothing is
+    admitted while a group waits in swap space, so what lies there ran together. Where so much cannot be had, "auto"
+    becomes "recompute", and "swap" is a ValueError.
+    """
+    preemption = limits.preemption
+    most = limits.max_num_seqs * -(-limits.max_model_len // cache.page_size)
+    if not preemption.can_swap or cache.num_usable_pages >= most:
+        return dataclasses.replace(limits, preemption=PreemptionConfig())
+    swap_pages = min(preemption.swap_pages, most)
+    page_bytes = cache.page_size * model.kv_bytes_per_token(jnp.dtype(cache.dtype).itemsize)
+    try:
+        reserve(swap_pages * page_bytes, preemption.transfer_pages * page_bytes, device)
+    except ValueError as error:
+        if preemption.mode == "swap":
+            raise
+        logger.warning("preemption: 'auto' is 'recompute': %s", error)
+        return dataclasses.replace(limits, preemption=PreemptionConfig())
+    return dataclasses.replace(limits, preemption=dataclasses.replace(preemption, swap_pages=swap_pages))
 
 
 def flops_per_token(model: ModelConfig) -> float:

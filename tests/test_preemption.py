@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from test_beam_engine import beam_group
 from toy import TOY, make_group, random_prompts, toy_engine
 
+from jaxpaged import preemption
 from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.config import CacheConfig, ModelConfig, PreemptionConfig
+from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionConfig
 from jaxpaged.device import steps, swap
 from jaxpaged.device.cache import make_paged_cache
 from jaxpaged.host.batching import split
@@ -190,15 +192,60 @@ def test_sizes_of_transfers_add_up_to_the_pages():
 # What is settled before
 
 
-def test_a_pool_that_holds_all_that_can_run_needs_no_host_memory(monkeypatch):
-    monkeypatch.setattr(swap, "reserve", lambda *_: pytest.fail("reserved"))
-    way = WAYS["swap"]
-    assert not toy_engine(num_pages=1 + 4 * 32, max_num_seqs=4, max_model_len=128, preemption=way)._may_swap
-    assert not toy_engine(num_pages=40, preemption=PreemptionConfig())._may_swap
-    monkeypatch.setattr(swap, "reserve", lambda *arguments: reserved.append(arguments[:2]))
-    reserved = []
-    assert toy_engine(num_pages=4 * 32, max_num_seqs=4, max_model_len=128, preemption=way)._may_swap
-    assert reserved == [(1000 * PAGE_BYTES, 16 * PAGE_BYTES)]
+@pytest.fixture
+def reserved(monkeypatch):
+    """Arguments of every call that would pin memory; `None` in it: the machine has none to give."""
+    calls = []
+
+    def reserve(num_bytes, bytes_a_transfer, device):
+        if None in calls:
+            raise ValueError("cannot be pinned")
+        calls.append((num_bytes, bytes_a_transfer))
+
+    monkeypatch.setattr(preemption, "reserve", reserve)
+    return calls
+
+
+def settled(way: PreemptionConfig, num_pages: int) -> PreemptionConfig:
+    """For four sequences of up to 128 tokens, 32 pages each."""
+    limits = EngineConfig(max_model_len=128, max_num_seqs=4, preemption=way)
+    cache = CacheConfig(PAGE_SIZE, num_pages, "float32")
+    return preemption.reserve_swap_space(limits, cache, TOY, jax.devices()[0]).preemption
+
+
+def test_no_host_memory_is_taken_where_nothing_can_ever_swap(reserved):
+    assert settled(WAYS["swap"], num_pages=1 + 4 * 32) == PreemptionConfig()
+    assert settled(WAYS["recompute"], num_pages=10) == PreemptionConfig()
+    assert not reserved
+
+
+def test_no_more_host_memory_is_taken_than_what_runs_could_fill(reserved):
+    assert settled(WAYS["swap"], num_pages=4 * 32).swap_pages == 4 * 32
+    assert settled(WAYS["swap that overflows"], num_pages=4 * 32) == WAYS["swap that overflows"]
+    assert reserved == [(128 * PAGE_BYTES, 16 * PAGE_BYTES), (12 * PAGE_BYTES, 16 * PAGE_BYTES)]
+
+
+def test_without_host_memory_to_pin_auto_recomputes_and_says_so_and_swap_is_refused(reserved, caplog):
+    reserved.append(None)
+    assert settled(WAYS["auto"], num_pages=40) == PreemptionConfig()
+    assert "'auto' is 'recompute': cannot be pinned" in caplog.text
+    with pytest.raises(ValueError, match="cannot be pinned"):
+        settled(WAYS["swap"], num_pages=40)
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_with_the_numbers(monkeypatch):
+    def is_full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
+
+    device = jax.devices()[0]
+    monkeypatch.setattr(swap, "host_memory", lambda _: PinnedMemory("pinned_host"))
+    monkeypatch.setattr(jax, "device_put", is_full)
+    with pytest.raises(ValueError, match="2.00 GiB of host memory for swapped pages cannot be pinned: lower swap_sp"):
+        swap.reserve(2 << 30, 1024, device)
+
+
+class PinnedMemory(NamedTuple):
+    memory_kind: str
 
 
 LLAMA_8B = ModelConfig(
