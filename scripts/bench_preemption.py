@@ -53,7 +53,7 @@ from jaxpaged.step_io import pack
 #: Of KV that give way, unless told otherwise; of these, what the model has positions for.
 TOKENS = (256, 512, 1024, 4096)
 #: Bytes of the array whose transfer measures the link, and rows of the matrices that measure arithmetic.
-LINK_BYTES = {"cpu": 1 << 26, "gpu": 1 << 28}
+LINK_BYTES = 1 << 28
 MATRIX_ROWS = {"cpu": 512, "gpu": 8192}
 #: Room for what is measured beside weights and pool: activations of the longest prefill, transfers, the arrays above.
 SPARE_BYTES = {"cpu": 1 << 29, "gpu": 1 << 31}
@@ -126,7 +126,7 @@ def check(args: argparse.Namespace, model: ModelConfig, dtype: str, device: jax.
 
 
 def measure_card(device: jax.Device, dtype: str, repeats: int) -> Card:
-    size = LINK_BYTES.get(device.platform, LINK_BYTES["gpu"])
+    size = LINK_BYTES
     array = jnp.ones(size // 4, jnp.float32, device=device)
     # A copy in place: fresh memory would cost a CPU dearly. There a transfer is a copy, too.
     out, back = (None, None) if device.platform == "cpu" else link_seconds(device, array, repeats)

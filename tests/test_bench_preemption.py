@@ -23,7 +23,7 @@ def bench():
 
 
 def test_the_last_line_has_the_card_and_every_row(bench, capsys, monkeypatch):
-    monkeypatch.setitem(bench.LINK_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(bench, "LINK_BYTES", 1 << 20)
     monkeypatch.setitem(bench.MATRIX_ROWS, "cpu", 64)
     options = ["--tokens", "64", "128", "--page-sizes", "16", "64", "--repeats", "2", "--dtype", "float32"]
     assert bench.main([MODEL, *options, "--page-by-page"]) == 0

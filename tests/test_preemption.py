@@ -177,7 +177,7 @@ def test_the_pool_is_updated_in_place_and_a_transfer_takes_what_is_accounted_for
     pages = steps.gather_pages(pool, page_ids)
     scatter = steps.scatter_pages.lower(pool, page_ids, pages).compile().memory_analysis()
     assert scatter.alias_size_in_bytes == num_pages * PAGE_BYTES
-    most = swap.transfer_bytes(size, PAGE_BYTES) - size * PAGE_BYTES + 4096  # without the one before; ids and the like
+    most = swap.transfer_bytes(size, PAGE_BYTES) - size * PAGE_BYTES + 4096  # without the other one; ids and the like
     assert gather.output_size_in_bytes + gather.temp_size_in_bytes <= most
     assert scatter.temp_size_in_bytes + pages.nbytes <= most
 

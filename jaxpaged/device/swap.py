@@ -1,10 +1,11 @@
 """The device's side of swapping: pages of all layers gathered into one array a transfer, to host memory and back.
 
-A transfer holds at most so many pages, and one at a time is under way, so that what they take of the device is bounded
-(`transfer_bytes`). On a GPU host memory is pinned: the device reads and writes it at the full speed of the link, where
-pageable memory is many times slower. XLA hands out pinned memory from a pool of its own that grows and never shrinks,
-and growing it is slow (the driver pins page by page). So `reserve` makes it grow once, at the start, to all of the swap
-space; later transfers take from there. On a CPU host memory is where the pool is, and an array is its own copy.
+A transfer holds at most so many pages, and at most two are under way, so that what they take of the device is bounded
+(`transfer_bytes`) and the link is not idle in between. On a GPU host memory is pinned: the device reads and writes it at
+the full speed of the link, where pageable memory is many times slower. XLA hands out pinned memory from a pool of its
+own that grows (in regions, up to twice what is asked) and never shrinks, and growing it is slow: the driver pins page
+by page. So `reserve` makes it grow once, at the start, to all of the swap space; later transfers take from there. On a
+CPU host memory is where the pool is, and the array that was gathered is the copy.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from jaxpaged.device.cache import PagedCache
 
 Array = jax.Array
 
-#: Arrays as large as a transfer that exist on the device at a time: what is sent, what it was gathered from layer by
-#: layer, and what the one before held.
+#: Arrays as large as a transfer that exist on the device at a time: two that are under way, and a program's temporaries
+#: (none on a GPU, where the gather is one kernel).
 ARRAYS_A_TRANSFER = 3
 
 
@@ -67,18 +68,22 @@ def fetch_pages(
 
     When this returns they are there, so the pages may be overwritten.
     """
-    fetched = []
+    fetched: list[Array] = []
     for part in np.split(page_ids, np.cumsum(sizes)[:-1]):
         gathered = steps.gather_pages(pool, jax.device_put(part, device))
-        fetched.append(jax.block_until_ready(jax.device_put(gathered, host)))
-    return fetched
+        fetched.append(jax.device_put(gathered, host))
+        jax.block_until_ready(fetched[-2:-1])
+    return jax.block_until_ready(fetched)
 
 
 def restore_pages(pool: PagedCache, page_ids: np.ndarray, fetched: Sequence[Array], device: jax.Device) -> PagedCache:
     """The pool, which is donated, with what `fetch_pages` gave in the pages i32[C]."""
     sizes = [pages.shape[1] for pages in fetched]
     on_device = jax.sharding.SingleDeviceSharding(device)
+    before: Array | None = None
     for part, pages in zip(np.split(page_ids, np.cumsum(sizes)[:-1]), fetched, strict=True):
-        pool = steps.scatter_pages(pool, jax.device_put(part, device), jax.device_put(pages, on_device))
-        jax.block_until_ready(pool)
-    return pool
+        arriving = jax.device_put(pages, on_device)
+        pool = steps.scatter_pages(pool, jax.device_put(part, device), arriving)
+        jax.block_until_ready(before)
+        before = arriving
+    return jax.block_until_ready(pool)
