@@ -1,11 +1,11 @@
 """The device's side of swapping: pages of all layers gathered into one array a transfer, to host memory and back.
 
 A transfer holds at most so many pages, and at most two are under way, so that what they take of the device is bounded
-(`transfer_bytes`) and the link is not idle in between. On a GPU host memory is pinned: the device reads and writes it at
-the full speed of the link, where pageable memory is many times slower. XLA hands out pinned memory from a pool of its
-own that grows (in regions, up to twice what is asked) and never shrinks, and growing it is slow: the driver pins page
-by page. So `reserve` makes it grow once, at the start, to all of the swap space; later transfers take from there. On a
-CPU host memory is where the pool is, and the array that was gathered is the copy.
+(`transfer_bytes`) and the link is not idle in between. On a GPU host memory is pinned: the device reads and writes it
+at the full speed of the link, where pageable memory is many times slower. XLA hands out pinned memory from a pool of
+its own that grows (in regions, up to twice what is asked) and never shrinks, and growing it is slow: the driver pins
+page by page. So `reserve` makes it grow once, at the start, to all of the swap space; later transfers take from there.
+On a CPU host memory is where the pool is, and the array that was gathered is the copy.
 """
 
 from __future__ import annotations
