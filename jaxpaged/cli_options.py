@@ -73,8 +73,8 @@ MODEL_FLAGS = (
     Flag("max_num_batched_tokens", int, "prompt tokens in one step at most (default 8192)"),
     Flag("attention", str, "pallas, reference or auto (default)"),
     Flag("shared_prefixes", True, "read the pages that samples of a prompt share once a step (pallas only)"),
-    Flag("preemption", str, "how a request gives way when pages run out: recompute or auto (default)"),
-    Flag("swap_space_gib", float, "host memory for swapped pages (default 4); unused while preemption recomputes"),
+    Flag("preemption", str, "how a request gives way when pages run out: swap, recompute or auto (default)"),
+    Flag("swap_space_gib", float, "host memory for the pages of requests that gave way by swapping (default 4)"),
 )  # fmt: skip
 
 #: Of MODEL_FLAGS, those that decide what a request's result is; the others decide only how fast it comes.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 DTYPES = ("float32", "bfloat16", "float16")
+PREEMPTION_MODES = ("auto", "swap", "recompute")
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,26 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class PreemptionConfig:
+    """How a group of sequences gives way when pages run out: by recomputation alone, unless there is swap space."""
+
+    mode: Literal["recompute", "swap", "auto"] = "recompute"  # "auto": whichever is cheaper for the group
+    swap_pages: int = 0  # pages that the host memory for swapped groups holds
+    page_cost: float = 0.0  # tokens that are recomputed in the time in which one page goes out and comes back
+    transfer_pages: int = 1  # most pages that one transfer moves
+
+    def __post_init__(self):
+        _check_choice("preemption", self.mode, PREEMPTION_MODES)
+        _check_positive_int("transfer_pages", self.transfer_pages)
+        if self.swap_pages < 0 or self.page_cost < 0:
+            raise ValueError(f"swap_pages={self.swap_pages} and page_cost={self.page_cost} must be at least 0")
+
+    @property
+    def can_swap(self) -> bool:
+        return self.mode != "recompute" and self.swap_pages > 0
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Limits and policies of the scheduler. Lengths are in tokens."""
 
@@ -192,6 +213,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     shares_prefixes: bool = False  # a decode step reads pages that several rows share once, where the kernels can
     watermark: float = 0.01  # share of the pool that admission leaves free, so that running sequences can grow
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
 
     def __post_init__(self):
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):

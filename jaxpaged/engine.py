@@ -10,18 +10,19 @@ import jax
 import numpy as np
 
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
-from jaxpaged.device import steps
+from jaxpaged.device import steps, swap
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.host.accounting import RunStats
-from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies
+from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies, split
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.id_check import check_copies, check_ids
+from jaxpaged.host.id_check import check_copies, check_ids, check_pages
 from jaxpaged.host.logprobs import collect_logprobs
 from jaxpaged.host.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.swap import Swap
 from jaxpaged.step_io import (
     NULL_PAGE,
     DecodeBatch,
@@ -37,8 +38,8 @@ from jaxpaged.step_io import (
 class Engine:
     """Runs sequence groups to their end over one page pool.
 
-    State: the parameters, the pool (replaced by every step) and the scheduler's queues and tables. There is no random
-    state: a row's random numbers follow from its seed, sample index and position.
+    State: the parameters, the pool (replaced by every step), the pages that are swapped out, and the scheduler's queues
+    and tables. There is no random state: a row's random numbers follow from its seed, sample index and position.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Engine:
             token_bytes = self.pool.k[0].nbytes * 2 // (cache.num_pages * cache.page_size)
             self.sharing = PrefixSharing(most, measured_rule(token_bytes))
         self.scheduler = Scheduler(cache, limits)
+        self._page_bytes = cache.page_size * model.kv_bytes_per_token(np.dtype(self.pool.k[0].dtype).itemsize)
+        self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)
         self._began = time.perf_counter()
@@ -84,10 +87,10 @@ class Engine:
             while self.scheduler.has_work:
                 finished = self.step()
                 stats.compilations = steps.num_compiled() - compiled_before
-                stats.recomputed_tokens += sum(group.recomputed_tokens for group in finished)
                 yield from finished
         finally:
             self.scheduler = Scheduler(self.cache_config, self.limits)
+            self._swapped.clear()
             if any(pool.is_deleted() for pool in self.pool.k):  # an interrupted step had taken it by donation
                 self.pool = make_paged_cache(self.model, self.cache_config, self.device)
 
@@ -105,6 +108,9 @@ class Engine:
             batch = share_prefixes(batch, self.cache_config.page_size, sharing)
         packed, layout = pack(batch)
         launched = time.perf_counter()
+        for one in plan.swaps:
+            self._swap(one)
+        swapped = time.perf_counter()
         if plan.copies:
             copies = make_copies(plan, self.buckets)
             check_copies(copies, self.cache_config)
@@ -115,6 +121,7 @@ class Engine:
         finished = self.scheduler.commit(plan, outputs)
         self._note_times(plan, finished, planned - self._began, arrived - self._began)
         self.stats.add_seconds(planned - began, arrived - launched, time.perf_counter() - began)
+        self.stats.add_preemption_seconds(plan, swapped - launched, arrived - swapped)
         return finished
 
     def warm_up(self, groups: list[SequenceGroup]) -> None:
@@ -130,6 +137,23 @@ class Engine:
                     self._launch(*pack(shared))
         for size in self.buckets.copies:
             self.pool = steps.copy_pages(self.pool, self._upload(np.full((2, size), NULL_PAGE, np.int32)))
+        for size in self.buckets.swaps:
+            nothing = np.full(size, NULL_PAGE, np.int32)
+            self.pool = swap.restore_pages(self.pool, nothing, self._fetch(nothing), self.device)
+
+    def _swap(self, one: Swap) -> None:
+        """Carry out one swap, and wait for it."""
+        page_ids = np.array(one.page_ids, np.int32)
+        check_pages(page_ids, self.cache_config)
+        if one.is_out:
+            self._swapped[one.group] = self._fetch(page_ids)
+        else:
+            self.pool = swap.restore_pages(self.pool, page_ids, self._swapped.pop(one.group), self.device)
+        self.stats.add_swap(one, len(page_ids) * self._page_bytes)
+
+    def _fetch(self, page_ids: np.ndarray) -> list[jax.Array]:
+        sizes = split(len(page_ids), self.buckets.swaps)
+        return swap.fetch_pages(self.pool, page_ids, sizes, swap.host_memory(self.device), self.device)
 
     @property
     def _sharing_in_use(self) -> PrefixSharing | None:

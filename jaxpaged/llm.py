@@ -70,8 +70,10 @@ class LLM:
                 two that runs here.
             shared_prefixes: read the pages that the samples of a prompt share once for all of them in each step, where
                 that saves enough; with the "pallas" kernels only.
-            preemption: how a request gives way when pages run out: "recompute", or "auto".
-            swap_space_gib: host memory for swapped pages; unused while preemption recomputes.
+            preemption: how a request gives way when pages run out: "swap" (its pages are kept in host memory),
+                "recompute" (they are computed again), or "auto", for each request what costs less.
+            swap_space_gib: host memory for swapped pages; on a GPU it is pinned, when the engine starts. A request for
+                which there is no room is computed again.
 
         Raises:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.
@@ -274,7 +276,7 @@ class LLM:
             ),
             kv=KVUsage(
                 pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,
-                group.num_preemptions, group.recomputed_tokens,
+                group.num_preemptions, group.recomputed_tokens, group.num_swaps,
             ),
         )  # fmt: skip
 

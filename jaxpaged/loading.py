@@ -6,16 +6,19 @@ What can be refused by arithmetic is refused before weights are read.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from jaxpaged.checkpoint import Checkpoint, load_params
-from jaxpaged.config import DTYPES, CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.config import DTYPES, PREEMPTION_MODES, CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import resolve_attention
 from jaxpaged.device.memory import device_memory
 from jaxpaged.engine import Engine
 from jaxpaged.pool_size import PoolSizer
+from jaxpaged.preemption import reserve_swap_space, resolve_preemption
 
 logger = logging.getLogger("jaxpaged")
 
@@ -41,10 +44,8 @@ class EngineOptions:
     def __post_init__(self):
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; choose one of auto, {', '.join(DTYPES)}")
-        if self.preemption not in ("auto", "recompute"):
-            raise ValueError(
-                f"preemption={self.preemption!r}; this version knows 'recompute' and 'auto' (which is the same)"
-            )
+        if self.preemption not in PREEMPTION_MODES:
+            raise ValueError(f"preemption={self.preemption!r}; choose one of {', '.join(PREEMPTION_MODES)}")
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens", "num_pages", "max_model_len"):
             value = getattr(self, name)
             if value is None and name in ("num_pages", "max_model_len"):
@@ -55,8 +56,13 @@ class EngineOptions:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
-        if self.swap_space_gib < 0:
-            raise ValueError(f"swap_space_gib must be at least 0, got {self.swap_space_gib}")
+        if not 0 <= self.swap_space_gib < math.inf:
+            raise ValueError(f"swap_space_gib must be a number of at least 0, got {self.swap_space_gib}")
+        if self.preemption == "swap" and self.swap_space_gib == 0:
+            raise ValueError(
+                "preemption='swap' needs host memory for the pages that it moves, but swap_space_gib=0: give it some "
+                "(4 is the default), or choose preemption='recompute'"
+            )
 
 
 def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
@@ -72,15 +78,21 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
             f"shared_prefixes=True needs attention='pallas', but attention={options.attention!r} is {kernels.name!r} "
             f"on {device.device_kind}: leave shared_prefixes=False there"
         )
-    limits = EngineConfig(
-        _max_model_len(options, model), options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes
+    preemption = resolve_preemption(
+        options.preemption, options.swap_space_gib, model, options.page_size, jnp.dtype(dtype).itemsize, device.platform
     )
+    limits = EngineConfig(
+        _max_model_len(options, model), options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes,
+        preemption=preemption,
+    )  # fmt: skip
     memory, _ = device_memory(device)
     sizer = PoolSizer(model, dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory)
     sizer.check(options.num_pages)
     params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
     num_pages = sizer.choose(params) if options.num_pages is None else options.num_pages
-    return Engine(params, model, CacheConfig(options.page_size, num_pages, dtype), limits, kernels, device)
+    cache = CacheConfig(options.page_size, num_pages, dtype)
+    limits = reserve_swap_space(limits, cache, model, device)
+    return Engine(params, model, cache, limits, kernels, device)
 
 
 def resolve_dtype(requested: str, model: ModelConfig, device: jax.Device) -> str:

@@ -38,8 +38,9 @@ class KVUsage:
     logical_pages_at_peak: int
     pages_shared: int  # most pages saved by sharing at any step: logical minus physical
     pages_copied: int  # copy-on-write
-    num_preemptions: int
+    num_preemptions: int  # each gave up all pages, of all samples
     recomputed_tokens: int  # prefilled again after preemptions
+    num_swaps: int  # preemptions after which nothing was recomputed: the pages came back from host memory
 
 
 @dataclass(frozen=True, slots=True)

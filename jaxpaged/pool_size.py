@@ -20,6 +20,7 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.memory import bytes_in_use
 from jaxpaged.device.params import Params, param_shapes
+from jaxpaged.device.swap import transfer_bytes
 from jaxpaged.engine import lower_largest_steps
 
 logger = logging.getLogger("jaxpaged")
@@ -91,7 +92,7 @@ class PoolSizer:
         began = time.perf_counter()
         cache = CacheConfig(self.page_size, NOMINAL_PAGES, self.dtype)
         persistent = self.weight_bytes + NOMINAL_PAGES * self.page_bytes
-        largest = self._copied_bytes()
+        largest = self._moved_bytes()
         for lowered in lower_largest_steps(self.model, cache, self.limits, self.kernels, self.device):
             largest = max(largest, transient_bytes(lowered.compile(), persistent))
         logger.info("the largest steps were compiled in %.1f s", time.perf_counter() - began)
@@ -117,9 +118,12 @@ class PoolSizer:
             )
         return num_pages
 
-    def _copied_bytes(self) -> int:
-        """Pages that one launch of copy-on-write holds, all layers of them: one a sequence."""
-        return self.limits.max_num_seqs * self.page_bytes
+    def _moved_bytes(self) -> int:
+        """Pages that are on their way between two steps, all layers of them: one a sequence in one launch of
+        copy-on-write, or those of a transfer to or from swap space."""
+        preemption = self.limits.preemption
+        swapped = transfer_bytes(preemption.transfer_pages, self.page_bytes) if preemption.can_swap else 0
+        return max(self.limits.max_num_seqs * self.page_bytes, swapped)
 
     def _least_step_bytes(self) -> int:
         """Fewer bytes than any compiler needs: the logits, or one activation of the widest matrix."""
@@ -137,7 +141,7 @@ class PoolSizer:
         heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
         token = (model.num_layers + 8) * model.hidden_size + 8 * (2 * model.intermediate_size + heads)
         attention = 8 * limits.max_num_seqs * 256 * model.num_heads * model.head_dim * 4
-        return sampling + attention + limits.max_num_batched_tokens * token * self._itemsize + self._copied_bytes()
+        return sampling + attention + limits.max_num_batched_tokens * token * self._itemsize + self._moved_bytes()
 
 
 def transient_bytes(compiled: jax.stages.Compiled, persistent: int) -> int:

@@ -1,12 +1,13 @@
-"""Compiles every kernel, and a decode step of an 8B model, to machine code for an H200 on a machine without a GPU.
+"""Compiles every kernel, and steps of an 8B model, to machine code for an H200 on a machine without a GPU.
 
     make compile-check                                                        # fetches what it needs into build/cuda
     PYTHONPATH=build/cuda python scripts/compile_kernels.py [--only decode]
 
 What a GPU is not needed to know: whether the kernels compile, how many registers they take, whether any spill to
-memory or wait for one another where they should overlap; and of the step, that the pool is updated in place and that it
-is one CUDA graph. Exit code 1 when one of these is not so. Needs JAX's CUDA plugin and NVIDIA's assembler, which pip
-installs anywhere (about 265 MB), but neither a GPU nor a driver.
+memory or wait for one another where they should overlap; of the decode step, that the pool is updated in place and that
+it is one CUDA graph; of swapping, that it is in place, too, and takes no more memory than was accounted for. Exit code
+1 when one of these is not so. Needs JAX's CUDA plugin and NVIDIA's assembler, which pip installs anywhere (about 265
+MB), but neither a GPU nor a driver.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from jax.experimental import topologies
 
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config import CacheConfig
+from jaxpaged.device import steps
 from jaxpaged.device.attention import resolve_attention
+from jaxpaged.device.cache import make_paged_cache
 from jaxpaged.engine import lower_step
 from jaxpaged.host.batching import StepShape
 from jaxpaged.host.features import SamplingFeatures
+from jaxpaged.preemption import resolve_preemption
 
 MODEL = Path(__file__).parent / "shapes" / "llama-3.1-8b"
 STEP_ROWS, STEP_CONTEXT, STEP_PAGE_SIZE = 256, 540, 16
@@ -171,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     target = h200_sharding()
     checks = {case.name: functools.partial(check_kernel, case) for case in kernel_cases(target)}
     checks["step"] = functools.partial(check_step, target)
+    checks["swap"] = functools.partial(check_swap, target)
     faults = []
     print(f"{'':42} {'registers':>12} {'lower s':>8} {'compile s':>10}")
     for name, check in checks.items():
@@ -282,6 +287,36 @@ def check_step(target: jax.sharding.Sharding) -> list[str]:
     )  # fmt: skip
     print(f"  {facts}")
     return kernel_faults(compiled.assembler_said, functions) + step_faults(facts)
+
+
+def check_swap(target: jax.sharding.Sharding) -> list[str]:
+    """The largest transfer of swapped pages out of the same pool, and back into it."""
+    model = open_checkpoint(MODEL).config
+    page_bytes = STEP_PAGE_SIZE * model.kv_bytes_per_token(2)
+    num_pages = int(POOL_BYTES / page_bytes)
+    pool = jax.eval_shape(lambda: make_paged_cache(model, CacheConfig(STEP_PAGE_SIZE, num_pages, "bfloat16")))
+    size = resolve_preemption("swap", 4.0, model, STEP_PAGE_SIZE, 2, "gpu").transfer_pages
+    page_ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+    pages = jax.eval_shape(steps.gather_pages, pool, page_ids)
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), (pool, page_ids, pages)
+    )
+    gather = compile_for(lambda: steps.gather_pages.lower(*arguments[:2]))
+    scatter = compile_for(lambda: steps.scatter_pages.lower(*arguments))
+    print_line(f"swap of {size} pages, out", [], gather)
+    print_line(f"swap of {size} pages, in", [], scatter)
+    out, back = gather.program.memory_analysis(), scatter.program.memory_analysis()
+    assert out is not None and back is not None, "the compiler gave no account of its programs"
+    faults = []
+    if back.alias_size_in_bytes < num_pages * page_bytes:
+        faults.append(
+            f"only {back.alias_size_in_bytes} of the pool's {num_pages * page_bytes} bytes are updated in place"
+        )
+    temporaries = max(out.temp_size_in_bytes, back.temp_size_in_bytes)
+    print(f"  temporaries {temporaries} bytes, a transfer {size * page_bytes}")
+    if temporaries > size * page_bytes:
+        faults.append(f"{temporaries} bytes of temporaries are more than a transfer's {size * page_bytes}")
+    return faults
 
 
 def step_faults(facts: StepFacts) -> list[str]:

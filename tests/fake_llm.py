@@ -63,7 +63,7 @@ class FakeLLM:
             prompt_logprobs = [None, *(self._logprobs(i) for i in ids[1:])]
         return RequestOutput(
             request_id, prompt if isinstance(prompt, str) else None, ids, prompt_logprobs, samples, True,
-            RequestMetrics(0.0, 0.0, 0.0, time.time()), KVUsage(1, 1, 0, 0, 0, 0),
+            RequestMetrics(0.0, 0.0, 0.0, time.time()), KVUsage(1, 1, 0, 0, 0, 0, 0),
         )  # fmt: skip
 
     def _sample(self, ids, params, index):

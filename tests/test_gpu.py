@@ -15,8 +15,8 @@ from helpers import check_greedy_tokens_of_llm
 from toy import TOY, make_group, random_prompts, run_tokens, toy_engine, toy_params
 
 from jaxpaged import LLM, SamplingParams
-from jaxpaged.config import CacheConfig
-from jaxpaged.device import steps
+from jaxpaged.config import CacheConfig, PreemptionConfig
+from jaxpaged.device import steps, swap
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.cache import make_paged_cache
 from jaxpaged.pool_size import PoolSizer
@@ -44,6 +44,19 @@ def test_samples_do_not_depend_on_batch_page_size_or_preemption():
     tight = toy_engine(num_pages=40, page_size=4)
     assert run_tokens(tight, groups()) == expected
     assert tight.stats.preemptions > 0
+
+
+def test_groups_swap_through_pinned_memory_and_end_with_the_same_tokens():
+    def groups():
+        params = [SamplingParams(temperature=0, max_tokens=18), SamplingParams(n=3, top_p=0.9, max_tokens=20)]
+        return [make_group(prompt, params[i % 2], str(i), seed=i) for i, prompt in enumerate(random_prompts(12))]
+
+    expected = run_tokens(toy_engine(num_pages=400, max_num_seqs=32), groups())
+    way = PreemptionConfig("swap", swap_pages=300, transfer_pages=16)
+    tight = toy_engine(num_pages=40, preemption=way)
+    assert swap.host_memory(tight.device).memory_kind == "pinned_host"
+    assert run_tokens(tight, groups()) == expected
+    assert tight.stats.swaps_out == tight.stats.swaps_in > 0 and tight.stats.recomputed_tokens == 0
 
 
 def test_the_pool_is_updated_in_place():

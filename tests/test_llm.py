@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -133,6 +135,25 @@ def test_a_request_accounts_for_its_pages(llm):
     assert full_pages.kv.pages_copied == 0
 
 
+def test_a_request_that_gave_way_says_how_often_and_in_which_way(directory, llm):
+    prompts = [ids("first come"), ids("first served")]
+    params = [SamplingParams(temperature=0, max_tokens=30), SamplingParams(n=3, max_tokens=12, seed=1)]
+    params = [dataclasses.replace(one, ignore_eos=True) for one in params]
+    tight = dict(page_size=4, num_pages=14, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128)
+    swapping = LLM(directory, preemption="swap", swap_space_gib=0.001, **tight)
+    outputs = swapping.generate(prompts, params)
+    assert [out.kv.num_swaps for out in outputs] == [out.kv.num_preemptions for out in outputs] == [0, 1]
+    run = swapping.last_run
+    assert (run.swaps_out, run.swaps_in, run.swap_overflows, run.recomputed_tokens) == (1, 1, 0, 0)
+    assert run.swapped_out_bytes == run.swapped_in_bytes > 0 and 0 < run.seconds["swap"] < run.seconds["device"]
+    recomputing = LLM(directory, preemption="recompute", **tight).generate(prompts, params)
+    assert [(out.kv.num_preemptions, out.kv.num_swaps) for out in recomputing] == [(0, 0), (1, 0)]
+    assert recomputing[1].kv.recomputed_tokens > 0
+    for one, other, endless in zip(outputs, recomputing, llm.generate(prompts, params), strict=True):
+        assert [s.token_ids for s in one.outputs] == [s.token_ids for s in other.outputs]
+        assert [s.token_ids for s in one.outputs] == [s.token_ids for s in endless.outputs]
+
+
 def test_requests_without_a_seed_differ_from_one_another_and_repeat_with_the_llm(directory):
     def fresh():
         return LLM(directory, num_pages=40, max_num_seqs=8, max_num_batched_tokens=64, seed=4)
@@ -195,7 +216,13 @@ def test_what_cannot_run_is_refused_before_anything_runs(llm, prompt, params, me
         (dict(num_pages=10**9), "num_pages=1000000000 pages take .* GiB .* at most about"),
         (dict(max_model_len=257), "max_model_len=257 exceeds the 256 positions"),
         (dict(page_size=2.5), "page_size must be a positive integer"),
-        (dict(preemption="swap"), "this version knows 'recompute'"),
+        (dict(preemption="evict"), "preemption='evict'; choose one of auto, swap, recompute"),
+        (dict(preemption="swap", swap_space_gib=0), "needs host memory .* swap_space_gib=0: give it some"),
+        (
+            dict(preemption="swap", swap_space_gib=1e-6),
+            "one page of 4096 bytes, but swap_space_gib=1e-06 holds",
+        ),
+        (dict(swap_space_gib=-1), "swap_space_gib must be a number of at least 0, got -1"),
         (dict(memory_utilization=1.5), "memory_utilization must be in"),
         (dict(load_format="gguf"), "load_format"),
         (dict(tokenizer=3), "tokenizer must be a path or have encode and decode"),

@@ -8,7 +8,7 @@ import jax
 import pytest
 from toy import TOY, toy_params
 
-from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.device.attention import REFERENCE, AttentionKernels
 from jaxpaged.engine import lower_largest_steps
 from jaxpaged.pool_size import PoolSizer, transient_bytes
@@ -55,6 +55,12 @@ def test_no_more_pages_than_sequences_can_use_and_nothing_is_compiled_to_know_it
 def test_the_generous_estimate_is_above_what_is_measured(step_bytes):
     assert step_bytes < make_sizer(MIB)._most_step_bytes()
     assert make_sizer(MIB)._least_step_bytes() < step_bytes
+
+
+def test_a_transfer_of_swapped_pages_larger_than_any_step_is_accounted_for(step_bytes):
+    way = PreemptionConfig("swap", swap_pages=10_000, transfer_pages=5000)
+    sizer = make_sizer(1 << 34, limits=dataclasses.replace(LIMITS, preemption=way))
+    assert sizer.measured_step_bytes() == 3 * 5000 * sizer.page_bytes > step_bytes
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(step_bytes):

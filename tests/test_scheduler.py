@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.sampling_params import SamplingParams
@@ -18,10 +18,13 @@ from jaxpaged.step_io import StepOutputs, TokenLogprobs
 _ids = itertools.count()
 
 
-def make_scheduler(num_pages, page_size=2, max_num_seqs=64, max_num_batched_tokens=64, max_model_len=100):
-    return Scheduler(
-        CacheConfig(page_size, num_pages), EngineConfig(max_model_len, max_num_seqs, max_num_batched_tokens)
+def make_scheduler(
+    num_pages, page_size=2, max_num_seqs=64, max_num_batched_tokens=64, max_model_len=100, preemption=None
+):
+    limits = EngineConfig(
+        max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig()
     )
+    return Scheduler(CacheConfig(page_size, num_pages), limits)
 
 
 def make_group(prompt_len, max_tokens=4, n=1, **kwargs) -> SequenceGroup:
@@ -44,8 +47,21 @@ class PoolModel:
     def __init__(self, page_size):
         self.page_size = page_size
         self.tokens: dict[tuple[int, int], int] = {}
+        self.swapped: dict[SequenceGroup, list[list[int]]] = {}
+
+    def swap(self, group: SequenceGroup, page_ids: list[int], is_out: bool) -> None:
+        """Move whole pages; what was taken out is scribbled over at once."""
+        slots = [[(page_id, offset) for offset in range(self.page_size)] for page_id in page_ids]
+        if is_out:
+            self.swapped[group] = [[self.tokens.get(slot, -1) for slot in page] for page in slots]
+        for page, values in zip(slots, self.swapped[group], strict=True):
+            self.tokens.update(dict.fromkeys(page, -2) if is_out else dict(zip(page, values, strict=True)))
+        if not is_out:
+            del self.swapped[group]
 
     def run(self, plan: StepPlan) -> StepOutputs:
+        for swap in plan.swaps:
+            self.swap(*swap)
         before = dict(self.tokens)
         for src, dst in plan.copies:
             for offset in range(self.page_size):
@@ -72,7 +88,7 @@ def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], l
             done[group.request_id] = [sequence.output_ids for sequence in group.sequences]
         scheduler.check_invariants()
         assert len(plans) < 5000, "the scheduler makes no progress"
-    assert scheduler.allocator.num_used == 0
+    assert scheduler.allocator.num_used == 0 and not pool.swapped
     return done, plans
 
 

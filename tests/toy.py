@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from jaxpaged.checkpoint import save_checkpoint
-from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
 from jaxpaged.engine import Engine
@@ -39,10 +39,15 @@ def toy_params(config: ModelConfig = TOY):
     return jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim == 2 else leaf, params)
 
 
-def toy_engine(num_pages=128, page_size=4, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128) -> Engine:
+def toy_engine(
+    num_pages=128, page_size=4, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128, preemption=None
+) -> Engine:
     return Engine(
         toy_params(), TOY, CacheConfig(page_size, num_pages, "float32"),
-        EngineConfig(max_model_len, max_num_seqs, max_num_batched_tokens), REFERENCE, jax.devices()[0],
+        EngineConfig(
+            max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig()
+        ),
+        REFERENCE, jax.devices()[0],
     )  # fmt: skip
 
 

@@ -81,6 +81,18 @@ class PagedCache:
     def copy_pages(self, src: Array, dst: Array) -> Self:
         return jax.tree.map(lambda pool: pool.at[dst].set(pool[src]), self)
 
+    def gather_pages(self, page_ids: Array) -> Array:
+        """Pages i32[C] of all layers, keys and then values: [2 * layers, C, S, K, D]."""
+        return jnp.stack([pool.at[page_ids].get(mode="promise_in_bounds") for pool in (*self.k, *self.v)])
+
+    def scatter_pages(self, page_ids: Array, pages: Array) -> Self:
+        """The reverse of `gather_pages`; page_ids are unique."""
+        leaves = [
+            pool.at[page_ids].set(pages[i], unique_indices=True, mode="promise_in_bounds")
+            for i, pool in enumerate((*self.k, *self.v))
+        ]
+        return dataclasses.replace(self, k=tuple(leaves[: len(self.k)]), v=tuple(leaves[len(self.k) :]))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

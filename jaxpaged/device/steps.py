@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.device.cache import KVCache
+from jaxpaged.device.cache import KVCache, PagedCache
 from jaxpaged.device.model import compute_logits, forward
 from jaxpaged.device.params import Params
 from jaxpaged.device.sampling import beam_candidates, sample_tokens, token_logprobs
@@ -89,9 +89,21 @@ def copy_pages(cache: KVCache, copies: Array) -> KVCache:
     return cache.copy_pages(copies[0], copies[1])
 
 
+@jax.jit
+def gather_pages(cache: PagedCache, page_ids: Array) -> Array:
+    """Pages i32[C] of all layers, keys and then values, in one array [2 * layers, C, S, K, D], ready to leave."""
+    return cache.gather_pages(page_ids)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def scatter_pages(cache: PagedCache, page_ids: Array, pages: Array) -> PagedCache:
+    """What `gather_pages` took, [2 * layers, C, S, K, D], into the pages i32[C]."""
+    return cache.scatter_pages(page_ids, pages)
+
+
 def num_compiled() -> int:
-    """Programs that this process has compiled for the three steps above."""
-    jitted: tuple[Any, ...] = (decode_step, prefill_step, copy_pages)
+    """Programs that this process has compiled for the steps above."""
+    jitted: tuple[Any, ...] = (decode_step, prefill_step, copy_pages, gather_pages, scatter_pages)
     return sum(step._cache_size() for step in jitted)  # private to jax, and its own tests' way of counting
 
 

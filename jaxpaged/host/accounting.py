@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.swap import Swap
 
 
 @dataclass
@@ -22,12 +23,18 @@ class RunStats:
     steps: int = 0
     prefill_steps: int = 0
     preemptions: int = 0
-    recomputed_tokens: int = 0
+    recomputed_tokens: int = 0  # prefilled again after preemptions that did not swap
+    swaps_out: int = 0  # preemptions that kept the group's pages in host memory
+    swaps_in: int = 0  # groups that came back from there
+    swapped_out_bytes: int = 0
+    swapped_in_bytes: int = 0
+    swap_overflows: int = 0  # preemptions that would have swapped, but swap space was full
     page_copies: int = 0
     compilations: int = 0  # programs compiled during the run
     #: "schedule": deciding; "device": until the step's results are on the host; "host": the rest; "total": their sum.
+    #: Parts of "device" are "swap" and "recompute": the share that recomputed tokens have in the steps they are in.
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total"), 0.0)
+        default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total", "swap", "recompute"), 0.0)
     )
     _series: dict[str, list[int]] = field(
         default_factory=lambda: {
@@ -89,6 +96,8 @@ class RunStats:
         self.steps += 1
         self.prefill_steps += plan.is_prefill
         self.preemptions += plan.num_preempted
+        self.recomputed_tokens += plan.num_recomputed
+        self.swap_overflows += plan.num_swap_overflows
         self.page_copies += len(plan.copies)
         self.num_generated_tokens += len(plan.samples)
 
@@ -97,3 +106,17 @@ class RunStats:
         self.seconds["device"] += device
         self.seconds["host"] += step - schedule - device
         self.seconds["total"] += step
+
+    def add_swap(self, swap: Swap, num_bytes: int) -> None:
+        if swap.is_out:
+            self.swaps_out += 1
+            self.swapped_out_bytes += num_bytes
+        else:
+            self.swaps_in += 1
+            self.swapped_in_bytes += num_bytes
+
+    def add_preemption_seconds(self, plan: StepPlan, swap: float, compute: float) -> None:
+        if plan.swaps:
+            self.seconds["swap"] += swap
+        if plan.num_recomputed:
+            self.seconds["recompute"] += compute * plan.num_recomputed / sum(row.count for row in plan.rows)

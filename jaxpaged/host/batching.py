@@ -36,6 +36,7 @@ class Buckets:
     prefill_tokens: tuple[int, ...]
     table_widths: tuple[int, ...]
     copies: tuple[int, ...]
+    swaps: tuple[int, ...] = ()  # pages of one transfer to or from swap space; a swap is several, and none is padded
 
     @classmethod
     def for_limits(cls, limits: EngineConfig, cache: CacheConfig) -> Buckets:
@@ -46,6 +47,9 @@ class Buckets:
             prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
             table_widths=_geometric(32, widest, 4),
             copies=_geometric(8, limits.max_num_seqs, 8),
+            swaps=_geometric(1, min(limits.preemption.transfer_pages, cache.num_usable_pages), 4)
+            if limits.preemption.can_swap
+            else (),
         )
 
     def shapes(self) -> list[StepShape]:
@@ -90,6 +94,15 @@ def _geometric(first: int, last: int, factor: int) -> tuple[int, ...]:
 def fit(size: int, sizes: tuple[int, ...]) -> int:
     """The smallest listed size that holds `size`."""
     return next(listed for listed in sizes if listed >= size)
+
+
+def split(size: int, sizes: tuple[int, ...]) -> list[int]:
+    """Listed sizes, largest first, whose sum is `size`; 1 is listed."""
+    parts: list[int] = []
+    for listed in reversed(sizes):
+        parts += [listed] * (size // listed)
+        size %= listed
+    return parts
 
 
 def make_batch(

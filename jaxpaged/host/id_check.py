@@ -28,6 +28,11 @@ def check_copies(copies: np.ndarray, cache: CacheConfig) -> None:
     _check("page copies", copies, cache.num_pages, f"the pool has {cache.num_pages} pages")
 
 
+def check_pages(page_ids: np.ndarray, cache: CacheConfig) -> None:
+    """RuntimeError if the pool does not have one of the swapped pages i32[C]."""
+    _check("swapped pages", page_ids, cache.num_pages, f"the pool has {cache.num_pages} pages")
+
+
 def _check(name: str, ids: np.ndarray, end: int, why: str) -> None:
     """Every one of the int32 `ids` is in [0, end). Seen as unsigned, a negative one is above any `end`."""
     if ids.view(np.uint32).max(initial=0) < end:

@@ -6,7 +6,8 @@
 
 First come, first served: groups are admitted in order of arrival, the latest arrival is preempted first, and a
 preempted group goes back to the head of the queue. So the running groups are always those that arrived first. A
-preempted group gives up all its pages and is prefilled again, its sharing rebuilt (token_tree.py).
+preempted group gives up all its pages. Either they are kept in host memory (swap.py), and it goes on where it was once
+they fit the pool again; or it is prefilled again, its sharing rebuilt (token_tree.py).
 
 `schedule` reads the lengths of sequences, never the values of their last tokens.
 """
@@ -32,6 +33,7 @@ from jaxpaged.host.block_table import (
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.stopping import apply_stop
+from jaxpaged.host.swap import Swap, SwapSpace
 from jaxpaged.host.token_tree import build_branches, num_pages_of
 from jaxpaged.step_io import StepOutputs
 
@@ -60,8 +62,12 @@ class StepPlan:
     is_prefill: bool
     rows: list[PlanRow] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    copies: list[PageCopy] = field(default_factory=list)  # to be carried out before the step writes
+    # To be carried out in this order before the step writes: swaps, then copies. What is taken out may be overwritten.
+    swaps: list[Swap] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
     num_preempted: int = 0
+    num_swap_overflows: int = 0  # of those preempted, the ones that swap space had no room for
+    num_recomputed: int = 0  # of the rows' tokens, those that were computed before
 
 
 class Scheduler:
@@ -76,6 +82,8 @@ class Scheduler:
         # Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read.
         self._prefilling: deque[tuple[SequenceGroup, Sequence]] = deque()
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
+        self.swap_space = SwapSpace(limits.preemption)
+        self._swaps: list[Swap] = []  # of the step that is being planned
         self._watermark = math.ceil(limits.watermark * cache.num_usable_pages)
 
     @property
@@ -111,11 +119,14 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to do. Prefill goes first: it fills the batch for decoding."""
+        self._swaps = []
         while self.waiting and self._try_admit(self.waiting[0]):
             self.waiting.popleft()
-        if self._prefilling:
-            return self._plan_prefill()
-        return self._plan_decode() if self.running else None
+        if not self.running:
+            return None
+        plan = self._plan_prefill() if self._prefilling else self._plan_decode()
+        plan.swaps = self._swaps
+        return plan
 
     # Admission and prefill
 
@@ -125,23 +136,33 @@ class Scheduler:
             return False
         if sum(g.num_rows for g in self.running) + group.num_rows > self.limits.max_num_seqs:
             return False
-        branches = build_branches(group.unfinished, self.cache.page_size)
-        needed = num_pages_of(branches, self.cache.page_size)
-        if needed + self._headroom(group) > self.allocator.num_free:
+        if not (self._try_swap_in(group) if self.swap_space.holds(group) else self._try_start_prefill(group)):
             return False
-        for i, (sequence, num_shared) in enumerate(branches):
-            if num_shared:
-                sequence.table = fork(branches[i - 1].sequence.table, self.allocator)
-                truncate(sequence.table, num_shared * self.cache.page_size, self.allocator)
-            sequence.num_computed = sequence.table.num_slots
-            count = group.num_to_prefill(sequence) - sequence.num_computed
-            append_slots([sequence.table], [count], self.allocator)
+        for sequence in group.unfinished:
             sequence.status = SequenceStatus.RUNNING
-            if count:
-                self._prefilling.append((group, sequence))
         group.record_pages()
         self.running.append(group)
         self._batch = None
+        return True
+
+    def _try_swap_in(self, group: SequenceGroup) -> bool:
+        if self.swap_space.num_pages_of(group) + self._headroom(group) > self.allocator.num_free:
+            return False
+        self._swaps.append(self.swap_space.bring_back(group, self.allocator))
+        return True
+
+    def _try_start_prefill(self, group: SequenceGroup) -> bool:
+        branches = build_branches(group, self.cache.page_size)
+        if num_pages_of(branches, self.cache.page_size) + self._headroom(group) > self.allocator.num_free:
+            return False
+        for i, (sequence, num_shared, num_to_compute) in enumerate(branches):
+            if num_shared:
+                sequence.table = fork(branches[i - 1].sequence.table, self.allocator)
+                truncate(sequence.table, num_shared, self.allocator)
+            sequence.num_computed = num_shared
+            append_slots([sequence.table], [num_to_compute], self.allocator)
+            if num_to_compute:
+                self._prefilling.append((group, sequence))
         return True
 
     def _headroom(self, group: SequenceGroup) -> int:
@@ -189,7 +210,9 @@ class Scheduler:
     def _plan_row(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence, start: int, count: int) -> None:
         plan.rows.append(PlanRow(group, sequence, start, count))
         sequence.num_computed = start + count
-        group.recomputed_tokens += max(0, min(sequence.num_computed, sequence.num_once_computed) - start)
+        num_recomputed = max(0, min(sequence.num_computed, sequence.num_once_computed) - start)
+        group.recomputed_tokens += num_recomputed
+        plan.num_recomputed += num_recomputed
         sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed)
 
     def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
@@ -222,8 +245,7 @@ class Scheduler:
                 break
             except OutOfPagesError:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
-                self._preempt(self.running.pop())
-                plan.num_preempted += 1
+                self._preempt(self.running.pop(), plan)
         plan.samples = samples
         for group, sequence, _ in samples:
             start = sequence.num_computed
@@ -237,12 +259,21 @@ class Scheduler:
                 group.pages.copied += sequence.table.pages[-1] in copied_pages
         return plan
 
-    def _preempt(self, group: SequenceGroup) -> None:
+    def _preempt(self, group: SequenceGroup, plan: StepPlan) -> None:
         group.record_pages()
-        for sequence in reversed(group.unfinished):
-            release(sequence.table, self.allocator)
-            sequence.num_computed = 0
-            sequence.status = SequenceStatus.WAITING
+        wants_swap = self.swap_space.wants(group, self.cache.page_size)
+        if wants_swap and self.swap_space.has_room_for(group):
+            self._swaps.append(self.swap_space.take_out(group, self.allocator))
+            group.num_swaps += 1
+            for sequence in group.unfinished:
+                sequence.status = SequenceStatus.SWAPPED
+        else:
+            plan.num_swap_overflows += wants_swap
+            for sequence in reversed(group.unfinished):
+                release(sequence.table, self.allocator)
+                sequence.num_computed = 0
+                sequence.status = SequenceStatus.WAITING
+        plan.num_preempted += 1
         group.num_preemptions += 1
         self.waiting.appendleft(group)
         self._batch = None
@@ -279,10 +310,15 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Reference counts equal table entries, free and held pages partition the pool. For tests, between steps."""
         self.allocator.check_invariants()
+        swapped = [group for group in self.waiting if self.swap_space.holds(group)]
+        assert sum(map(self.swap_space.num_pages_of, swapped)) + self.swap_space.num_free == self.swap_space.num_pages
         held: dict[int, int] = {}
         for group in (*self.running, *self.waiting):
             for sequence in group.sequences:
                 assert len(sequence.table.pages) == num_pages_for(sequence.table.num_slots, self.cache.page_size)
+                if sequence.status is SequenceStatus.SWAPPED:
+                    assert self.swap_space.holds(group), "a swapped sequence has nothing in swap space"
+                    continue
                 assert sequence.status is SequenceStatus.RUNNING or not sequence.table.pages
                 for page_id in sequence.table.pages:
                     held[page_id] = held.get(page_id, 0) + 1

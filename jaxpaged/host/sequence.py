@@ -14,8 +14,9 @@ from jaxpaged.sampling_params import SamplingParams
 
 
 class SequenceStatus(enum.Enum):
-    WAITING = "waiting"  # holds no pages: not yet admitted, or preempted
+    WAITING = "waiting"  # holds no pages: not yet admitted, or preempted and to be computed again
     RUNNING = "running"
+    SWAPPED = "swapped"  # preempted, its pages in swap space: the block table names places there (swap.py)
     FINISHED = "finished"
 
 
@@ -99,6 +100,7 @@ class SequenceGroup:
     pages: GroupPages = field(default_factory=GroupPages)
     prompt_logprobs: list[Any] = field(default_factory=list)
     num_preemptions: int = 0
+    num_swaps: int = 0  # preemptions that kept the pages in swap space
     recomputed_tokens: int = 0
     first_scheduled_time: float = -1.0
     first_token_time: float = -1.0

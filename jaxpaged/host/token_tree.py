@@ -1,8 +1,10 @@
 """Rebuilding a preempted group: which of its sequences can share pages, judged by their tokens alone.
 
 KV of a position depends only on the tokens up to it, so sequences with a common token prefix can share the pages of
-that prefix, whatever they shared before. Only full pages are shared: the group is recomputed in one pass, and a page
-that one sequence is still filling cannot be copied for another before it is filled.
+that prefix, whatever they shared before. The group is recomputed in one pass, and a page that one sequence is still
+filling cannot be copied for another before it is filled: so a part-filled page is shared only where the other has
+nothing to add to it. That is the case of beams of one parent: they differ in their last tokens, which are not
+recomputed. A group of beams comes back sharing all that it shared.
 """
 
 from __future__ import annotations
@@ -10,33 +12,44 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxpaged.host.block_table import num_pages_for
-from jaxpaged.host.sequence import Sequence
+from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
 class Branch(NamedTuple):
-    """`sequence` takes its first `num_shared_pages` pages from the branch before it and computes the rest."""
+    """`sequence` shares its first positions with the branch before it and computes the rest."""
 
     sequence: Sequence
-    num_shared_pages: int
+    num_shared: int  # token positions: full pages, or all that there are to compute
+    num_to_compute: int  # behind those
 
 
-def build_branches(sequences: list[Sequence], page_size: int) -> list[Branch]:
+def build_branches(group: SequenceGroup, page_size: int) -> list[Branch]:
     """Order the sequences so that each shares its longest common prefix with the one before it.
 
-    In lexicographic order of tokens that neighbour has the longest common prefix of all that come earlier. At least the
-    last token of every sequence is computed, since its logits choose the next.
+    In lexicographic order of tokens that neighbour has the longest common prefix of all that come earlier. Where a
+    prefill has to give logits, the last token of every sequence is computed.
     """
-    ordered = sorted(sequences, key=lambda sequence: sequence.token_ids)
-    branches = [Branch(ordered[0], 0)]
-    for before, sequence in zip(ordered, ordered[1:], strict=False):
-        common = _common_prefix_len(before.token_ids, sequence.token_ids)
-        branches.append(Branch(sequence, min(common, sequence.num_tokens - 1) // page_size))
+    ordered = sorted(group.unfinished, key=lambda sequence: sequence.token_ids)
+    branches: list[Branch] = []
+    before: list[int] = []
+    for sequence in ordered:
+        count = group.num_to_prefill(sequence)
+        shared = min(_common_prefix_len(before, sequence.token_ids), sequence.num_tokens - 1)
+        shared = count if shared >= count else shared // page_size * page_size
+        branches.append(Branch(sequence, shared, count - shared))
+        before = sequence.token_ids
     return branches
 
 
 def num_pages_of(branches: list[Branch], page_size: int) -> int:
     """Pages that the group's tokens take, shared ones counted once."""
-    return sum(num_pages_for(branch.sequence.num_tokens, page_size) - branch.num_shared_pages for branch in branches)
+    return sum(
+        num_pages_for(shared + count, page_size) - num_pages_for(shared, page_size) for _, shared, count in branches
+    )
+
+
+def num_tokens_to_compute(branches: list[Branch]) -> int:
+    return sum(branch.num_to_compute for branch in branches)
 
 
 def _common_prefix_len(a: list[int], b: list[int]) -> int:
