@@ -223,7 +223,16 @@ def kernel_cases(target: jax.sharding.Sharding) -> list[Case]:
         )
         for shape in PREFILL_SHAPES
     ]
-    return cases + [_shared_case(shape, lengths, tensor) for shape in SHARED_SHAPES]
+    cases += [_shared_case(shape, lengths, tensor) for shape in SHARED_SHAPES]
+    return [*cases, _copy_case(PagedShape(), tensor)]
+
+
+def _copy_case(shape: PagedShape, tensor: Any) -> Case:
+    from pallas_kernels.page_copy import copy_pages
+
+    pool = tensor((NUM_PAGES, shape.page_size, shape.kv_heads, shape.head_dim), shape.dtype)
+    ids = tensor((ROWS,), jnp.int32)
+    return Case("page copy in 64 pools", copy_pages, ((pool,) * 64, ids, ids))
 
 
 def _shared_case(shape: PagedShape, lengths: Any, tensor: Any) -> Case:
