@@ -120,6 +120,7 @@ class ToySteps:
         size = self.allocator.page_size
         pages = sequence.table.pages
         prefix = [int(self._pool[pages[p // size], p % size]) for p in range(length)]
+        assert min(prefix) >= 0, f"a position of {prefix} was never written"
         logits = np.asarray(self._logits_fn(prefix), np.float64)
         if logits.shape != (self.vocab_size,):
             raise ValueError(

@@ -14,7 +14,7 @@ from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.tree_batching import Span, SpanOutputs, likeliest, make_span_batch, plan_spans
 from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.step_io import WHOLE_VOCABULARY
+from jaxpaged.step_io import WHOLE_VOCABULARY, TokenLogprobs
 
 #: Numbers of likeliest tokens for which steps are compiled; the whole vocabulary is selected from on the host.
 TOP_SIZES = (5, 20, 100)
@@ -54,10 +54,7 @@ class EngineSteps:
             batch = make_span_batch(step, spans, engine.buckets, engine.cache_config, self.vocab_size, features)
             outputs = engine.compute(batch, features)
             if width:
-                found = outputs.token_logprobs
-                assert found.top_logprobs is not None
-                values, tokens = _best(found.top_logprobs[: len(step.ended)], found.top_ids, top)
-                logprobs[step.ended] = values
+                logprobs[step.ended], tokens = _best(outputs.token_logprobs, len(step.ended), top)
                 if ids is not None:
                     ids[step.ended] = tokens
             if outputs.prompt_logprobs is not None and outputs.prompt_logprobs.ranks is not None:
@@ -94,13 +91,15 @@ class EngineSteps:
         )  # fmt: skip
 
 
-def _best(values: np.ndarray, ids: np.ndarray | None, top: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """The `top` likeliest of what a step returned, f32[R, k or V] and i32[R, k] or None; all of it if `top` is None."""
+def _best(found: TokenLogprobs, num_rows: int, top: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """The `top` likeliest of a step's first rows, f32[R, k] and i32[R, k]; for None the vocabulary, f32[R, V]."""
+    assert found.top_logprobs is not None
+    values = found.top_logprobs[:num_rows]
     if top is None:
         return values, None
-    if ids is None:
+    if found.top_ids is None:
         return likeliest(values, top)
-    return values[:, :top], ids[:, :top]
+    return values[:, :top], found.top_ids[:num_rows, :top]
 
 
 def _join(parts: list[list[np.ndarray]], spans: SequenceOf[Span], dtype: type) -> list[np.ndarray]:
