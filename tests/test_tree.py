@@ -467,7 +467,7 @@ def test_what_cannot_work_is_refused_with_the_reason_and_changes_nothing(engine)
 def test_a_continuation_that_no_free_page_can_hold_is_refused_with_the_numbers(tree):
     root = tree.open(PROMPT)
     tree.open([list(range(60)), list(range(60))])
-    with pytest.raises(OutOfPagesError, match="continuation of 9 tokens behind 6 needs 3 pages of 4 tokens, and 0 of 32"):
+    with pytest.raises(OutOfPagesError, match="9 tokens behind 6 needs 3 pages of 4 tokens, and 0 of 32"):
         tree.score(root, [[1], list(range(9))])
     assert tree.score(root, [[1], [2]]).sums == close_to(truth(PROMPT)[-1][[1, 2]])
 
