@@ -21,7 +21,7 @@ from jaxpaged.host.page_allocator import OutOfPagesError
 from jaxpaged.host.tree_compute import TreeComputer, TreeModel
 from jaxpaged.host.tree_state import Node, TreeStats
 from jaxpaged.prompts import Prompt, is_one_prompt, read_prompts
-from jaxpaged.tokenizer import Tokenizer, decode_continuation
+from jaxpaged.tokenizer import Tokenizer, decode_continuation, encode_continuation
 from jaxpaged.tree_input import read_continuations, read_tokens
 from jaxpaged.tree_outputs import Appended, NextTokens, Scores
 
@@ -246,6 +246,11 @@ class Tree:
         if tokens is None:
             return tokenizer.decode(node.tokens)
         return decode_continuation(tokenizer, node.tokens, tokens)
+
+    def encode(self, node: Node, text: str) -> list[int]:
+        """The token ids that add `text` behind a node, to be appended or scored; ValueError where there are none."""
+        self._state.check_nodes("encode", [node])
+        return encode_continuation(self._need_tokenizer("encode needs"), node.tokens, text)
 
     def stats(self) -> TreeStats:
         """Pages now (logical, physical, shared, free) and what was spent so far (peak, copies, computed tokens)."""

@@ -41,7 +41,7 @@ def _row(what: str, row: Any, whose: str) -> list[int]:
 
 def _check_list(what: str, values: Any) -> None:
     if isinstance(values, str):
-        raise ValueError(f"{what} takes token ids, got text: encode it with tree.tokenizer")
+        raise ValueError(f"{what} takes token ids, got text: tree.encode(node, text) gives its ids")
     if not isinstance(values, SequenceOf):
         raise ValueError(f"{what} takes token ids, one or a list of them for each node, got {values!r}")
 

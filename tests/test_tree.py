@@ -145,6 +145,15 @@ def test_more_continuations_than_the_pool_holds_are_scored_in_turns(tree):
     assert tree.stats().nodes == 1
 
 
+def test_calls_with_no_nodes_do_nothing(tree):
+    assert tree.open([]) == tree.fork([]) == tree.reorder([], []) == []
+    assert tree.append([], []).logprobs.shape == (0, TOY.vocab_size)
+    assert tree.next_tokens([], top=3).token_ids.shape == (0, 3)
+    assert tree.score([], []).sums.tolist() == tree.score(tree.open(PROMPT), []).sums.tolist() == []
+    tree.free([])
+    tree.pin([])
+
+
 def test_nodes_show_themselves(tree):
     node = tree.open(PROMPT)
     assert repr(node) == f"<Node {node._number}: 6 tokens>"
@@ -432,7 +441,7 @@ def refusals(tree, other):
         (lambda: tree.append([live], [[]]), "no tokens for node 0 of the call"),
         (lambda: tree.append(live, [1.5]), "token ids are integers, got 1.5"),
         (lambda: tree.append(live, True), "append takes token ids, one or a list of them for each node, got True"),
-        (lambda: tree.append(live, "ab"), "append takes token ids, got text: encode it with tree.tokenizer"),
+        (lambda: tree.append(live, "ab"), "append takes token ids, got text: tree.encode(node, text) gives its ids"),
         (lambda: tree.score([live], [[1], [2]]), "2 continuations for 1 nodes"),
         (lambda: tree.score(live, 5), "score takes token ids"),
         (lambda: tree.append(live, [1] * 59), "append: 59 tokens behind 6 make 65, max_model_len is 64"),
@@ -446,6 +455,7 @@ def refusals(tree, other):
         (lambda: tree.fork([live], 2), "give one node with n, or a list of nodes"),
         (lambda: tree.open("text"), "a text prompt needs a tokenizer"),
         (lambda: tree.text(live), "text needs a tokenizer"),
+        (lambda: tree.encode(live, "a"), "encode needs a tokenizer"),
         (lambda: tree.open(""), "the prompt is empty"),
         (lambda: tree.open([[1], []]), "prompt 1: the prompt has no tokens"),
     ]
@@ -480,6 +490,6 @@ def test_text_prompts_and_texts(llm):
         root, other = tree.open(["abc", {"prompt_token_ids": [40, 41]}])
         assert root.tokens == llm.tokenizer.encode("abc")
         node = tree.fork(root)
-        tree.append(node, llm.tokenizer.encode("de"))
+        tree.append(node, tree.encode(root, "de"))
         assert (tree.text(node), tree.text(root, [70, 71]), other.length) == ("abcde", "de", 2)
         assert tree.eos_token_ids == {1}

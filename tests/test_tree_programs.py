@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
-import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from beam_reference import log_softmax, toy_model
 from helpers import full_logits
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from toy import TOY, toy_engine, toy_params
+from toy import TOY, toy_params
 from tree_program import MAX_LEN, TreeProgram
 
+from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.device.attention import REFERENCE
+from jaxpaged.engine import Engine
 from jaxpaged.host import tree_state
 from jaxpaged.host.block_table import append_slots
 from jaxpaged.toy import ToyLM
@@ -52,31 +57,39 @@ class ToyProgram(TreeProgram):
 TestToyProgram = ToyProgram.TestCase
 TestToyProgram.settings = settings(max_examples=60, stateful_step_count=30, **SETTINGS)
 
-ENGINE = types.SimpleNamespace(made=None, known={})
-
 
 class EngineProgram(TreeProgram):
     """Limits so small that calls are cut into several steps, and a pool so small that it runs out."""
 
+    config = TOY
     vocab_size = TOY.vocab_size
     tolerance = 2e-4
 
     def make_tree(self, seed):
-        if ENGINE.made is None:
-            ENGINE.made = toy_engine(
-                num_pages=24, page_size=4, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=MAX_LEN
-            )
-        return shuffle_pages(Tree(EngineSteps(ENGINE.made)), seed)
+        return shuffle_pages(Tree(EngineSteps(small_engine(self.config))), seed)
 
     def logprobs_after(self, tokens):
-        key = tuple(tokens)
-        if key not in ENGINE.known:
-            padded = np.zeros(MAX_LEN, np.int32)
-            padded[: len(tokens)] = tokens
-            logprobs = log_softmax(np.asarray(full_logits(toy_params(), TOY, jnp.asarray(padded))))
-            for length in range(1, len(tokens) + 1):
-                ENGINE.known[key[:length]] = logprobs[length - 1]
-        return ENGINE.known[key]
+        return recomputed(self.config, tuple(tokens))
+
+
+@functools.cache
+def small_engine(config: ModelConfig) -> Engine:
+    return Engine(
+        toy_params(), config, CacheConfig(4, 24, "float32"), EngineConfig(MAX_LEN, 4, 8), REFERENCE, jax.devices()[0]
+    )
+
+
+@functools.cache
+def recomputed(config: ModelConfig, tokens: tuple[int, ...]) -> np.ndarray:
+    padded = np.zeros(MAX_LEN, np.int32)
+    padded[: len(tokens)] = tokens
+    return log_softmax(np.asarray(full_logits(toy_params(), config, jnp.asarray(padded))))[len(tokens) - 1]
+
+
+class WindowedProgram(EngineProgram):
+    """A sliding window, in which the positions that run again must not see one more or less."""
+
+    config = dataclasses.replace(TOY, sliding_window=5, sliding_layers=(True, False))
 
 
 TestEngineProgram = EngineProgram.TestCase
@@ -84,8 +97,9 @@ TestEngineProgram.settings = settings(max_examples=12, stateful_step_count=20, *
 
 
 @pytest.mark.slow
-def test_long_programs_on_the_engine_equal_recomputation():
-    run_state_machine_as_test(EngineProgram, settings=settings(max_examples=150, stateful_step_count=40, **SETTINGS))
+@pytest.mark.parametrize("program", [EngineProgram, WindowedProgram])
+def test_long_programs_on_the_engine_equal_recomputation(program):
+    run_state_machine_as_test(program, settings=settings(max_examples=100, stateful_step_count=40, **SETTINGS))
 
 
 @pytest.mark.parametrize("program", [ToyProgram, EngineProgram])

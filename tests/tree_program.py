@@ -130,6 +130,35 @@ class TreeProgram(RuleBasedStateMachine):
         self.check_next(out, nodes, top)
 
     @precondition(lambda self: self.expected)
+    @rule(data=st.data(), is_copying=st.booleans())
+    def interrupted_append(self, data, is_copying):
+        """Control-C before the copies, or when some of the steps have run: every node must be as it was."""
+        nodes = [node for node in self.draw_nodes(data, unpinned=True) if node.length <= MAX_LEN - 6]
+        new = [self.draw_tokens(data) for _ in nodes]
+        num_run = data.draw(st.integers(0, len(nodes)))
+        model = self.tree._model
+        run = model.run
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        def run_some(spans, top, wants_targets):
+            run(spans[:num_run], top, wants_targets)
+            raise KeyboardInterrupt
+
+        copies = self.tree.stats().copies
+        name = "copy_pages" if is_copying else "run"
+        setattr(model, name, interrupt if is_copying else run_some)
+        try:
+            self.tree.append(nodes, new)
+            raise AssertionError("it was not interrupted")
+        except (KeyboardInterrupt, OutOfPagesError):
+            pass
+        finally:
+            delattr(model, name)
+        assert not is_copying or self.tree.stats().copies == copies
+
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def look_again(self, data):
         nodes, top = self.draw_nodes(data, unique=False), self.draw_top(data)
