@@ -112,6 +112,19 @@ class Engine:
             batch = share_prefixes(batch, self.cache_config.page_size, sharing)
         return self._launch(*pack(batch))
 
+    def compile_step(self, batch: DecodeBatch | PrefillBatch, features: SamplingFeatures) -> None:
+        """Run an empty batch, with and without shared prefixes, so that the programs for such batches are there."""
+        self.features = features
+        self._launch(*pack(batch))
+        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
+            shared = share_nothing(batch, sharing)
+            if shared is not None:
+                self._launch(*pack(shared))
+
+    def compile_copies(self) -> None:
+        for size in self.buckets.copies:
+            self.copy_pages(np.full((2, size), NULL_PAGE, np.int32))
+
     def copy_pages(self, copies: np.ndarray) -> None:
         """copies i32[2, C] as `make_copies` pads them: source and destination pages."""
         check_copies(copies, self.cache_config)
@@ -158,13 +171,8 @@ class Engine:
         for shape in self.buckets.shapes():
             nothing = StepPlan(is_prefill=shape.num_tokens is not None)
             batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, self.features)
-            self._launch(*pack(batch))
-            if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
-                shared = share_nothing(batch, sharing)
-                if shared is not None:
-                    self._launch(*pack(shared))
-        for size in self.buckets.copies:
-            self.pool = steps.copy_pages(self.pool, self._upload(np.full((2, size), NULL_PAGE, np.int32)))
+            self.compile_step(batch, self.features)
+        self.compile_copies()
 
     @property
     def _sharing_in_use(self) -> PrefixSharing | None:

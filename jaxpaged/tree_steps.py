@@ -12,7 +12,7 @@ from jaxpaged.host.block_table import PageCopy
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.host.tree_batching import Span, SpanOutputs, likeliest, make_span_batch, plan_spans
+from jaxpaged.host.tree_batching import Span, SpanOutputs, SpanStep, likeliest, make_span_batch, plan_spans
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import WHOLE_VOCABULARY, TokenLogprobs
 
@@ -57,12 +57,8 @@ class EngineSteps:
                 logprobs[step.ended], tokens = _best(outputs.token_logprobs, len(step.ended), top)
                 if ids is not None:
                     ids[step.ended] = tokens
-            if outputs.prompt_logprobs is not None and outputs.prompt_logprobs.ranks is not None:
-                offset = 0
-                for row, index in zip(step.plan.rows, step.spans, strict=True):
-                    parts[index].append(outputs.prompt_logprobs.logprobs[offset : offset + row.count])
-                    ranks[index].append(outputs.prompt_logprobs.ranks[offset : offset + row.count])
-                    offset += row.count
+            if outputs.prompt_logprobs is not None:
+                _file_targets(step, outputs.prompt_logprobs, parts, ranks)
         return SpanOutputs(logprobs, ids, _join(parts, spans, np.float32), _join(ranks, spans, np.int32))
 
     def warm_up(self, top: int | None) -> None:
@@ -75,9 +71,9 @@ class EngineSteps:
                 kinds += [self._features(top, True), self._features(0, True)]
             for features in kinds:
                 nothing = StepPlan(is_prefill=is_prefill)
-                engine.compute(make_batch(nothing, shape, engine.cache_config, self.vocab_size, features), features)
-        for size in engine.buckets.copies:
-            engine.copy_pages(np.zeros((2, size), np.int32))
+                batch = make_batch(nothing, shape, engine.cache_config, self.vocab_size, features)
+                engine.compile_step(batch, features)
+        engine.compile_copies()
 
     def close(self) -> None:
         self._engine.take_back_pool()
@@ -100,6 +96,18 @@ def _best(found: TokenLogprobs, num_rows: int, top: int | None) -> tuple[np.ndar
     if found.top_ids is None:
         return likeliest(values, top)
     return values[:, :top], found.top_ids[:num_rows, :top]
+
+
+def _file_targets(
+    step: SpanStep, found: TokenLogprobs, logprobs: list[list[np.ndarray]], ranks: list[list[np.ndarray]]
+) -> None:
+    """Put what a step says of its packed tokens with the spans that they belong to."""
+    assert found.ranks is not None
+    offset = 0
+    for row, index in zip(step.plan.rows, step.spans, strict=True):
+        logprobs[index].append(found.logprobs[offset : offset + row.count])
+        ranks[index].append(found.ranks[offset : offset + row.count])
+        offset += row.count
 
 
 def _join(parts: list[list[np.ndarray]], spans: SequenceOf[Span], dtype: type) -> list[np.ndarray]:

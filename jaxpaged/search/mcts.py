@@ -58,6 +58,8 @@ def monte_carlo_tree_search(
 ) -> SearchResult:
     """Simulate: go down by PUCT, visit one new position, ask its value, and tell it to all positions above.
 
+    Every visit is a step with one row, and takes a page or none; where pages run out, OutOfPagesError ends the search.
+
     Args:
         value: of a continuation, complete or not; it may well be a rollout from a fork of its own.
         max_tokens, end_ids: where continuations end; positions there have no children.
@@ -70,50 +72,51 @@ def monte_carlo_tree_search(
     rng = np.random.default_rng(seed)
     ends = tree.eos_token_ids if end_ids is None else frozenset(end_ids)
     top = min(num_children, tree.vocab_size)
-    made: list[Node] = [tree.fork(root)]
-    start = _Place((), 1.0, made[0])
-    best, best_value = (), -math.inf
+    start = _Place((), 1.0, tree.fork(root))
+    visited = [start]
     try:
-        start.children = _children(tree, start, top)
+        _expand(tree, start, top)
         if root_noise:
-            noise = rng.dirichlet([0.3] * len(start.children))
+            noise = rng.dirichlet([0.3] * len(start.children)).tolist()
             for child, share in zip(start.children, noise, strict=True):
-                child.prior = (1 - root_noise) * child.prior + root_noise * float(share)
+                child.prior = (1 - root_noise) * child.prior + root_noise * share
         for _ in range(num_simulations):
             path = [start]
-            while path[-1].children and path[-1].node is not None:
+            while path[-1].children:
                 path.append(_select(path[-1], exploration))
             place = path[-1]
             if place.node is None:
-                parent = path[-2].node
-                assert parent is not None
-                node = tree.fork(parent)
-                made.append(node)
-                tree.append(node, place.tokens[-1], top=top)
-                tree.pin(node)
-                place.node = node
+                visited.append(place)
+                _visit(tree, place, path[-2], top)
                 place.worth = float(value(list(place.tokens)))
                 if place.tokens[-1] not in ends and len(place.tokens) < max_tokens:
-                    place.children = _children(tree, place, top)
-            if place.worth > best_value:
-                best, best_value = place.tokens, place.worth
-            for visited in path:
-                visited.visits += 1
-                visited.total += place.worth
+                    _expand(tree, place, top)
+            for above in path:
+                above.visits += 1
+                above.total += place.worth
     finally:
-        tree.free(made)
-    by_visits = sorted(start.children, key=lambda child: -child.visits)
-    return SearchResult(
-        _most_visited(start), best, best_value, tuple((c.tokens[-1], c.visits, c.mean) for c in by_visits if c.visits)
-    )
+        tree.free([place.node for place in visited if place.node is not None])
+    best = max(visited[1:], key=lambda place: place.worth)
+    ranked = sorted((child for child in start.children if child.visits), key=lambda child: -child.visits)
+    visits = tuple((child.tokens[-1], child.visits, child.mean) for child in ranked)
+    return SearchResult(_most_visited(start), best.tokens, best.worth, visits)
 
 
-def _children(tree: Tree, place: _Place, top: int) -> list[_Place]:
+def _visit(tree: Tree, place: _Place, parent: _Place, top: int) -> None:
+    """Give a position its node: one token behind its parent's."""
+    assert parent.node is not None
+    node = place.node = tree.fork(parent.node)
+    tree.append(node, place.tokens[-1], top)
+    tree.pin(node)
+
+
+def _expand(tree: Tree, place: _Place, top: int) -> None:
+    """Make the likeliest tokens behind a position its children, the likeliest first."""
     assert place.node is not None
     ids, logprobs = tree.next_tokens(place.node, top).top(top)
     priors = np.exp(logprobs[0].astype(np.float64))
     pairs = zip(ids[0].tolist(), (priors / priors.sum()).tolist(), strict=True)
-    return [_Place((*place.tokens, token), prior) for token, prior in pairs if prior > 0]
+    place.children = [_Place((*place.tokens, token), prior) for token, prior in pairs if prior > 0]
 
 
 def _select(place: _Place, exploration: float) -> _Place:

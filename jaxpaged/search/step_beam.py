@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxpaged.search.rollout import Stop, rollout
+from jaxpaged.search.rollout import Rollout, Stop, rollout
 from jaxpaged.tree import Node, Tree
 
 #: Continuations so far -> one number each, the larger the better; called once a step, for all of them.
@@ -68,24 +68,8 @@ def step_beam_search(
     nodes, beams = tree.fork(root, n), [StepBeam((), 0.0, 0.0, 0, False)] * n
     try:
         for step in range(1, max_steps + 1):
-            steps = rollout(
-                tree,
-                nodes,
-                max_step_tokens,
-                rng,
-                lambda new: new[-1] in ends or ends_step(new),
-                temperature,
-                top_p,
-                top,
-            )
-            tokens = [(*beam.tokens, *new.tokens) for beam, new in zip(beams, steps, strict=True)]
-            scores = list(scorer([list(row) for row in tokens]))
-            if len(scores) != len(tokens):
-                raise ValueError(f"the scorer gave {len(scores)} scores for {len(tokens)} continuations")
-            beams = [
-                StepBeam(row, float(score), beam.logprob + new.logprob, step, row[-1] in ends)
-                for row, score, beam, new in zip(tokens, scores, beams, steps, strict=True)
-            ]
+            steps = rollout(tree, nodes, max_step_tokens, rng, is_complete, temperature, top_p, top)
+            beams = _scored(beams, steps, scorer, ends)
             complete += [beam for beam in beams if beam.is_complete]
             open_beams = [i for i, beam in enumerate(beams) if not beam.is_complete]
             if len(complete) >= n or not open_beams or step == max_steps:
@@ -97,3 +81,17 @@ def step_beam_search(
     finally:
         tree.free(nodes)
     return sorted([*complete, *beams], key=lambda beam: -beam.score)
+
+
+def _scored(
+    beams: list[StepBeam], steps: list[Rollout], scorer: Scorer, ends: Sequence[int] | frozenset[int]
+) -> list[StepBeam]:
+    """The beams with one step more."""
+    tokens = [(*beam.tokens, *step.tokens) for beam, step in zip(beams, steps, strict=True)]
+    scores = list(scorer([list(row) for row in tokens]))
+    if len(scores) != len(tokens):
+        raise ValueError(f"the scorer gave {len(scores)} scores for {len(tokens)} continuations")
+    return [
+        StepBeam(row, float(score), beam.logprob + step.logprob, beam.num_steps + 1, row[-1] in ends)
+        for row, score, beam, step in zip(tokens, scores, beams, steps, strict=True)
+    ]
