@@ -29,7 +29,7 @@ def inclusion_probability(beam: StochasticBeam, threshold: float) -> float:
     """How likely a continuation's key is above `threshold`, for estimates of expectations.
 
     Search with k + 1 beams, take the last one's key for the threshold, and weight the k others by probability divided
-    by this (the paper's equation 10): the weighted sum of any function of them is an unbiased estimate of its mean.
+    by this: the weighted sum of any function of them is an unbiased estimate of its mean.
     """
     return float(-np.expm1(-np.exp(beam.logprob - threshold)))
 
@@ -62,7 +62,7 @@ def stochastic_beam_search(
             child_keys = _child_keys(sums, keys, rng)
             # What is done keeps its key and its place among the k.
             finished = np.array([beam.key for beam in done])
-            best = np.argsort(-np.concatenate([finished, child_keys.ravel()]), kind="stable")[:k]
+            best = _largest(np.concatenate([finished, child_keys.ravel()]), k)
             done = [done[i] for i in best if i < len(finished)]
             beams, chosen = np.divmod(best[best >= len(finished)] - len(finished), tree.vocab_size)
             possible = np.isfinite(child_keys[beams, chosen])
@@ -82,8 +82,16 @@ def stochastic_beam_search(
     return sorted(done, key=lambda beam: -beam.key)
 
 
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` largest of values [N] are; all of them where there are no more."""
+    return np.argpartition(-values, count - 1)[:count] if count < len(values) else np.arange(len(values))
+
+
 def _child_keys(sums: np.ndarray, keys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gumbel noise around sums [beams, V], conditioned on the largest of each row being keys [beams] (appendix B.3)."""
+    """Gumbel noise around sums [beams, V], conditioned on the largest of each row being keys [beams].
+
+    As the paper's appendix computes it, so that nothing overflows.
+    """
     noisy = sums + rng.gumbel(size=sums.shape)
     largest = noisy.max(axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
