@@ -19,6 +19,7 @@ from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies, 
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.id_check import check_copies, check_ids, check_pages
 from jaxpaged.host.logprobs import collect_logprobs
+from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import SequenceGroup
@@ -71,11 +72,11 @@ class Engine:
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)
         self._began = time.perf_counter()
+        self._is_lent = False  # a tree plans the steps, not the scheduler
 
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
         """Run the groups together; yields each when all its samples have ended. Leaving early drops the others."""
-        if self.scheduler.has_work:
-            raise RuntimeError("another run is in progress: take all its results, or close its iterator, first")
+        self._check_idle()
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
         self.stats = stats = RunStats.for_cache(self.cache_config)
         stats.num_requests = len(groups)
@@ -89,10 +90,61 @@ class Engine:
                 stats.compilations = steps.num_compiled() - compiled_before
                 yield from finished
         finally:
-            self.scheduler = Scheduler(self.cache_config, self.limits)
-            self._swapped.clear()
-            if any(pool.is_deleted() for pool in self.pool.k):  # an interrupted step had taken it by donation
-                self.pool = make_paged_cache(self.model, self.cache_config, self.device)
+            self._reset()
+
+    def lend_pool(self) -> PageAllocator:
+        """Leave the pool and its pages to a caller who plans the steps (tree_steps.py), until `take_back_pool`."""
+        self._check_idle()
+        self._is_lent = True
+        return self.scheduler.allocator
+
+    def take_back_pool(self) -> None:
+        """All pages are free again, whatever the borrower left."""
+        self._is_lent = False
+        self._reset()
+
+    @property
+    def has_lost_pool(self) -> bool:
+        """Whether a step that was interrupted had taken the pool by donation and never gave it back."""
+        return any(pool.is_deleted() for pool in self.pool.k)
+
+    def compute(self, batch: DecodeBatch | PrefillBatch, features: SamplingFeatures) -> StepOutputs:
+        """Run one step for the borrower of the pool; `features` are those that `batch` was made for."""
+        self.features = features
+        check_ids(batch.inputs, self.cache_config)
+        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
+            batch = share_prefixes(batch, self.cache_config.page_size, sharing)
+        return self._launch(*pack(batch))
+
+    def compile_step(self, batch: DecodeBatch | PrefillBatch, features: SamplingFeatures) -> None:
+        """Run an empty batch, with and without shared prefixes, so that the programs for such batches are there."""
+        self.features = features
+        self._launch(*pack(batch))
+        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
+            shared = share_nothing(batch, sharing)
+            if shared is not None:
+                self._launch(*pack(shared))
+
+    def compile_copies(self) -> None:
+        for size in self.buckets.copies:
+            self.copy_pages(np.full((2, size), NULL_PAGE, np.int32))
+
+    def copy_pages(self, copies: np.ndarray) -> None:
+        """copies i32[2, C] as `make_copies` pads them: source and destination pages."""
+        check_copies(copies, self.cache_config)
+        self.pool = steps.copy_pages(self.pool, self._upload(copies))
+
+    def _check_idle(self) -> None:
+        if self._is_lent:
+            raise RuntimeError("a tree is open and owns the page pool: close it first")
+        if self.scheduler.has_work:
+            raise RuntimeError("another run is in progress: take all its results, or close its iterator, first")
+
+    def _reset(self) -> None:
+        self.scheduler = Scheduler(self.cache_config, self.limits)
+        self._swapped.clear()
+        if self.has_lost_pool:
+            self.pool = make_paged_cache(self.model, self.cache_config, self.device)
 
     def step(self) -> list[SequenceGroup]:
         """One step of the device for whatever the scheduler decides; returns the groups that it finished."""
@@ -112,9 +164,7 @@ class Engine:
             self._swap(one)
         swapped = time.perf_counter()
         if plan.copies:
-            copies = make_copies(plan, self.buckets)
-            check_copies(copies, self.cache_config)
-            self.pool = steps.copy_pages(self.pool, self._upload(copies))
+            self.copy_pages(make_copies(plan, self.buckets))
         outputs = self._launch(packed, layout)
         arrived = time.perf_counter()
         collect_logprobs(plan, outputs)
@@ -130,13 +180,8 @@ class Engine:
         for shape in self.buckets.shapes():
             nothing = StepPlan(is_prefill=shape.num_tokens is not None)
             batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, self.features)
-            self._launch(*pack(batch))
-            if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
-                shared = share_nothing(batch, sharing)
-                if shared is not None:
-                    self._launch(*pack(shared))
-        for size in self.buckets.copies:
-            self.pool = steps.copy_pages(self.pool, self._upload(np.full((2, size), NULL_PAGE, np.int32)))
+            self.compile_step(batch, self.features)
+        self.compile_copies()
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
             self.pool = swap.restore_pages(self.pool, nothing, self._fetch(nothing), self.device)

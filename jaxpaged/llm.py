@@ -20,6 +20,8 @@ from jaxpaged.progress import ProgressBar
 from jaxpaged.prompts import Prompt, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation, load_tokenizer
+from jaxpaged.tree import Tree
+from jaxpaged.tree_steps import EngineSteps
 
 Params = SamplingParams | BeamSearchParams
 Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
@@ -137,6 +139,14 @@ class LLM:
         if any(not isinstance(one, BeamSearchParams) for one in given):
             raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {params!r}")
         return self.generate(prompts, params, progress)
+
+    def tree(self) -> Tree:
+        """Sequences that you fork, append to and free yourself (tree.py): for searches that `generate` does not have.
+
+        It owns the page pool until it is closed, so it is to be used as `with llm.tree() as tree`. RuntimeError while
+        another is open or a run is in progress.
+        """
+        return Tree(EngineSteps(self.engine), self.tokenizer)
 
     def warm_up(self, sampling_params: Params | SequenceOf[Params] | None = None) -> None:
         """Compile everything that requests with such parameters can need; no later run of them compiles anything.

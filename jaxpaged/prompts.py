@@ -18,9 +18,9 @@ def read_prompts(prompts: Any) -> list[Prompt]:
 
     A flat list of integers is one prompt of token ids.
     """
-    prompts = _as_list(prompts)
-    if isinstance(prompts, str | Mapping) or _are_token_ids(prompts):
+    if is_one_prompt(prompts):
         return [read_prompt(prompts)]
+    prompts = _as_list(prompts)
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
     read = []
@@ -30,6 +30,12 @@ def read_prompts(prompts: Any) -> list[Prompt]:
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from None
     return read
+
+
+def is_one_prompt(prompts: Any) -> bool:
+    """Whether `read_prompts` takes this for a single prompt, not for a list of them."""
+    prompts = _as_list(prompts)
+    return isinstance(prompts, str | Mapping) or _are_token_ids(prompts)
 
 
 def _as_list(value: Any) -> Any:

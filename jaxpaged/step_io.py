@@ -15,6 +15,9 @@ import numpy as np
 #: Never allocated. Padding entries of block tables name it, padding rows write to it; its contents reach no output.
 NULL_PAGE = 0
 
+#: As a number of log-probabilities: those of every token of the vocabulary, in the order of their ids.
+WHOLE_VOCABULARY = -1
+
 
 class PrefixGroups(NamedTuple):
     """Runs of full pages that several rows of a decode step have in common, each to be read once for all its rows.
@@ -99,7 +102,7 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: np.ndarray  # f32[R]
     ranks: np.ndarray | None = None  # i32[R]
-    top_ids: np.ndarray | None = None  # i32[R, k]
+    top_ids: np.ndarray | None = None  # i32[R, k]; None beside `top_logprobs`: column v is token v
     top_logprobs: np.ndarray | None = None  # f32[R, k]
 
 
@@ -146,10 +149,15 @@ def _layout(batch: Any, arrays: list[np.ndarray]) -> Layout:
 
 
 def unpack_logprobs(columns: np.ndarray, num_logprobs: int | None) -> TokenLogprobs:
-    """The device's i32[R, 1 or 2 + 2k] columns: log-probability bits, rank, k token ids, k log-probability bits."""
+    """The device's i32[R, 1 or 2 + 2k] columns: log-probability bits, rank, k token ids, k log-probability bits.
+
+    For WHOLE_VOCABULARY i32[R, 2 + V]: no ids.
+    """
     logprobs = columns[:, 0].copy().view(np.float32)
     if num_logprobs is None:
         return TokenLogprobs(logprobs)
+    if num_logprobs == WHOLE_VOCABULARY:
+        return TokenLogprobs(logprobs, columns[:, 1], None, np.ascontiguousarray(columns[:, 2:]).view(np.float32))
     top_ids = columns[:, 2 : 2 + num_logprobs]
     top_logprobs = np.ascontiguousarray(columns[:, 2 + num_logprobs :]).view(np.float32)
     return TokenLogprobs(logprobs, columns[:, 1], top_ids, top_logprobs)

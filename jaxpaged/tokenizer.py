@@ -98,6 +98,20 @@ def decode_continuation(
     return tokenizer.decode([*context, *output_ids], skip_special_tokens)[len(before) :]
 
 
+def encode_continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], text: str) -> list[int]:
+    """Token ids that add exactly `text` to the prompt; ValueError where none are found.
+
+    Encoded alone, many tokenizers put a space before it; encoded with the prompt, it may merge with the last token.
+    """
+    whole = tokenizer.decode(prompt_ids) + text
+    found = [tokenizer.encode(whole), tokenizer.encode(whole, add_special_tokens=False)]
+    found = [ids[len(prompt_ids) :] for ids in found if ids[: len(prompt_ids)] == list(prompt_ids)]
+    for ids in (*found, tokenizer.encode(text, add_special_tokens=False)):
+        if ids and decode_continuation(tokenizer, prompt_ids, ids) == text:
+            return ids
+    raise ValueError(f"no token ids were found that add just {text!r} to a text with this end: give token ids")
+
+
 class StopStringStream:
     """Text of one sample as its tokens come, watched for stop strings.
 

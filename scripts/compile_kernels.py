@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
     name: str
     function: Callable[..., Any]
-    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    shapes: tuple[Any, ...]
     spilled_bytes: int = 0  # so many are known
 
 

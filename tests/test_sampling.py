@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpaged.device.sampling import _filter, _largest_threshold, _process, sample_tokens, token_logprobs
-from jaxpaged.step_io import SamplingInputs, unpack_logprobs
+from jaxpaged.step_io import WHOLE_VOCABULARY, SamplingInputs, unpack_logprobs
 
 ROWS, VOCAB = 4, 50
 
@@ -149,7 +149,7 @@ def test_allowed_tokens_edits_and_processors():
     assert tokens.tolist() == [3, 4, 0]
 
 
-@pytest.mark.parametrize("num_logprobs", [None, 0, 3])
+@pytest.mark.parametrize("num_logprobs", [None, 0, 3, WHOLE_VOCABULARY])
 def test_logprobs_ranks_and_the_likeliest(num_logprobs):
     logits = random_logits(3)
     tokens = np.array([1, 7, 9, 30], np.int32)
@@ -163,4 +163,8 @@ def test_logprobs_ranks_and_the_likeliest(num_logprobs):
         return
     order = np.argsort(-logits, axis=-1)
     np.testing.assert_array_equal(result.ranks, [1 + order[i].tolist().index(tokens[i]) for i in range(ROWS)])
+    if num_logprobs == WHOLE_VOCABULARY:
+        assert result.top_ids is None
+        np.testing.assert_allclose(result.top_logprobs, expected, atol=1e-5)
+        return
     np.testing.assert_array_equal(result.top_ids, order[:, :num_logprobs])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import char_tokenizer
 
-from jaxpaged.tokenizer import StopStringStream, decode_continuation, load_tokenizer
+from jaxpaged.tokenizer import StopStringStream, decode_continuation, encode_continuation, load_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog and then says: naïve café ☕ 日本語 "
 
@@ -84,6 +84,30 @@ def test_the_first_stop_string_to_be_complete_ends_the_text(text, stops):
             assert stream.text == text[: end - len(stop)]
             return
     assert not ends
+
+
+def test_a_continuation_is_encoded_without_a_space_of_its_own(sentencepiece_file):
+    tokenizer = load_tokenizer(sentencepiece_file)
+    prompt = tokenizer.encode("the quick bro")
+    for text in ("wn fox", " jumps", "☕"):
+        ids = encode_continuation(tokenizer, prompt, text)
+        assert decode_continuation(tokenizer, prompt, ids) == text
+    assert tokenizer.decode([*prompt, *encode_continuation(tokenizer, prompt, "wn")]) == "the quick brown"
+
+
+def test_text_that_no_tokens_add_is_refused():
+    tokenizer = ByteTokenizer()
+    incomplete = "é".encode()[:1]
+    with pytest.raises(ValueError, match="no token ids were found that add just 'x' to a text with this end"):
+        encode_continuation(_Swallowing(), list(b"ab"), "x")
+    assert encode_continuation(tokenizer, list(incomplete), "x") == [ord("x")]
+
+
+class _Swallowing(ByteTokenizer):
+    """Writes every x away."""
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return super().decode(token_ids).replace("x", "")
 
 
 def test_a_missing_or_broken_tokenizer_file_is_named(tmp_path):

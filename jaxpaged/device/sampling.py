@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.sampling_params import LogitsProcessor
-from jaxpaged.step_io import SamplingInputs
+from jaxpaged.step_io import WHOLE_VOCABULARY, SamplingInputs
 
 Array = jax.Array
 
@@ -44,14 +44,17 @@ def sample_tokens(logits: Array, inputs: SamplingInputs, processors: tuple[Logit
 def token_logprobs(logits: Array, tokens: Array, num_logprobs: int | None) -> Array:
     """Log-probabilities of `tokens` i32[R] and of the k likeliest, as int32 columns (step_io.unpack_logprobs).
 
-    `num_logprobs` None gives only the tokens' own, k >= 0 also their ranks and the k likeliest.
+    `num_logprobs` None gives only the tokens' own, k >= 0 also their ranks and the k likeliest, WHOLE_VOCABULARY their
+    ranks and every token's.
     """
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     columns = [_bits(chosen - normaliser)]
     if num_logprobs is not None:
         columns.append(1 + jnp.sum(logits > chosen, axis=-1, keepdims=True, dtype=jnp.int32))
-        if num_logprobs:
+        if num_logprobs == WHOLE_VOCABULARY:
+            columns.append(_bits(logits - normaliser))
+        elif num_logprobs:
             values, ids = jax.lax.top_k(logits, num_logprobs)
             columns += [ids.astype(jnp.int32), _bits(values - normaliser)]
     return jnp.concatenate(columns, axis=1)

@@ -1,0 +1,296 @@
+"""Sequence primitives for searches of your own: open, fork, append, truncate, free, pin and score, on shared pages.
+
+    with llm.tree() as tree:
+        root = tree.open("def f(")             # computed once
+        kids = tree.fork(root, 8)              # tables and counts only
+        out = tree.append(kids, tokens)        # one step for all eight
+
+Calls are synchronous and batched: any number of nodes, cut into as few steps as the engine's limits allow. A call that
+raises has changed nothing. `ToyLM` (toy.py) has the same `tree()` over a function of your own instead of a network.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+
+from jaxpaged.host.page_allocator import OutOfPagesError
+from jaxpaged.host.tree_compute import TreeComputer, TreeModel
+from jaxpaged.host.tree_state import Node, TreeStats
+from jaxpaged.prompts import Prompt, is_one_prompt, read_prompts
+from jaxpaged.tokenizer import Tokenizer, decode_continuation, encode_continuation
+from jaxpaged.tree_input import read_continuations, read_tokens
+from jaxpaged.tree_outputs import Appended, NextTokens, Scores
+
+__all__ = ["Appended", "NextTokens", "Node", "OutOfPagesError", "Scores", "Tree", "TreeStats"]
+
+Nodes = Node | SequenceOf[Node]
+
+
+class Tree:
+    """Sequences that share their common pages, for as long as the `with` block lasts: it owns the whole page pool.
+
+    Where a call takes `nodes`, it takes one or a list, and a list is computed together. Results have one row a node.
+    `top` says which next-token log-probabilities come back: None the whole vocabulary, k the k likeliest.
+
+    Raises ValueError for what can never work (freed or foreign nodes, a node twice in one append, pinned nodes that
+    would change, tokens outside the vocabulary, lengths past the end), OutOfPagesError where pages do not suffice now,
+    RuntimeError when the tree is closed; always before anything is changed.
+    """
+
+    def __init__(self, model: TreeModel, tokenizer: Tokenizer | None = None):
+        self.tokenizer = tokenizer
+        self._model = model
+        self._computer = TreeComputer(model)
+        self._state = self._computer.state
+        self._close_model = weakref.finalize(self, model.close)  # also when a tree is dropped without `close`
+        self._close_model.atexit = False
+
+    def __enter__(self) -> Tree:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if not self._close_model.alive:
+            return "<Tree, closed>"
+        stats = self._state.stats()
+        return f"<Tree: {stats.nodes} nodes on {stats.physical} of {stats.physical + stats.free} pages>"
+
+    def close(self) -> None:
+        """Free all nodes and give the pool back; closing twice does nothing."""
+        if self._close_model.alive:
+            for node in list(self._state.nodes):
+                self._state.free(node)
+            self._close_model()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that a node can have at most."""
+        return self._model.max_len
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids with which the model ends a text."""
+        return self._model.eos_token_ids
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes that are not freed, in the order of their making."""
+        return list(self._state.nodes)
+
+    # Making nodes and parting with them
+
+    def open(self, prompts: Any, top: int | None = None) -> Any:
+        """Compute a prompt: a node; or a list of prompts, together: a list of nodes.
+
+        A prompt is text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}. What comes next is kept
+        with the node: `next_tokens`.
+        """
+        self._check_open()
+        read = read_prompts(prompts)
+        self._check_top(top)
+        token_ids = [self._prompt_tokens(prompt) for prompt in read]
+        for tokens in token_ids:
+            self._state.check_tokens("open", tokens)
+            self._state.check_length("open", 0, len(tokens))
+        nodes = self._computer.open(token_ids, top)
+        return nodes[0] if is_one_prompt(prompts) else nodes
+
+    def fork(self, nodes: Nodes, n: int | None = None) -> Any:
+        """Second nodes on the same pages; costs tables and counts, and never fails for want of pages.
+
+        fork(node) -> a node; fork(node, n) -> n of them; fork(list) -> one of each, where a node may be listed often.
+        """
+        self._check_open()
+        if isinstance(nodes, Node):
+            self._state.check_nodes("fork", [nodes])
+            if n is None:
+                return self._state.fork(nodes)
+            if isinstance(n, bool) or not hasattr(n, "__index__") or n < 0:
+                raise ValueError(f"fork: n must be an integer of at least 0, got {n!r}")
+            return [self._state.fork(nodes) for _ in range(n)]
+        if n is not None:
+            raise ValueError("fork: give one node with n, or a list of nodes (each as often as wanted) without")
+        nodes = list(nodes)
+        self._state.check_nodes("fork", nodes)
+        return [self._state.fork(node) for node in nodes]
+
+    def reorder(self, nodes: SequenceOf[Node], parents: SequenceOf[int] | np.ndarray) -> list[Node]:
+        """The step of beam and particle searches: go on with nodes[i] for each i of `parents`, and free the others.
+
+        The first that names a parent gets the parent itself, every further one a fork, so that the next append copies
+        no page more than it must. Pinned nodes stay, and are forked every time.
+        """
+        self._check_open()
+        nodes, indices = list(nodes), np.asarray(parents, np.int64).tolist()
+        self._state.check_nodes("reorder", nodes)
+        if len(set(nodes)) < len(nodes):
+            raise ValueError("reorder: a node is given twice: fork it first")
+        if any(not 0 <= i < len(nodes) for i in indices):
+            raise ValueError(f"reorder: parents {indices} are not all in 0 to {len(nodes) - 1}")
+        kept: set[Node] = {node for node in nodes if node.is_pinned}
+        children = []
+        for i in indices:
+            children.append(self._state.fork(nodes[i]) if nodes[i] in kept else nodes[i])
+            kept.add(nodes[i])
+        for node in nodes:
+            if node not in kept:
+                self._state.free(node)
+        return children
+
+    def truncate(self, nodes: Nodes, length: int) -> None:
+        """Go back to the first `length` tokens (at least 1). Copies nothing; the next append does, if it must."""
+        self._check_open()
+        listed = _listed(nodes)
+        self._state.check_nodes("truncate", listed, changes=True)
+        for node in listed:
+            if isinstance(length, bool) or not hasattr(length, "__index__") or not 1 <= length <= node.length:
+                raise ValueError(f"truncate: length {length!r} of {node} is not in 1 to {node.length}")
+        for node in listed:
+            self._state.truncate(node, length)
+
+    def free(self, nodes: Nodes) -> None:
+        """Give up nodes, pinned ones too; their pages are free when no other node holds them."""
+        self._check_open()
+        listed = _listed(nodes)
+        self._state.check_nodes("free", listed)
+        if len(set(listed)) < len(listed):
+            raise ValueError("free: a node is given twice")
+        for node in listed:
+            self._state.free(node)
+
+    def pin(self, nodes: Nodes) -> None:
+        """Make nodes read-only: they can be forked, scored and freed, and nothing else."""
+        self._check_open()
+        listed = _listed(nodes)
+        self._state.check_nodes("pin", listed)
+        for node in listed:
+            node._is_pinned = True
+
+    # Computing
+
+    def append(self, nodes: Nodes, tokens: Any, top: int | None = None) -> Appended:
+        """Append one or more tokens to each node: one id each, or a list of lists, which may differ in length.
+
+        All or nothing, for the whole call: where the pages do not suffice, OutOfPagesError says how many are needed,
+        and every node is as it was.
+        """
+        self._check_open()
+        listed = _listed(nodes)
+        self._state.check_nodes("append", listed, changes=True)
+        new = read_tokens("append", tokens, len(listed), is_single=isinstance(nodes, Node))
+        self._check_top(top)
+        for node, row in zip(listed, new, strict=True):
+            self._state.check_tokens("append", row)
+            self._state.check_length("append", node.length, len(row))
+        return Appended(*self._computer.append(listed, new, top))
+
+    def next_tokens(self, nodes: Nodes, top: int | None = None) -> NextTokens:
+        """The log-probabilities of what comes next, without appending: after a fork, a truncate, or much later.
+
+        What the latest append to a node gave is kept with it and its forks; only where that does not suffice is the
+        node's last token computed again.
+        """
+        self._check_open()
+        listed = _listed(nodes)
+        self._state.check_nodes("next_tokens", listed)
+        self._check_top(top)
+        rows = self._computer.next_rows(listed, top)
+        width = self.vocab_size if top is None else top
+        logprobs = np.empty((len(rows), width), np.float32)
+        ids = None if top is None else np.empty((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            logprobs[i] = row.logprobs
+            if ids is not None:
+                ids[i] = row.token_ids
+        return NextTokens(logprobs, ids)
+
+    def score(self, nodes: Nodes, continuations: Any) -> Scores:
+        """How likely given continuations are: of one node a list of them, or of a list of nodes one each.
+
+        The nodes stay as they are: pages are taken for a while, for as many continuations at a time as the free pages
+        hold, and none at all for continuations of one token.
+        """
+        self._check_open()
+        listed = _listed(nodes)
+        self._state.check_nodes("score", listed)
+        rows = read_continuations(continuations, len(listed), is_single=isinstance(nodes, Node))
+        parents = listed * len(rows) if isinstance(nodes, Node) else listed
+        for node, row in zip(parents, rows, strict=True):
+            self._state.check_tokens("score", row)
+            self._state.check_length("score", node.length, len(row) - 1)
+        return Scores(*self._computer.score(parents, rows))
+
+    def warm_up(self, top: int | None = None) -> None:
+        """Compile everything that calls with this `top` can need; no later one compiles anything."""
+        self._check_open()
+        self._check_top(top)
+        self._model.warm_up(top)
+
+    # Looking
+
+    def text(self, node: Node, tokens: SequenceOf[int] | None = None) -> str:
+        """The text of a node, or the text that `tokens` add behind it."""
+        self._state.check_nodes("text", [node])
+        tokenizer = self._need_tokenizer("text needs")
+        if tokens is None:
+            return tokenizer.decode(node.tokens)
+        return decode_continuation(tokenizer, node.tokens, tokens)
+
+    def encode(self, node: Node, text: str) -> list[int]:
+        """The token ids that add `text` behind a node, to be appended or scored; ValueError where there are none."""
+        self._state.check_nodes("encode", [node])
+        return encode_continuation(self._need_tokenizer("encode needs"), node.tokens, text)
+
+    def stats(self) -> TreeStats:
+        """Pages now (logical, physical, shared, free) and what was spent so far (peak, copies, computed tokens)."""
+        return self._state.stats()
+
+    def check_invariants(self) -> None:
+        """AssertionError if page counts and block tables disagree, which would be a bug of jaxpaged; for tests."""
+        self._state.check_invariants()
+
+    # Within
+
+    def _check_open(self) -> None:
+        if not self._close_model.alive:
+            raise RuntimeError("this tree is closed and its nodes are gone: open another with llm.tree()")
+        if self._model.is_lost:
+            raise RuntimeError(
+                "a step was interrupted and took the page pool with it: the nodes of this tree are lost; "
+                "close it and open another"
+            )
+
+    def _check_top(self, top: int | None) -> None:
+        if top is None:
+            return
+        if isinstance(top, bool) or not hasattr(top, "__index__") or not 1 <= top <= self.vocab_size:
+            raise ValueError(f"top must be None (all) or an integer from 1 to {self.vocab_size}, got {top!r}")
+
+    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        assert prompt.text is not None
+        token_ids = self._need_tokenizer("a text prompt needs").encode(prompt.text)
+        if not token_ids:
+            raise ValueError(f"the prompt {prompt.text!r} has no tokens")
+        return token_ids
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{what} a tokenizer, and this model has none: give token ids, or name a tokenizer")
+        return self.tokenizer
+
+
+def _listed(nodes: Nodes) -> list[Node]:
+    return [nodes] if isinstance(nodes, Node) else list(nodes)
