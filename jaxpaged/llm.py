@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_text import BeamText
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
@@ -208,14 +209,9 @@ class LLM:
         if params.logprobs is not None:
             raise ValueError("logprobs of beams are not kept: leave logprobs=None")
         group.beams = BeamState.of(params, group.eos_ids | group.stop_ids, group.max_len - group.prompt_len)
-        if params.stop_strings and (tokenizer := self.tokenizer) is not None:
-            prompt_ids = group.sequences[0].token_ids[:]
-
-            def ends_text(output_ids: list[int]) -> bool:
-                text = decode_continuation(tokenizer, prompt_ids, output_ids, params.skip_special_tokens)
-                return any(stop in text for stop in params.stop_strings)
-
-            group.ends_text = ends_text
+        if params.stop_strings and self.tokenizer is not None:
+            text = BeamText(self.tokenizer, group.sequences[0].token_ids[:], params)
+            group.ends_text = lambda output_ids: text.find_stop(output_ids) is not None
 
     def _token_ids(self, prompt: Prompt, params: Params) -> list[int]:
         if prompt.token_ids is not None:
@@ -290,21 +286,16 @@ class LLM:
 
     def _beam(self, group: SequenceGroup, params: BeamSearchParams, found: Hypothesis, index: int) -> CompletionOutput:
         last = found.token_ids[-1]
-        prompt_ids, output = group.sequences[0].token_ids[: group.prompt_len], found.token_ids
         ended_by_token = last in group.eos_ids | group.stop_ids
-        if ended_by_token and not params.include_stop_str_in_output:
-            output = output[:-1]
-        text, stop_reason = "", last if last in group.stop_ids - group.eos_ids else None
+        text, stop = "", None
         if self.tokenizer is not None and params.detokenize:
-            text = decode_continuation(self.tokenizer, prompt_ids, output, params.skip_special_tokens)
-        found_stops = [(text.find(stop), stop) for stop in params.stop_strings if stop in text]
-        if found_stops and not ended_by_token:
-            at, stop_reason = min(found_stops)
-            text = text[: at + (len(stop_reason) if params.include_stop_str_in_output else 0)]
-        ended = ended_by_token or bool(found_stops)
+            beam_text = BeamText(self.tokenizer, group.sequences[0].token_ids[: group.prompt_len], params)
+            text, stop = beam_text.of_output(found.token_ids, ended_by_token)
+        if last in group.stop_ids - group.eos_ids:
+            stop = last
         return CompletionOutput(
-            index, text, found.token_ids, found.cumulative_logprob, None, "stop" if ended else "length", stop_reason,
-            found.score,
+            index, text, found.token_ids, found.cumulative_logprob, None,
+            "length" if stop is None and not ended_by_token else "stop", stop, found.score,
         )  # fmt: skip
 
     def _completion(self, group: SequenceGroup, sequence: Sequence, index: int) -> CompletionOutput:
