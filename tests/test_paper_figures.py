@@ -1,7 +1,7 @@
 """Figures 6, 8 and 9 of the PagedAttention paper through the scheduler: their page numbers, their reference counts.
 
-The free list is scripted, since the figures name physical pages. Page 0 is never handed out here, so Figure 9, which uses
-it, is told with every number one higher than in the paper.
+The free list is scripted, since the figures name physical pages. Page 0 is never handed out here, so Figure 9, which
+uses it, is told with every number one higher than in the paper.
 """
 
 from __future__ import annotations
