@@ -28,9 +28,10 @@ from jaxpaged.step_io import (
     Layout,
     PrefillBatch,
     StepOutputs,
+    num_merged_groups,
     pack,
-    unpack_candidates,
     unpack_logprobs,
+    unpack_outputs,
 )
 
 
@@ -145,11 +146,7 @@ class Engine:
             )
         else:
             columns, self.pool = steps.decode_step(self.params, self.pool, self._upload(packed), **static)
-        array = np.asarray(columns)
-        split = array.shape[1] - features.num_candidates * (3 if features.draws_beams else 2)
-        outputs = StepOutputs(array[:, 0], unpack_logprobs(array[:, 1:split], features.num_logprobs))
-        if features.num_candidates:
-            outputs = outputs._replace(candidates=unpack_candidates(array[:, split:], features.num_candidates))
+        outputs = unpack_outputs(np.asarray(columns), features.wanted, num_merged_groups(layout))
         if prompt_columns is None:
             return outputs
         prompt = unpack_logprobs(np.asarray(prompt_columns), features.num_prompt_logprobs)
@@ -214,11 +211,7 @@ def static_arguments(
     model: ModelConfig, kernels: AttentionKernels, layout: Layout, features: SamplingFeatures
 ) -> dict[str, Any]:
     """What the step whose inputs have this layout is compiled for."""
-    static: dict[str, Any] = {
-        "config": model, "kernels": kernels, "layout": layout,
-        "num_logprobs": features.num_logprobs, "num_candidates": features.num_candidates,
+    return {
+        "config": model, "kernels": kernels, "layout": layout, "wanted": features.wanted,
         "processors": features.processors,
     }  # fmt: skip
-    if layout[0] is PrefillBatch:
-        static["num_prompt_logprobs"] = features.num_prompt_logprobs
-    return static

@@ -13,6 +13,7 @@ from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.beam_text import BeamText
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
+from jaxpaged.host.beam_logprobs import logprobs_of
 from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.loading import EngineOptions, build_engine
@@ -206,8 +207,6 @@ class LLM:
         return group
 
     def _prepare_search(self, group: SequenceGroup, params: BeamSearchParams) -> None:
-        if params.logprobs is not None:
-            raise ValueError("logprobs of beams are not kept: leave logprobs=None")
         group.beams = BeamState.of(params, group.eos_ids | group.stop_ids, group.max_len - group.prompt_len)
         if params.stop_strings and self.tokenizer is not None:
             text = BeamText(self.tokenizer, group.sequences[0].token_ids[:], params)
@@ -293,8 +292,12 @@ class LLM:
             text, stop = beam_text.of_output(found.token_ids, ended_by_token)
         if last in group.stop_ids - group.eos_ids:
             stop = last
+        logprobs = None
+        if params.logprobs is not None:
+            entries = logprobs_of(found, group.beams[found.search].logprobs, params.logprobs)
+            logprobs = [self._logprobs(entry) for entry in entries]
         return CompletionOutput(
-            index, text, found.token_ids, found.cumulative_logprob, None,
+            index, text, found.token_ids, found.cumulative_logprob, logprobs,
             "length" if stop is None and not ended_by_token else "stop", stop, found.score,
         )  # fmt: skip
 

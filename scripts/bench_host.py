@@ -26,7 +26,7 @@ from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs, pack
+from jaxpaged.step_io import GroupCandidates, RowCandidates, StepOutputs, TokenLogprobs, pack
 
 VOCAB_SIZE = 32_000
 
@@ -99,15 +99,22 @@ def _request(index: int, prompt: list[int], args: argparse.Namespace) -> Sequenc
 
 
 def _outputs(plan: StepPlan, features: SamplingFeatures, rng: np.random.Generator) -> StepOutputs:
-    """What a device might say of this plan."""
+    """What a device might say of this plan: of beams, candidates whose scores fall by a random step each."""
     rows, count = len(plan.samples), features.num_candidates
     tokens, logprobs = rng.integers(0, VOCAB_SIZE, rows, np.int32), TokenLogprobs(np.zeros(rows, np.float32))
     if not count:
         return StepOutputs(tokens, logprobs)
-    sums = np.array([sample.sequence.cumulative_logprob for sample in plan.samples], np.float32)
-    scores = sums[:, None] - np.cumsum(rng.exponential(1.0, (rows, count)), axis=1, dtype=np.float32)
-    candidates = RowCandidates(scores, rng.integers(0, VOCAB_SIZE, (rows, count), np.int32))
-    return StepOutputs(tokens, logprobs, candidates)
+    searches = [] if plan.is_prefill else list(dict.fromkeys(sample.group for sample in plan.samples))
+    sums = np.concatenate([state.running_scores for group in searches for state in group.beams] or [np.zeros(rows)])
+    scores = sums[:, None] - np.cumsum(rng.exponential(1.0, (rows, count)), axis=1)
+    scores, ids = scores.astype(np.float32), rng.integers(0, VOCAB_SIZE, (rows, count), np.int32)
+    if plan.is_prefill or features.merged_widths is None:
+        return StepOutputs(tokens, logprobs, RowCandidates(scores, ids))
+    width = features.merged_widths[0]
+    places = np.argsort(-scores.reshape(-1, width * count), axis=1, kind="stable")[:, :count].astype(np.int32)
+    best = (np.take_along_axis(values.reshape(-1, width * count), places, axis=1) for values in (scores, ids))
+    best_scores, best_ids = best
+    return StepOutputs(tokens, logprobs, GroupCandidates(best_scores, places // count, best_ids))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,21 @@ def test_every_change_in_one_batch_beside_samples_and_greedy_requests(llm):
         assert [s.token_ids for s in output.outputs] == [s.token_ids for s in one]
 
 
+def test_a_step_with_beams_and_samples_processes_once(llm):
+    calls = []
+
+    def counted(token_ids, num_tokens, logits):
+        calls.append(1)
+        return logits
+
+    params = [
+        BeamSearchParams(2, max_tokens=3, logits_processors=[counted]),
+        SamplingParams(temperature=0, max_tokens=3, logits_processors=[counted]),
+    ]
+    llm.generate([PROMPT, PROMPT], params)
+    assert len(calls) == 2  # the prefill step and the decode step, traced once each
+
+
 def test_widths_from_1_to_256_each_its_own_request(llm):
     widths = [1, 2, 7, 16, 64, 100, 256]
     params = [BeamSearchParams(width, max_tokens=4, ignore_eos=True) for width in widths]

@@ -1,7 +1,9 @@
-"""Carries the decisions of a beam search out on sequences and their pages: fork the survivors, then free the others.
+"""Carries the decisions of a beam search out on sequences and their pages: fork the survivors, free the others.
 
 The first child of a beam that survives is that beam, one token longer: it keeps the pages. Further children fork from
-it, which copies nothing; what they write to a shared last page later is copied then, once for each writer but one.
+it, which copies nothing; what they write to a shared last page later is copied then, once for each writer but one. As
+many beams have no child as there are further children, and these take their places: sequences of one search have most
+of their pages in common, so little of a table changes.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams
-from jaxpaged.host.block_table import fork, release
+from jaxpaged.host.beam_logprobs import keep_group, keep_rows
+from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams, advance_merged
+from jaxpaged.host.block_table import fork, refork, release
 from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
-from jaxpaged.step_io import RowCandidates
+from jaxpaged.step_io import GroupCandidates, StepOutputs
 
 
 class _Search(NamedTuple):
@@ -27,27 +30,19 @@ class _Search(NamedTuple):
 
 
 def advance_groups(
-    groups: list[tuple[SequenceGroup, int]], candidates: RowCandidates, allocator: PageAllocator
+    groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, allocator: PageAllocator
 ) -> list[SequenceGroup]:
-    """One step of every group, each with its first row among the candidates; returns the groups that are done."""
-    searches = {group: _searches(group, row) for group, row in groups}
-    for group, of_group in searches.items():
-        group.record_pages()  # the most that it holds: what this step wrote is there, and nothing freed yet
+    """One step of every group, each with its first row in the step; returns the groups that are done."""
+    searches = [(group, _searches(group, row)) for group, row in groups]
+    for group, of_group in searches:
+        _note_growth(group, allocator.page_size)
         if group.ends_text is not None:
             for search in of_group:
                 search.state.find_stops = _stop_finder(search.parents, group.ends_text)
-    running = [search for of_group in searches.values() for search in of_group]
-    if running:
-        first_rows = [search.first_row for search in running]
-        advance_beams(
-            [search.state for search in running], candidates.scores, candidates.tokens, first_rows, candidates.keys
-        )
-    parents = {group: group.sequences for group in searches}
-    for group, of_group in searches.items():
-        group.sequences = _children(of_group, allocator)
-    for group, sequences in parents.items():
-        _release_losers(group, sequences, allocator)
-    return [group for group in searches if not group.running_beams]
+    _advance(searches, outputs)
+    for group, of_group in searches:
+        _carry_out(group, of_group, allocator)
+    return [group for group, _ in searches if not group.running_beams]
 
 
 def _searches(group: SequenceGroup, row: int) -> list[_Search]:
@@ -62,6 +57,23 @@ def _searches(group: SequenceGroup, row: int) -> list[_Search]:
     return found
 
 
+def _note_growth(group: SequenceGroup, page_size: int) -> None:
+    """The most pages that the group holds: what the step wrote is there, and nothing is freed yet.
+
+    Counted anew only where the tables were made anew. Beams are of one length, so either all took a page or none.
+    """
+    pages = group.pages
+    if not group.is_forked or group.num_preemptions != group.counted_preemptions:
+        group.record_pages()
+        group.counted_preemptions = group.num_preemptions
+    else:
+        table = group.sequences[0].table
+        takes_page = table.num_slots % page_size == 1 % page_size
+        grown = len(group.sequences) if takes_page else pages.copied - group.counted_copies
+        pages.note(pages.physical + grown, len(group.sequences) * len(table.pages))
+    group.counted_copies = pages.copied
+
+
 def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]) -> FindStops:
     def find_stops(beams: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         pairs = zip(beams.tolist(), tokens.tolist(), strict=True)
@@ -70,26 +82,73 @@ def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]
     return find_stops
 
 
-def _children(searches: list[_Search], allocator: PageAllocator) -> list[Sequence]:
-    """The running beams after a step, best first: of each parent the first child is the parent itself."""
-    kept: set[Sequence] = set()
-    born: list[tuple[Sequence, int, float]] = []
+def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepOutputs) -> None:
+    """Let all searches choose, and keep what the step said of their tokens where a request wants to know."""
+    candidates = outputs.candidates
+    running = [(group, search) for group, of_group in searches for search in of_group]
+    states = [search.state for _, search in running]
+    if isinstance(candidates, GroupCandidates):
+        for i, (group, search) in enumerate(running):
+            if group.params.logprobs is not None:
+                keep_group(search.state, candidates, outputs.token_logprobs, i, search.first_row)
+        count = len(states)
+        advance_merged(states, candidates.scores[:count], candidates.parents[:count], candidates.tokens[:count])
+        return
+    assert candidates is not None, "beams ran, but no candidates came"
+    for group, search in running:
+        if group.params.logprobs is not None:
+            keep_rows(search.state, candidates, outputs.token_logprobs, search.first_row)
+    first_rows = [search.first_row for _, search in running]
+    advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
+
+
+def _carry_out(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> None:
+    was_forked = searches[0].state.num_generated > 1
+    children: list[Sequence] = []
+    tokens: list[int] = []
+    freed = 0
     for state, parents, _ in searches:
         if state.is_done:
+            freed += _finish(parents, allocator) if was_forked else 0
             continue
-        scores = state.running_scores.tolist()
-        for parent, token, score in zip(state.parents[-1].tolist(), state.tokens[-1].tolist(), scores, strict=True):
-            sequence = parents[parent]
-            if sequence in kept:
-                sequence = _fork(sequence, allocator)
-            kept.add(sequence)
-            born.append((sequence, token, score))
+        if was_forked:
+            born, newly_freed = _descend(state, parents, allocator)
+            freed += newly_freed
+        else:
+            born = [parents[0], *(_fork(parents[0], allocator) for _ in parents[1:])]
+            if children:  # an earlier group of beams has the prompt already
+                born[0] = _fork(parents[0], allocator)
+        children += born
+        tokens += state.tokens[-1].tolist()
     # Tokens are appended when all forks have been made: they copy their parent's as it was.
-    for index, (sequence, token, score) in enumerate(born):
+    for index, (sequence, token) in enumerate(zip(children, tokens, strict=True)):
         sequence.token_ids.append(token)
-        sequence.cumulative_logprob = score
         sequence.sample_index = index
-    return [sequence for sequence, _, _ in born]
+    if not children and not was_forked:
+        freed += _finish(group.sequences, allocator)
+    # Of a group that is done one sequence stays, without pages: it knows the prompt.
+    group.sequences = children or group.sequences[:1]
+    group.pages.note(group.pages.physical - freed, len(children) * len(group.sequences[0].table.pages))
+
+
+def _descend(state: BeamState, parents: list[Sequence], allocator: PageAllocator) -> tuple[list[Sequence], int]:
+    """The running beams after a step, best first, and how many pages became free."""
+    places = state.parents[-1].tolist()
+    childless = [parents[place] for place in set(range(len(parents))).difference(places)]
+    is_kept = bytearray(len(parents))
+    children, freed = [], 0
+    for place in places:
+        sequence = parents[place]
+        if is_kept[place]:
+            child = childless.pop()
+            common, newly_freed = refork(child.table, sequence.table, allocator)
+            freed += newly_freed
+            start = common * allocator.page_size  # what common pages hold are common tokens
+            child.token_ids[start:] = sequence.token_ids[start:]
+            sequence = child
+        is_kept[place] = True
+        children.append(sequence)
+    return children, freed
 
 
 def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:
@@ -99,12 +158,10 @@ def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:
     )  # fmt: skip
 
 
-def _release_losers(group: SequenceGroup, parents: list[Sequence], allocator: PageAllocator) -> None:
-    """Free the beams that have no child. Of a group that is done one stays, without pages: it knows the prompt."""
-    survivors = set(group.sequences)
-    for sequence in reversed(parents):
-        if sequence not in survivors:
-            release(sequence.table, allocator)
-            sequence.status = SequenceStatus.FINISHED
-    group.record_pages()
-    group.sequences = group.sequences or parents[:1]
+def _finish(sequences: list[Sequence], allocator: PageAllocator) -> int:
+    """Free the beams of a search that is done; returns how many pages became free."""
+    freed = 0
+    for sequence in reversed(sequences):
+        freed += release(sequence.table, allocator)
+        sequence.status = SequenceStatus.FINISHED
+    return freed

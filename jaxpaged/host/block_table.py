@@ -81,6 +81,27 @@ def fork(table: BlockTable, allocator: PageAllocator) -> BlockTable:
     return BlockTable(table.pages[:], table.num_slots)
 
 
+def refork(table: BlockTable, parent: BlockTable, allocator: PageAllocator) -> tuple[int, int]:
+    """Make `table` a fork of `parent`: as forking anew and releasing `table`, but only pages that differ are touched.
+
+    Returns how many first pages the two had in common, and how many pages became free. Both must have come from one
+    table by forks: then all pages before one that they have in common are common too, since a table only ever
+    replaces its last page.
+    """
+    old, new = table.pages, parent.pages
+    common = min(len(old), len(new))
+    while common and old[common - 1] != new[common - 1]:
+        common -= 1
+    for page_id in new[common:]:
+        allocator.share(page_id)
+    freed = 0
+    while len(old) > common:
+        freed += allocator.release(old.pop())
+    old.extend(new[common:])
+    table.num_slots = parent.num_slots
+    return common, freed
+
+
 def truncate(table: BlockTable, num_slots: int, allocator: PageAllocator) -> int:
     """Forget the positions from `num_slots` on; returns how many pages became free. Copies nothing."""
     assert 0 <= num_slots <= table.num_slots, f"cannot truncate {table.num_slots} positions to {num_slots}"

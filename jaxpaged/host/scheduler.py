@@ -266,7 +266,7 @@ class Scheduler:
                 ended.append(group)
         if searches:
             assert outputs.candidates is not None, "beams ran, but no candidates came"
-            ended += advance_groups(list(searches.items()), outputs.candidates, self.allocator)
+            ended += advance_groups(list(searches.items()), outputs, self.allocator)
         if ended or searches:
             self._batch = None
         finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
