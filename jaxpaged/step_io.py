@@ -148,6 +148,8 @@ class StepOutputs(NamedTuple):
     prompt_logprobs: TokenLogprobs | None = None  # over the T packed tokens
 
 
+_DTYPE_NAMES = {np.dtype(np.int32): "int32", np.dtype(np.float32): "float32"}  # asking numpy for a name takes long
+
 #: Class of the NamedTuple, then for each field its layout: nested, None, or (dtype name, shape).
 Layout = tuple[type, tuple[Any, ...]]
 
@@ -156,7 +158,7 @@ def pack(batch: NamedTuple) -> tuple[np.ndarray, Layout]:
     """All int32 and float32 arrays of a (nested) NamedTuple in one int32 array, and the layout that takes it apart."""
     arrays: list[np.ndarray] = []
     layout = _layout(batch, arrays)
-    return np.concatenate([array.ravel().view(np.int32) for array in arrays]), layout
+    return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays]), layout
 
 
 def _layout(batch: Any, arrays: list[np.ndarray]) -> Layout:
@@ -167,9 +169,8 @@ def _layout(batch: Any, arrays: list[np.ndarray]) -> Layout:
         elif isinstance(value, tuple):
             fields.append(_layout(value, arrays))
         else:
-            assert value.dtype in (np.int32, np.float32), value.dtype
             arrays.append(value)
-            fields.append((str(value.dtype), value.shape))
+            fields.append((_DTYPE_NAMES[value.dtype], value.shape))
     return type(batch), tuple(fields)
 
 
@@ -181,7 +182,7 @@ def num_merged_groups(layout: Layout) -> int:
 
 
 def unpack_logprobs(columns: np.ndarray, num_logprobs: int | None, has_tokens: bool = True) -> TokenLogprobs:
-    """The device's i32[R, n] columns: log-probability bits of the tokens and (unless `num_logprobs` is None) their ranks,
+    """The i32[R, n] columns of a step: log-probability bits of tokens and (unless `num_logprobs` is None) their ranks,
     if there are tokens; then the k likeliest tokens and their log-probability bits.
     """
     own = (1 if num_logprobs is None else 2) if has_tokens else 0

@@ -155,9 +155,16 @@ def make_copies(plan: StepPlan, buckets: Buckets) -> np.ndarray:
 
 def _block_tables(rows: list[PlanRow], shape: StepShape) -> np.ndarray:
     tables = np.full((shape.num_rows, shape.table_width), NULL_PAGE, np.int32)
-    for i, row in enumerate(rows):
-        pages = row.sequence.table.pages
-        tables[i, : len(pages)] = pages
+    if not rows:
+        return tables
+    pages = [row.sequence.table.pages for row in rows]
+    lengths = np.fromiter(map(len, pages), np.intp, len(pages))
+    entries = np.frombuffer(b"".join(pages), np.int32)  # many times quicker than filling row by row
+    used = tables[: len(rows), : lengths.max()]
+    if len(entries) == used.size:
+        used[:] = entries.reshape(used.shape)
+    else:
+        used[np.arange(used.shape[1]) < lengths[:, None]] = entries
     return tables
 
 

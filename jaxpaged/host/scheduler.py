@@ -13,6 +13,7 @@ preempted group gives up all its pages and is prefilled again, its sharing rebui
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -155,8 +156,9 @@ class Scheduler:
     def _decoding(self) -> list[Sample]:
         """Every running sequence, with its row in a decode step. The same from step to step until one comes or goes."""
         if self._batch is None:
-            pairs = [(group, sequence) for group in self.running for sequence in group.unfinished]
-            self._batch = [Sample(group, sequence, row) for row, (group, sequence) in enumerate(pairs)]
+            self._batch, rows = [], itertools.count()
+            for group in self.running:
+                self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
         return self._batch
 
     def _plan_prefill(self) -> StepPlan:
@@ -223,16 +225,16 @@ class Scheduler:
                 self._preempt(self.running.pop())
                 plan.num_preempted += 1
         plan.samples = samples
-        for group, sequence, _ in samples:
-            start = sequence.num_computed
-            plan.rows.append(PlanRow(group, sequence, start, 1))
-            sequence.num_computed = start + 1
-            if sequence.num_once_computed <= start:
-                sequence.num_once_computed = start + 1
+        plan.rows = [PlanRow(group, sequence, sequence.num_computed, 1) for group, sequence, _ in samples]
+        for _, sequence, _ in samples:
+            sequence.num_computed = computed = sequence.num_computed + 1
+            if sequence.num_once_computed < computed:
+                sequence.num_once_computed = computed
         if plan.copies:
             copied_pages = {copy.dst for copy in plan.copies}
             for group, sequence, _ in samples:
-                group.pages.copied += sequence.table.pages[-1] in copied_pages
+                if sequence.table.pages[-1] in copied_pages:
+                    group.pages.copied += 1
         return plan
 
     def _preempt(self, group: SequenceGroup) -> None:
