@@ -158,7 +158,7 @@ def _add_not(scores: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def _flat(places: np.ndarray, size: int) -> np.ndarray:
-    """Places [G, n] in rows of `size` values as indices into all of them: several arrays are then taken from at once."""
+    """Places [G, n] in rows of `size` values as indices into all of them, with which several arrays are taken from."""
     return places + np.arange(0, len(places) * size, size)[:, None]
 
 
