@@ -1,14 +1,14 @@
 """Beam search of many prompts: beam-tokens a second, where a step's time goes, and transformers on the same work.
 
-    python scripts/bench_beams.py                                       # a GPU: Llama-3.1-8B shapes, 4 and 64 beams
-    python scripts/bench_beams.py --quick                               # the same, a quarter of the tokens, once
+    python scripts/bench_beams.py                               # a GPU: Llama-3.1-8B shapes, 4 and 64 beams
+    python scripts/bench_beams.py --quick                       # the same, a quarter of the tokens, once
     python scripts/bench_beams.py checkpoints/tiny-python --cases 8x4 --prompt-len 64 --max-tokens 32
 
-A case PxW is P random prompts searched with W beams each. Beam-tokens a second are W * generated tokens, summed over the
-prompts, by the seconds of the whole call. Every case runs once to compile and `--repeats` times for the clock, of which
+A case PxW is P random prompts searched with W beams each. Beam-tokens a second are W * generated tokens, summed over
+all prompts, by the seconds of the whole call. Every case runs once to compile and `--repeats` times for the clock, of which
 the median counts. Weights are random where the model is a directory of shapes; end-of-sequence is ignored.
 
-`device` is from the launch of a step until its result is on the host, and `choose` the part of it that ranks candidates,
+`device` is from a step's launch until its result is on the host, and `choose` the part of it that ranks candidates,
 timed alone; `select` is the host's choice among them, with forks and frees; `host` is the rest. The peer,
 `transformers.generate(num_beams=W)` in bfloat16, runs first and in a process of its own, which leaves no memory behind;
 without torch, transformers or a GPU it is left out. Without a GPU the bundled model is the default, with less work.

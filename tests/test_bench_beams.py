@@ -1,4 +1,4 @@
-"""scripts/bench_beams.py says where a step's time goes, and what transformers takes for the same or why that is unknown."""
+"""scripts/bench_beams.py says where a step's time goes, and what transformers takes for the same."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def test_the_state_machine_finds_a_missing_copy_on_write(monkeypatch):
 
     def append_in_place(tables, counts, allocator):
         with monkeypatch.context() as patch:
-            patch.setattr(allocator, "ref_count", lambda page_id: 1)
+            patch.setattr(PageAllocator, "ref_counts", property(lambda self: [1] * self.num_pages))
             return append_slots(tables, counts, allocator)
 
     class WithoutCopyOnWrite(TablesAgainstAModel):
