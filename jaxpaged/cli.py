@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jaxpaged
 from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
-from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, add_flags
+from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, add_flags
 from jaxpaged.generate_command import INTERRUPTED, UsageError, generate, reason
 
 READER_GONE = 141
@@ -74,7 +74,7 @@ def _add_command(commands: Any, name: str, run: Callable[..., int], summary: str
 
 GENERATE_EPILOG = """\
 input files, told apart by their first line: plain text, one prompt a line; JSON, one object a line, either
-  {"prompt": "..."} or {"prompt_token_ids": [...]}, with "id" and any sampling parameter, or an OpenAI batch line
+  {"prompt": "..."} or {"prompt_token_ids": [...]}, with "id" and any parameter, or an OpenAI batch line
   {"custom_id": "...", "method": "POST", "url": "/v1/completions", "body": {"prompt": "...", ...}}
   Flags are the defaults of lines that do not say otherwise.
 
@@ -99,6 +99,7 @@ def _add_generate(commands: Any) -> None:
         help="of lines without a seed of their own, each of which gets one made of N and its line number (default 0)",
     )  # fmt: skip
     add_flags(parser, "sampling", SAMPLING_FLAGS)
+    add_flags(parser, "beam search, with --beam-width", BEAM_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
 
 

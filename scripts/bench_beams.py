@@ -5,8 +5,8 @@
     python scripts/bench_beams.py checkpoints/tiny-python --cases 8x4 --prompt-len 64 --max-tokens 32
 
 A case PxW is P random prompts searched with W beams each. Beam-tokens a second are W * generated tokens, summed over
-all prompts, by the seconds of the whole call. Every case runs once to compile and `--repeats` times for the clock, of which
-the median counts. Weights are random where the model is a directory of shapes; end-of-sequence is ignored.
+all prompts, by the seconds of the whole call. Every case runs once to compile and `--repeats` times for the clock, of
+which the median counts. Weights are random where the model is a directory of shapes; end-of-sequence is ignored.
 
 `device` is from a step's launch until its result is on the host, and `choose` the part of it that ranks candidates,
 timed alone; `select` is the host's choice among them, with forks and frees; `host` is the rest. The peer,
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,11 +172,12 @@ class CommitClock:
 
         self.seconds = 0.0
         self._owner, self._commit = Scheduler, Scheduler.commit
+        clock = self
 
-        def timed(*arguments):
+        def timed(self: Scheduler, plan: Any, outputs: Any) -> list[Any]:
             began = time.perf_counter()
-            finished = self._commit(*arguments)
-            self.seconds += time.perf_counter() - began
+            finished = clock._commit(self, plan, outputs)
+            clock.seconds += time.perf_counter() - began
             return finished
 
         Scheduler.commit = timed
@@ -237,8 +239,7 @@ def run_peer(args: argparse.Namespace) -> dict[str, Any]:
     """`generate` of transformers on the same work: seconds of each case, with weights as random as ours."""
     began = time.perf_counter()
     try:
-        import torch
-        import transformers
+        torch, transformers = import_module("torch"), import_module("transformers")
     except ImportError as error:
         return {"left_out": str(error)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -254,8 +255,7 @@ def run_peer(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peer_config(directory: Path) -> Any:
-    import transformers
-
+    transformers = import_module("transformers")
     values = json.loads((directory / "config.json").read_text())
     if values.get("format") != "jaxpaged":
         return transformers.AutoConfig.from_pretrained(directory)
@@ -271,8 +271,7 @@ def peer_config(directory: Path) -> Any:
 
 def time_peer(torch: Any, model: Any, case: Case, args: argparse.Namespace) -> dict[str, float] | None:
     """The second call counts; None where the memory does not suffice."""
-    import transformers
-
+    transformers = import_module("transformers")
     ids = torch.tensor(random_prompts(case, args.prompt_len, model.config.vocab_size), device=model.device)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
 
