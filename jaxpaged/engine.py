@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -70,6 +71,12 @@ class Engine:
 
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
         """Run the groups together; yields each when all its samples have ended. Leaving early drops the others."""
+        with contextlib.closing(self.run_steps(groups)) as steps_taken:
+            for finished in steps_taken:
+                yield from finished
+
+    def run_steps(self, groups: list[SequenceGroup]) -> Generator[list[SequenceGroup], None, None]:
+        """As `run`, but yields after every step: the groups that it finished, often none."""
         if self.scheduler.has_work:
             raise RuntimeError("another run is in progress: take all its results, or close its iterator, first")
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
@@ -84,7 +91,7 @@ class Engine:
                 finished = self.step()
                 stats.compilations = steps.num_compiled() - compiled_before
                 stats.recomputed_tokens += sum(group.recomputed_tokens for group in finished)
-                yield from finished
+                yield finished
         finally:
             self.scheduler = Scheduler(self.cache_config, self.limits)
             if any(pool.is_deleted() for pool in self.pool.k):  # an interrupted step had taken it by donation

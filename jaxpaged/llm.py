@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_snapshot import BeamSnapshot
 from jaxpaged.beam_text import BeamText
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.beam_logprobs import logprobs_of
 from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
+from jaxpaged.host.beam_watch import take_snapshot
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
@@ -137,6 +140,26 @@ class LLM:
         if any(not isinstance(one, BeamSearchParams) for one in given):
             raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {params!r}")
         return self.generate(prompts, params, progress)
+
+    def watch_beams(self, prompt: Any, params: BeamSearchParams) -> Iterator[BeamSnapshot]:
+        """Search for one prompt and yield where the search stands after every step; the last one has the `output`.
+
+        The request is checked when this is called. Leaving the loop early ends the search.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"watch_beams takes a BeamSearchParams, got {params!r}")
+        groups = self._make_groups(prompt, params, None)
+        if len(groups) != 1:
+            raise ValueError(f"watch_beams takes one prompt, got {len(groups)}")
+        return self._watch(groups[0])
+
+    def _watch(self, group: SequenceGroup) -> Iterator[BeamSnapshot]:
+        step = 0
+        with closing(self.engine.run_steps([group])) as steps:
+            for finished in steps:
+                if max(state.num_generated for state in group.beams) > step:
+                    step += 1
+                    yield take_snapshot(group, step, self._request_output(group) if finished else None)
 
     def warm_up(self, sampling_params: Params | SequenceOf[Params] | None = None) -> None:
         """Compile everything that requests with such parameters can need; no later run of them compiles anything.
