@@ -27,6 +27,7 @@ from train_tiny import find_sources, split_sources
 
 import jaxpaged
 from jaxpaged import LLM, BeamSearchParams, RequestOutput
+from jaxpaged.tokenizer import load_tokenizer
 
 COLUMNS = ("width", "logprob", "better", "valid", "any", "distinct", "seconds")
 
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     headers = find_headers(sources)
     headers = random.Random(args.seed).sample(headers, min(args.prompts, len(headers)))
     llm = LLM(args.model, max_model_len=args.max_model_len, max_num_seqs=max(256, *args.widths))
-    headers = [header for header in headers if len(llm.tokenizer.encode(header)) + args.max_tokens < args.max_model_len]
+    tokenizer, longest = load_tokenizer(args.model), args.max_model_len - args.max_tokens
+    headers = [header for header in headers if len(tokenizer.encode(header)) < longest]
     print("".join(f"{name:>10}" for name in COLUMNS))
     rows: list[dict[str, Any]] = []
     greedy: list[float] = []

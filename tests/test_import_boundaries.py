@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ABOVE_ENGINE = (
     "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.cli", "jaxpaged.cli_options", "jaxpaged.generate_command",
-    "jaxpaged.batch",
+    "jaxpaged.beams_command", "jaxpaged.beam_plot", "jaxpaged.batch",
 )  # fmt: skip
 ABOVE_STEPS = ("jaxpaged.engine", "jaxpaged.loading", *ABOVE_ENGINE)
 DEVICE_STACK = ("jax", "jaxlib", "flax", "orbax", "jaxpaged.device", "pallas_kernels")
@@ -28,13 +28,22 @@ FORBIDDEN = {
     "jaxpaged.beam_params": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.param_checks": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.beam_text": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_snapshot": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_tree": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_plot": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
     "jaxpaged.outputs": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.tokenizer": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.progress": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.batch": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
     "jaxpaged.engine": ("jaxpaged.checkpoint", *ABOVE_ENGINE),
     "jaxpaged.pool_size": ("jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.loading", "jaxpaged.llm"),
-    "jaxpaged.llm": ("jaxpaged.device", "jaxpaged.cli", "jaxpaged.generate_command", "jaxpaged.batch"),
+    "jaxpaged.llm": (
+        "jaxpaged.device",
+        "jaxpaged.cli",
+        "jaxpaged.generate_command",
+        "jaxpaged.beams_command",
+        "jaxpaged.batch",
+    ),
     "jaxpaged": ("scripts", "tests"),
     "pallas_kernels": ("jaxpaged", "flax", "scripts", "tests"),
 }
