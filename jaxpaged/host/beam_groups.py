@@ -31,8 +31,11 @@ class _Search(NamedTuple):
 
 def advance_groups(
     groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, allocator: PageAllocator
-) -> list[SequenceGroup]:
-    """One step of every group, each with its first row in the step; returns the groups that are done."""
+) -> tuple[list[SequenceGroup], bool]:
+    """One step of every group, each with its first row in the step.
+
+    Returns the groups that are done, and whether any group's sequences are no longer the same.
+    """
     searches = [(group, _searches(group, row)) for group, row in groups]
     for group, of_group in searches:
         _note_growth(group, allocator.page_size)
@@ -40,9 +43,8 @@ def advance_groups(
             for search in of_group:
                 search.state.find_stops = _stop_finder(search.parents, group.ends_text)
     _advance(searches, outputs)
-    for group, of_group in searches:
-        _carry_out(group, of_group, allocator)
-    return [group for group, _ in searches if not group.running_beams]
+    is_changed = [_carry_out(group, of_group, allocator) for group, of_group in searches]
+    return [group for group, _ in searches if not group.running_beams], any(is_changed)
 
 
 def _searches(group: SequenceGroup, row: int) -> list[_Search]:
@@ -102,53 +104,65 @@ def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepO
     advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
 
 
-def _carry_out(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> None:
-    was_forked = searches[0].state.num_generated > 1
-    children: list[Sequence] = []
-    tokens: list[int] = []
-    freed = 0
-    for state, parents, _ in searches:
-        if state.is_done:
-            freed += _finish(parents, allocator) if was_forked else 0
-            continue
-        if was_forked:
-            born, newly_freed = _descend(state, parents, allocator)
-            freed += newly_freed
-        else:
-            born = [parents[0], *(_fork(parents[0], allocator) for _ in parents[1:])]
-            if children:  # an earlier group of beams has the prompt already
-                born[0] = _fork(parents[0], allocator)
-        children += born
-        tokens += state.tokens[-1].tolist()
+def _carry_out(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> bool:
+    """Make the group's sequences its beams after the step; whether they are no longer the same sequences.
+
+    While they are, each stays where it is and its contents change: beams in their order, best first.
+    """
+    if searches[0].state.num_generated == 1:
+        freed = _begin(group, searches, allocator)
+    else:
+        freed = sum(_descend(search, allocator) for search in searches)
+    running = [(state, parents) for state, parents, _ in searches if not state.is_done]
+    is_changed = len(running) < len(searches) or searches[0].state.num_generated == 1
+    if is_changed:
+        children = [sequence for _, parents in running for sequence in parents]
+        for index, sequence in enumerate(children):
+            sequence.sample_index = index
+        # Of a group that is done one sequence stays, without pages: it knows the prompt.
+        group.sequences = children or group.sequences[:1]
     # Tokens are appended when all forks have been made: they copy their parent's as it was.
-    for index, (sequence, token) in enumerate(zip(children, tokens, strict=True)):
-        sequence.token_ids.append(token)
-        sequence.sample_index = index
-    if not children and not was_forked:
-        freed += _finish(group.sequences, allocator)
-    # Of a group that is done one sequence stays, without pages: it knows the prompt.
-    group.sequences = children or group.sequences[:1]
-    group.pages.note(group.pages.physical - freed, len(children) * len(group.sequences[0].table.pages))
+    for state, parents in running:
+        for sequence, token in zip(parents, state.tokens[-1].tolist(), strict=True):
+            sequence.token_ids.append(token)
+    num_rows = sum(state.width for state, _ in running)
+    group.pages.note(group.pages.physical - freed, num_rows * len(group.sequences[0].table.pages))
+    return is_changed
 
 
-def _descend(state: BeamState, parents: list[Sequence], allocator: PageAllocator) -> tuple[list[Sequence], int]:
-    """The running beams after a step, best first, and how many pages became free."""
+def _begin(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> int:
+    """Fork the first beams of all searches from the prompt's sequence, which is one of them; returns pages freed."""
+    (prompt,) = group.sequences
+    is_taken = False
+    for state, parents, _ in searches:
+        for place in range(0 if state.is_done else state.width):
+            parents[place] = _fork(prompt, allocator) if is_taken else prompt
+            is_taken = True
+    return 0 if is_taken else _finish([prompt], allocator)
+
+
+def _descend(search: _Search, allocator: PageAllocator) -> int:
+    """Give every sequence of a search the contents of its next beam; returns how many pages became free."""
+    state, sequences, _ = search
+    if state.is_done:
+        return _finish(sequences, allocator)
     places = state.parents[-1].tolist()
-    childless = [parents[place] for place in set(range(len(parents))).difference(places)]
-    is_kept = bytearray(len(parents))
-    children, freed = [], 0
-    for place in places:
-        sequence = parents[place]
+    contents = [(sequence.table, sequence.token_ids) for sequence in sequences]
+    childless = [contents[place] for place in set(range(len(contents))).difference(places)]
+    is_kept = bytearray(len(contents))
+    freed = 0
+    for sequence, place in zip(sequences, places, strict=True):
+        table, token_ids = contents[place]
         if is_kept[place]:
-            child = childless.pop()
-            common, newly_freed = refork(child.table, sequence.table, allocator)
+            parent_table, parent_ids = table, token_ids
+            table, token_ids = childless.pop()
+            common, newly_freed = refork(table, parent_table, allocator)
             freed += newly_freed
             start = common * allocator.page_size  # what common pages hold are common tokens
-            child.token_ids[start:] = sequence.token_ids[start:]
-            sequence = child
+            token_ids[start:] = parent_ids[start:]
         is_kept[place] = True
-        children.append(sequence)
-    return children, freed
+        sequence.table, sequence.token_ids = table, token_ids
+    return freed
 
 
 def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:

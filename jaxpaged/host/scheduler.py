@@ -268,8 +268,9 @@ class Scheduler:
                 ended.append(group)
         if searches:
             assert outputs.candidates is not None, "beams ran, but no candidates came"
-            ended += advance_groups(list(searches.items()), outputs, self.allocator)
-        if ended or searches:
+            done, is_changed = advance_groups(list(searches.items()), outputs, self.allocator)
+            ended += done
+        if ended or (searches and is_changed):
             self._batch = None
         finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
         if finished:
