@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpaged.host.beam_state import BeamState, Hypothesis
+from jaxpaged.host.logprob_entry import Entry, make_entry
 from jaxpaged.step_io import GroupCandidates, RowCandidates, TokenLogprobs
-
-Entry = dict[int, tuple[float, int]]
 
 
 class StepLogprobs(NamedTuple):
@@ -28,7 +27,7 @@ class StepLogprobs(NamedTuple):
     top_logprobs: np.ndarray  # f32[rows, n]
 
     def entry(self, beam: int, token: int, count: int) -> Entry:
-        """The token itself first, then the `count` likeliest (-1: all) of its beam's row."""
+        """The token itself first, then the `count` likeliest (-1: all) after its beam."""
         row = min(beam, len(self.top_ids) - 1)
         if self.parents is None:
             places = self.tokens[row] == token
@@ -38,12 +37,7 @@ class StepLogprobs(NamedTuple):
             logprobs, ranks = self.logprobs, self.ranks
         place = int(places.argmax())
         assert places[place], f"token {token} was no candidate of beam {beam}"
-        entry = {token: (float(logprobs[place]), int(ranks[place]))}
-        stop = self.top_ids.shape[1] if count == -1 else count
-        likeliest = zip(self.top_ids[row, :stop].tolist(), self.top_logprobs[row, :stop].tolist(), strict=True)
-        for rank, (other, logprob) in enumerate(likeliest, start=1):
-            entry.setdefault(other, (logprob, rank))
-        return entry
+        return make_entry(token, logprobs[place], ranks[place], self.top_ids[row], self.top_logprobs[row], count)
 
 
 def keep_rows(state: BeamState, candidates: RowCandidates, likeliest: TokenLogprobs, first_row: int) -> None:
