@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_snapshot import BeamSnapshot
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.sampling_params import SamplingParams
 
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "BeamSearchParams",
+    "BeamSnapshot",
     "CompletionOutput",
     "KVUsage",
     "Logprob",

@@ -53,7 +53,8 @@ class BeamSearchParams:
         repetition_penalty, presence_penalty, frequency_penalty, logit_bias, allowed_token_ids, bad_words,
         logits_processors: as in `SamplingParams`, on log-probabilities, which are not normalised again: the changes are
             part of the sums.
-        logprobs: of single tokens are not kept for beams; `LLM` refuses anything but None.
+        logprobs: as in `SamplingParams`: of each token of a beam under the model alone, with its rank, and of so many
+            likeliest tokens in its place. Their sum is `cumulative_logprob` where nothing above changes them.
         prompt_logprobs, detokenize, skip_special_tokens: as in `SamplingParams`.
     """
 

@@ -1,4 +1,5 @@
-"""The command `jaxpaged`: `generate` runs prompts or batch files, `info` and `convert` look at and rewrite checkpoints.
+"""The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `info` and `convert` look at
+and rewrite checkpoints.
 
 Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
 one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
@@ -16,7 +17,8 @@ from typing import Any, NoReturn
 import jaxpaged
 from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
-from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, add_flags
+from jaxpaged.beams_command import SEARCH_FLAGS, beams
+from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, add_flags
 from jaxpaged.generate_command import INTERRUPTED, UsageError, generate, reason
 
 READER_GONE = 141
@@ -57,6 +59,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"jaxpaged {jaxpaged.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_generate(commands)
+    _add_beams(commands)
     info = _add_command(commands, "info", _info, "say what a checkpoint holds, without loading its weights")
     info.add_argument("path", metavar="PATH", help="checkpoint directory")
     convert = _add_command(commands, "convert", _convert, "rewrite a Hugging Face checkpoint in the native format")
@@ -74,7 +77,7 @@ def _add_command(commands: Any, name: str, run: Callable[..., int], summary: str
 
 GENERATE_EPILOG = """\
 input files, told apart by their first line: plain text, one prompt a line; JSON, one object a line, either
-  {"prompt": "..."} or {"prompt_token_ids": [...]}, with "id" and any sampling parameter, or an OpenAI batch line
+  {"prompt": "..."} or {"prompt_token_ids": [...]}, with "id" and any parameter, or an OpenAI batch line
   {"custom_id": "...", "method": "POST", "url": "/v1/completions", "body": {"prompt": "...", ...}}
   Flags are the defaults of lines that do not say otherwise.
 
@@ -99,6 +102,18 @@ def _add_generate(commands: Any) -> None:
         help="of lines without a seed of their own, each of which gets one made of N and its line number (default 0)",
     )  # fmt: skip
     add_flags(parser, "sampling", SAMPLING_FLAGS)
+    add_flags(parser, "beam search, with --beam-width", BEAM_FLAGS)
+    add_flags(parser, "model and memory", MODEL_FLAGS)
+
+
+def _add_beams(commands: Any) -> None:
+    parser = _add_command(commands, "beams", beams, "search with beams and show how they compete")
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--plot", metavar="FILE", help="draw the whole search: a .png, .pdf or .svg file")
+    parser.add_argument("--delay", type=float, default=0.0, metavar="X", help="seconds to wait after each step")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of beams that are drawn (default 0)")
+    add_flags(parser, "search (4 beams, unless --beam-width says otherwise)", SEARCH_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
 
 

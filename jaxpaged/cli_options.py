@@ -1,6 +1,6 @@
-"""The flags of `jaxpaged generate` that become `SamplingParams` and arguments of `LLM`: one table each.
+"""The flags that become `SamplingParams`, `BeamSearchParams` and arguments of `LLM`: one table each.
 
-A flag that is not given leaves no attribute behind, so the defaults stay where they are: in `SamplingParams` and `LLM`.
+A flag that is not given leaves no attribute behind, so the defaults stay where they are: in those classes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,18 @@ def token_bias(text: str) -> tuple[int, float]:
     return int(token_id), float(bias)
 
 
+def early_stopping(text: str) -> bool | str:
+    known: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if text not in known:
+        raise ValueError
+    return known[text]
+
+
 # argparse names the type in its messages: "invalid integer or none value: 'x'".
 integer_or_none.__name__ = "integer or 'none'"
 token_ids.__name__ = "token ids (1,2,3)"
 token_bias.__name__ = "bias (token=number)"
+early_stopping.__name__ = "'true', 'false' or 'never'"
 
 SAMPLING_FLAGS = (
     Flag("n", int, "samples for each prompt (default 1)"),
@@ -59,6 +67,16 @@ SAMPLING_FLAGS = (
     Flag("prompt_logprobs", int, "the same for every prompt token but the first"),
     Flag("detokenize", False, "leave the text empty", option="--no-detokenize"),
     Flag("skip_special_tokens", False, "write special tokens in the text", option="--keep-special-tokens"),
+)  # fmt: skip
+
+BEAM_FLAGS = (
+    Flag("beam_width", int, "search with so many beams; --n of them are returned (default all)"),
+    Flag("length_penalty", float, "score is log-probability / length ** this (default 1)"),
+    Flag("early_stopping", early_stopping, "true: end with as many hypotheses as beams; false (default): when no beam "
+         "of its present length can better them; never: when none of any length can"),
+    Flag("do_sample", True, "draw beams without replacement instead of taking the likeliest"),
+    Flag("num_beam_groups", int, "groups of beams that avoid each other's tokens (default 1)"),
+    Flag("diversity_penalty", float, "what a token costs that an earlier group has chosen in the same step"),
 )  # fmt: skip
 
 MODEL_FLAGS = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -30,9 +31,10 @@ from jaxpaged.step_io import (
     Layout,
     PrefillBatch,
     StepOutputs,
+    num_merged_groups,
     pack,
-    unpack_candidates,
     unpack_logprobs,
+    unpack_outputs,
 )
 
 
@@ -76,6 +78,12 @@ class Engine:
 
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
         """Run the groups together; yields each when all its samples have ended. Leaving early drops the others."""
+        with contextlib.closing(self.run_steps(groups)) as steps_taken:
+            for finished in steps_taken:
+                yield from finished
+
+    def run_steps(self, groups: list[SequenceGroup]) -> Generator[list[SequenceGroup], None, None]:
+        """As `run`, but yields after every step: the groups that it finished, often none."""
         self._check_idle()
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
         self.stats = stats = RunStats.for_cache(self.cache_config)
@@ -88,7 +96,7 @@ class Engine:
             while self.scheduler.has_work:
                 finished = self.step()
                 stats.compilations = steps.num_compiled() - compiled_before
-                yield from finished
+                yield finished
         finally:
             self._reset()
 
@@ -216,11 +224,7 @@ class Engine:
             )
         else:
             columns, self.pool = steps.decode_step(self.params, self.pool, self._upload(packed), **static)
-        array = np.asarray(columns)
-        split = array.shape[1] - features.num_candidates * (3 if features.draws_beams else 2)
-        outputs = StepOutputs(array[:, 0], unpack_logprobs(array[:, 1:split], features.num_logprobs))
-        if features.num_candidates:
-            outputs = outputs._replace(candidates=unpack_candidates(array[:, split:], features.num_candidates))
+        outputs = unpack_outputs(np.asarray(columns), features.wanted, num_merged_groups(layout))
         if prompt_columns is None:
             return outputs
         prompt = unpack_logprobs(np.asarray(prompt_columns), features.num_prompt_logprobs)
@@ -285,11 +289,7 @@ def static_arguments(
     model: ModelConfig, kernels: AttentionKernels, layout: Layout, features: SamplingFeatures
 ) -> dict[str, Any]:
     """What the step whose inputs have this layout is compiled for."""
-    static: dict[str, Any] = {
-        "config": model, "kernels": kernels, "layout": layout,
-        "num_logprobs": features.num_logprobs, "num_candidates": features.num_candidates,
+    return {
+        "config": model, "kernels": kernels, "layout": layout, "wanted": features.wanted,
         "processors": features.processors,
     }  # fmt: skip
-    if layout[0] is PrefillBatch:
-        static["num_prompt_logprobs"] = features.num_prompt_logprobs
-    return static

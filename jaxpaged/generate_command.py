@@ -21,6 +21,7 @@ from jaxpaged.batch import (
     ResultStream,
     check_requests,
     error_row,
+    make_params,
     make_request,
     model_identity,
     open_result_file,
@@ -29,12 +30,12 @@ from jaxpaged.batch import (
     run_batch,
 )
 from jaxpaged.batch.json_values import check_encodable
-from jaxpaged.batch.requests import digest
+from jaxpaged.batch.requests import BEAM_ONLY, digest
 from jaxpaged.batch.resume import EarlierRun
-from jaxpaged.cli_options import MODEL_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
+from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
-from jaxpaged.sampling_params import SamplingParams
 
 STDOUT, STDERR = 1, 2
 INTERRUPTED = 130
@@ -63,7 +64,9 @@ def reason(error: Exception) -> str:
 
 
 def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
-    lines = _lines(args, _context(args))
+    context = _context(args)
+    lines = _lines(args, context)
+    _check_used(context, lines)
     results, earlier = _open_output(args, lines)
     if earlier.done:
         print(f"jaxpaged: {args.output} has {len(earlier.done)} of {len(lines)} lines already", file=sys.stderr)
@@ -84,9 +87,10 @@ def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 
 
 def _context(args: argparse.Namespace) -> BatchContext:
-    params, options = given(args, SAMPLING_FLAGS), given(args, MODEL_FLAGS)
+    params, options = given(args, (*SAMPLING_FLAGS, *BEAM_FLAGS)), given(args, MODEL_FLAGS)
     with usage_errors():
-        SamplingParams(**params)
+        # Flags of beams without --beam-width are for lines that give one.
+        make_params({}, params if "beam_width" in params else {n: v for n, v in params.items() if n not in BEAM_ONLY})
         models = [model_identity(args.model)]
         if "tokenizer" in options:
             models.append(model_identity(options["tokenizer"]))
@@ -108,6 +112,15 @@ def _lines(args: argparse.Namespace, context: BatchContext) -> Sequence[BatchReq
     if not lines:
         print(f"jaxpaged: {args.input} has no prompts", file=sys.stderr)
     return lines
+
+
+def _check_used(context: BatchContext, lines: Sequence[BatchRequest | InvalidLine]) -> None:
+    """A flag of beam search that no line makes use of is a mistake."""
+    flags = [flag for flag in BEAM_FLAGS if flag.name in context.params]
+    requests = [line for line in lines if isinstance(line, BatchRequest)]
+    if flags and requests and not any(isinstance(p, BeamSearchParams) for line in requests for p in line.params):
+        option = "--" + flags[0].name.replace("_", "-")
+        raise UsageError(f"{option} is for beam search, and no prompt asks for one: give --beam-width too")
 
 
 def _open_output(
@@ -186,7 +199,8 @@ def _print(output: RequestOutput) -> None:
     print(f"> {output.prompt}")
     for sample in output.outputs:
         number = f"[{sample.index + 1}] " if len(output.outputs) > 1 else ""
-        print(f"{number}{sample.text or sample.token_ids}")
+        score = "" if sample.score is None else f"{sample.score:.4f} "
+        print(f"{number}{score}{sample.text or sample.token_ids}")
     print(flush=True)
 
 

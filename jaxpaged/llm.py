@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_snapshot import BeamSnapshot
+from jaxpaged.beam_text import BeamText
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
+from jaxpaged.host.beam_logprobs import logprobs_of
 from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
+from jaxpaged.host.beam_watch import take_snapshot
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
@@ -140,6 +145,26 @@ class LLM:
             raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {params!r}")
         return self.generate(prompts, params, progress)
 
+    def watch_beams(self, prompt: Any, params: BeamSearchParams) -> Iterator[BeamSnapshot]:
+        """Search for one prompt and yield where the search stands after every step; the last one has the `output`.
+
+        The request is checked when this is called. Leaving the loop early ends the search.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"watch_beams takes a BeamSearchParams, got {params!r}")
+        groups = self._make_groups(prompt, params, None)
+        if len(groups) != 1:
+            raise ValueError(f"watch_beams takes one prompt, got {len(groups)}")
+        return self._watch(groups[0])
+
+    def _watch(self, group: SequenceGroup) -> Iterator[BeamSnapshot]:
+        step = 0
+        with closing(self.engine.run_steps([group])) as steps:
+            for finished in steps:
+                if max(state.num_generated for state in group.beams) > step:
+                    step += 1
+                    yield take_snapshot(group, step, self._request_output(group) if finished else None)
+
     def tree(self) -> Tree:
         """Sequences that you fork, append to and free yourself (tree.py): for searches that `generate` does not have.
 
@@ -217,17 +242,10 @@ class LLM:
         return group
 
     def _prepare_search(self, group: SequenceGroup, params: BeamSearchParams) -> None:
-        if params.logprobs is not None:
-            raise ValueError("logprobs of beams are not kept: leave logprobs=None")
         group.beams = BeamState.of(params, group.eos_ids | group.stop_ids, group.max_len - group.prompt_len)
-        if params.stop_strings and (tokenizer := self.tokenizer) is not None:
-            prompt_ids = group.sequences[0].token_ids[:]
-
-            def ends_text(output_ids: list[int]) -> bool:
-                text = decode_continuation(tokenizer, prompt_ids, output_ids, params.skip_special_tokens)
-                return any(stop in text for stop in params.stop_strings)
-
-            group.ends_text = ends_text
+        if params.stop_strings and self.tokenizer is not None:
+            text = BeamText(self.tokenizer, group.sequences[0].token_ids[:], params)
+            group.ends_text = lambda output_ids: text.find_stop(output_ids) is not None
 
     def _token_ids(self, prompt: Prompt, params: Params) -> list[int]:
         if prompt.token_ids is not None:
@@ -302,21 +320,20 @@ class LLM:
 
     def _beam(self, group: SequenceGroup, params: BeamSearchParams, found: Hypothesis, index: int) -> CompletionOutput:
         last = found.token_ids[-1]
-        prompt_ids, output = group.sequences[0].token_ids[: group.prompt_len], found.token_ids
         ended_by_token = last in group.eos_ids | group.stop_ids
-        if ended_by_token and not params.include_stop_str_in_output:
-            output = output[:-1]
-        text, stop_reason = "", last if last in group.stop_ids - group.eos_ids else None
+        text, stop = "", None
         if self.tokenizer is not None and params.detokenize:
-            text = decode_continuation(self.tokenizer, prompt_ids, output, params.skip_special_tokens)
-        found_stops = [(text.find(stop), stop) for stop in params.stop_strings if stop in text]
-        if found_stops and not ended_by_token:
-            at, stop_reason = min(found_stops)
-            text = text[: at + (len(stop_reason) if params.include_stop_str_in_output else 0)]
-        ended = ended_by_token or bool(found_stops)
+            beam_text = BeamText(self.tokenizer, group.sequences[0].token_ids[: group.prompt_len], params)
+            text, stop = beam_text.of_output(found.token_ids, ended_by_token)
+        if last in group.stop_ids - group.eos_ids:
+            stop = last
+        logprobs = None
+        if params.logprobs is not None:
+            entries = logprobs_of(found, group.beams[found.search].logprobs, params.logprobs)
+            logprobs = [self._logprobs(entry) for entry in entries]
         return CompletionOutput(
-            index, text, found.token_ids, found.cumulative_logprob, None, "stop" if ended else "length", stop_reason,
-            found.score,
+            index, text, found.token_ids, found.cumulative_logprob, logprobs,
+            "length" if stop is None and not ended_by_token else "stop", stop, found.score,
         )  # fmt: skip
 
     def _completion(self, group: SequenceGroup, sequence: Sequence, index: int) -> CompletionOutput:

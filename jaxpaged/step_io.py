@@ -60,13 +60,15 @@ class PrefillInputs(NamedTuple):
 
 
 class SamplingInputs(NamedTuple):
-    """How each of the R rows chooses its token. All-None but the first three fields is greedy."""
+    """How each of the R rows chooses its token, or a beam its candidates. All-None but the first three is greedy."""
 
     seeds: Any  # i32[R, 2] high and low word
     sample_indices: Any  # i32[R] which sample of its request
     positions: Any  # i32[R] of the token to be chosen
     running_scores: Any = None  # f32[R] what a beam's next log-probabilities are added to; only where beams run
+    is_beam: Any = None  # i32[R], 0 or 1; only where beams and samples run together
     beam_temperatures: Any = None  # f32[R] of beams that are drawn; 0: the best are taken
+    beam_rows: Any = None  # i32[G, W] rows of each group of beams, whose candidates are merged; padded with -1
     temperatures: Any = None  # f32[R]; 0 is greedy
     top_ps: Any = None  # f32[R]
     top_ks: Any = None  # i32[R]; V when all are kept
@@ -109,19 +111,47 @@ class TokenLogprobs(NamedTuple):
 class RowCandidates(NamedTuple):
     """The likeliest continuations of every row, best first."""
 
-    scores: np.ndarray  # f32[R, k] sums of log-probabilities
-    tokens: np.ndarray  # i32[R, k]
-    keys: np.ndarray | None = None  # f32[R, k] what they are ranked by, where some beams are drawn; None: the scores
+    scores: Any  # f32[R, k] sums of log-probabilities
+    tokens: Any  # i32[R, k]
+    keys: Any = None  # f32[R, k] what they are ranked by, where some beams are drawn; None: the scores
+    logprobs: Any = None  # f32[R, k] of the tokens, under the model alone; None where nobody asks
+    ranks: Any = None  # i32[R, k] of the tokens among the whole vocabulary; with `logprobs`
+
+
+class GroupCandidates(NamedTuple):
+    """The best continuations of all beams of each group: best first, or in the order in which they were drawn."""
+
+    scores: Any  # f32[G, C]
+    parents: Any  # i32[G, C] beam of the group that is continued; -1 where a group has no more
+    tokens: Any  # i32[G, C]
+    logprobs: Any = None  # f32[G, C]
+    ranks: Any = None  # i32[G, C]
+
+
+class Wanted(NamedTuple):
+    """What the host wants to learn of a step: static to jit, and how both sides know the columns of the result."""
+
+    draws_tokens: bool = True  # a token of every row; False where all rows are beams
+    num_logprobs: int | None = None  # likeliest tokens of every row; None: not even the rank of a drawn one
+    num_candidates: int = 0  # of a row or group; 0: no beams
+    draws_beams: bool = False
+    beam_logprobs: bool = False  # log-probabilities and ranks of candidates
+    num_prompt_logprobs: int | None = None
+
+
+TOKENS_ALONE = Wanted()
 
 
 class StepOutputs(NamedTuple):
     """What the host learns from a step."""
 
-    tokens: np.ndarray  # i32[R]
+    tokens: np.ndarray  # i32[R], or empty where no row draws
     token_logprobs: TokenLogprobs
-    candidates: RowCandidates | None = None  # where beams run
+    candidates: RowCandidates | GroupCandidates | None = None  # where beams run
     prompt_logprobs: TokenLogprobs | None = None  # over the T packed tokens
 
+
+_DTYPE_NAMES = {np.dtype(np.int32): "int32", np.dtype(np.float32): "float32"}  # asking numpy for a name takes long
 
 #: Class of the NamedTuple, then for each field its layout: nested, None, or (dtype name, shape).
 Layout = tuple[type, tuple[Any, ...]]
@@ -131,7 +161,7 @@ def pack(batch: NamedTuple) -> tuple[np.ndarray, Layout]:
     """All int32 and float32 arrays of a (nested) NamedTuple in one int32 array, and the layout that takes it apart."""
     arrays: list[np.ndarray] = []
     layout = _layout(batch, arrays)
-    return np.concatenate([array.ravel().view(np.int32) for array in arrays]), layout
+    return np.concatenate([array.reshape(-1).view(np.int32) for array in arrays]), layout
 
 
 def _layout(batch: Any, arrays: list[np.ndarray]) -> Layout:
@@ -142,28 +172,61 @@ def _layout(batch: Any, arrays: list[np.ndarray]) -> Layout:
         elif isinstance(value, tuple):
             fields.append(_layout(value, arrays))
         else:
-            assert value.dtype in (np.int32, np.float32), value.dtype
             arrays.append(value)
-            fields.append((str(value.dtype), value.shape))
+            fields.append((_DTYPE_NAMES[value.dtype], value.shape))
     return type(batch), tuple(fields)
 
 
-def unpack_logprobs(columns: np.ndarray, num_logprobs: int | None) -> TokenLogprobs:
-    """The device's i32[R, 1 or 2 + 2k] columns: log-probability bits, rank, k token ids, k log-probability bits.
+def num_merged_groups(layout: Layout) -> int:
+    """Groups of beams whose candidates the device merges in a step of this layout; 0: it gives them row by row."""
+    _, (_, (kind, fields)) = layout
+    rows = fields[kind._fields.index("beam_rows")]
+    return 0 if rows is None else rows[1][0]
 
-    For WHOLE_VOCABULARY i32[R, 2 + V]: no ids.
+
+def unpack_logprobs(columns: np.ndarray, num_logprobs: int | None, has_tokens: bool = True) -> TokenLogprobs:
+    """The i32[R, n] columns of a step: log-probability bits of tokens and (unless `num_logprobs` is None) their ranks,
+    if there are tokens; then the k likeliest tokens and their log-probability bits, or for WHOLE_VOCABULARY the bits of
+    all V log-probabilities.
     """
-    logprobs = columns[:, 0].copy().view(np.float32)
+    own = (1 if num_logprobs is None else 2) if has_tokens else 0
+    logprobs = columns[:, :own][:, :1].copy().view(np.float32)[:, 0] if own else np.empty(0, np.float32)
     if num_logprobs is None:
         return TokenLogprobs(logprobs)
+    ranks = columns[:, 1] if own else None
     if num_logprobs == WHOLE_VOCABULARY:
-        return TokenLogprobs(logprobs, columns[:, 1], None, np.ascontiguousarray(columns[:, 2:]).view(np.float32))
-    top_ids = columns[:, 2 : 2 + num_logprobs]
-    top_logprobs = np.ascontiguousarray(columns[:, 2 + num_logprobs :]).view(np.float32)
-    return TokenLogprobs(logprobs, columns[:, 1], top_ids, top_logprobs)
+        return TokenLogprobs(logprobs, ranks, None, _floats(columns[:, own:]))
+    top_ids = columns[:, own : own + num_logprobs]
+    top_logprobs = _floats(columns[:, own + num_logprobs : own + 2 * num_logprobs])
+    return TokenLogprobs(logprobs, ranks, top_ids, top_logprobs)
 
 
-def unpack_candidates(columns: np.ndarray, count: int) -> RowCandidates:
-    """The device's i32[R, 2 or 3 times k] columns: k score bits, k token ids, k key bits."""
-    scores, tokens, *keys = (np.ascontiguousarray(columns[:, i : i + count]) for i in range(0, columns.shape[1], count))
-    return RowCandidates(scores.view(np.float32), tokens, keys[0].view(np.float32) if keys else None)
+def unpack_outputs(columns: np.ndarray, wanted: Wanted, num_groups: int) -> StepOutputs:
+    """A step's i32[R, n] columns: drawn tokens, `unpack_logprobs`' columns, then those of the candidates."""
+    tokens = columns[:, 0] if wanted.draws_tokens else np.empty(0, np.int32)
+    start = int(wanted.draws_tokens)
+    # Of beams alone the likeliest tokens are returned only where some request keeps log-probabilities.
+    num_logprobs = wanted.num_logprobs if wanted.draws_tokens or wanted.beam_logprobs else None
+    if num_logprobs == WHOLE_VOCABULARY:
+        assert not wanted.num_candidates, "beams keep likeliest tokens, never the whole vocabulary"
+        end = columns.shape[1]
+    else:
+        end = start + (wanted.draws_tokens * (1 if num_logprobs is None else 2)) + 2 * (num_logprobs or 0)
+    outputs = StepOutputs(tokens, unpack_logprobs(columns[:, start:end], num_logprobs, wanted.draws_tokens))
+    if not wanted.num_candidates:
+        return outputs
+    rest = columns[:, end:]
+    if num_groups:
+        count = 5 if wanted.beam_logprobs else 3
+        flat = rest.ravel()[: num_groups * count * wanted.num_candidates]
+        fields = np.split(flat.reshape(num_groups, -1), count, axis=1)
+        extra = (_floats(fields[3]), fields[4]) if wanted.beam_logprobs else ()
+        return outputs._replace(candidates=GroupCandidates(_floats(fields[0]), fields[1], fields[2], *extra))
+    fields = np.split(rest, rest.shape[1] // wanted.num_candidates, axis=1)
+    keys = _floats(fields[2]) if wanted.draws_beams else None
+    extra = (_floats(fields[-2]), fields[-1]) if wanted.beam_logprobs else ()
+    return outputs._replace(candidates=RowCandidates(_floats(fields[0]), fields[1], keys, *extra))
+
+
+def _floats(bits: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(bits).view(np.float32)

@@ -112,6 +112,12 @@ def encode_continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], text: s
     raise ValueError(f"no token ids were found that add just {text!r} to a text with this end: give token ids")
 
 
+def find_stop(text: str, stops: Sequence[str], searched: int = 0) -> tuple[int, str] | None:
+    """Where the earliest stop string begins that ends behind the first `searched` characters, and which it is."""
+    found = [(text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in stops]
+    return min(((at, stop) for at, stop in found if at >= 0), key=lambda place: place[0], default=None)
+
+
 class StopStringStream:
     """Text of one sample as its tokens come, watched for stop strings.
 
@@ -150,10 +156,9 @@ class StopStringStream:
 
     def _find_stop(self, searched: int) -> str | None:
         """Earliest stop string that ends behind `searched` characters of the text."""
-        found = [(self.text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in self._stop]
-        found = [(at, stop) for at, stop in found if at >= 0]
-        if not found:
+        found = find_stop(self.text, self._stop, searched)
+        if found is None:
             return None
-        at, stop = min(found, key=lambda item: item[0])
+        at, stop = found
         self.text = self.text[: at + len(stop) if self._include_stop else at]
         return stop

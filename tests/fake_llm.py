@@ -12,6 +12,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 
 MAX_MODEL_LEN = 200
@@ -57,7 +58,8 @@ class FakeLLM:
 
     def _output(self, request_id, prompt, params):
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        samples = [self._sample(ids, params, i) for i in range(params.n)]
+        is_search = isinstance(params, BeamSearchParams)
+        samples = [self._sample(ids, params, i) for i in range(params.num_returned if is_search else params.n)]
         prompt_logprobs = None
         if params.prompt_logprobs is not None:
             prompt_logprobs = [None, *(self._logprobs(i) for i in ids[1:])]
@@ -68,11 +70,13 @@ class FakeLLM:
 
     def _sample(self, ids, params, index):
         count = min(params.max_tokens, MAX_MODEL_LEN)
-        seed = 0 if params.is_greedy else params.seed
+        is_search = isinstance(params, BeamSearchParams)
+        seed = 0 if is_search or params.is_greedy else params.seed
         digest = hashlib.shake_128(repr((ids, seed, index)).encode()).digest(count)
         token_ids = [ord(CHARACTERS[b % len(CHARACTERS)]) for b in digest]
         logprobs = None if params.logprobs is None else [self._logprobs(i) for i in token_ids]
-        return CompletionOutput(index, self.tokenizer.decode(token_ids), token_ids, -0.5, logprobs, "length", None)
+        return CompletionOutput(index, self.tokenizer.decode(token_ids), token_ids, -0.5, logprobs, "length", None,
+                                -0.25 - index if is_search else None)  # fmt: skip
 
     def _logprobs(self, token_id):
         return {token_id: Logprob(-0.25, 2, chr(token_id)), 33: Logprob(-0.1, 1, "!")}

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxpaged import BeamSearchParams, SamplingParams
 from jaxpaged.batch import BatchContext, BatchRequest, InvalidLine, model_identity, parse_batch
 
 CONTEXT = BatchContext(identity="model")
@@ -200,3 +201,44 @@ def test_the_identity_of_a_model_changes_with_a_weight_and_not_with_notes(tmp_pa
     assert model_identity(tmp_path) != identity
     with pytest.raises(FileNotFoundError, match="does not exist"):
         model_identity(tmp_path / "missing")
+
+
+def test_a_line_with_a_beam_width_is_a_beam_search():
+    line = {"prompt": "a", "beam_width": 4, "length_penalty": 0.5, "early_stopping": "never", "n": 2}
+    (params,) = parse_one(line).params
+    assert params == BeamSearchParams(4, n=2, length_penalty=0.5, early_stopping="never", seed=params.seed)
+    body = {"prompt": ["a", "b"], "beam_width": 3, "max_tokens": 5}
+    request = parse_one({"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": body})
+    assert [type(p) for p in request.params] == [BeamSearchParams] * 2
+
+
+def test_defaults_of_the_other_kind_are_left_out():
+    context = BatchContext({"temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "length_penalty": 2.0}, identity="model")
+    (sampled,) = parse_one({"prompt": "a"}, context).params
+    assert (type(sampled), sampled.temperature, sampled.top_p, sampled.max_tokens) == (SamplingParams, 0.7, 0.9, 8)
+    (searched,) = parse_one({"prompt": "a", "beam_width": 2}, context).params
+    assert (type(searched), searched.temperature, searched.length_penalty) == (BeamSearchParams, 1.0, 2.0)
+    (drawn,) = parse_one({"prompt": "a", "beam_width": 2, "do_sample": True}, context).params
+    assert drawn.temperature == 0.7
+    everywhere = BatchContext({"beam_width": 2}, identity="model")
+    assert isinstance(parse_one({"prompt": "a"}, everywhere).params[0], BeamSearchParams)
+    assert isinstance(parse_one({"prompt": "a", "beam_width": None}, everywhere).params[0], SamplingParams)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ({"beam_width": 2, "top_p": 0.5}, "top_p is of no use to a beam search"),
+        ({"length_penalty": 0.5}, "length_penalty belongs to beam search: give beam_width too"),
+        ({"beam_width": 2, "temperature": 0.5}, "set do_sample=True"),
+        ({"beam_width": 0}, "beam_width must be at least 1"),
+        ({"beam_width": 2, "n": 3}, "n=3 hypotheses cannot be returned"),
+    ],
+)
+def test_parameters_of_the_other_kind_are_errors_of_their_line(line, words):
+    assert words in reason_of({"prompt": "a", **line})
+
+
+def test_a_beam_width_is_part_of_the_fingerprint():
+    prints = [parse_one({"prompt": "a", **more}).fingerprint for more in ({}, {"beam_width": 2}, {"beam_width": 3})]
+    assert len(set(prints)) == 3

@@ -131,6 +131,8 @@ def test_a_step_copies_a_shared_last_page_once_for_each_writer_but_one():
         expected += sum(count - 1 for count in writers.values())
         engine.step()
         assert group.pages.copied == expected
+        held = set().union(*(sequence.table.pages for sequence in group.sequences))
+        assert group.pages.physical == len(held) == engine.scheduler.allocator.num_used
     assert expected > 0
 
 

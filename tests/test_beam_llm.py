@@ -114,7 +114,7 @@ def test_after_warm_up_a_search_compiles_nothing(llm):
 @pytest.mark.parametrize(
     "params, message",
     [
-        (dict(logprobs=2), "logprobs of beams are not kept"),
+        (dict(logprobs=98), "logprobs=98 exceeds the vocabulary of 97"),
         (dict(beam_width=17), "17 samples of one request exceed max_num_seqs=16"),
         (dict(allowed_token_ids=[1000]), "1000"),
         (dict(max_tokens=200, beam_width=16), "needs .* pages"),

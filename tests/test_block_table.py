@@ -21,6 +21,7 @@ from jaxpaged.host.block_table import (
     fork,
     num_pages_for,
     num_pages_needed,
+    refork,
     release,
     truncate,
 )
@@ -68,6 +69,18 @@ def test_n_children_cost_n_minus_1_copies_of_a_part_filled_last_page_and_none_of
     assert append_slots(tables, [1] * 4, allocator) == []
 
 
+def test_a_table_that_forks_anew_gives_back_only_what_its_new_parent_does_not_have():
+    allocator = PageAllocator(num_pages=9, page_size=2)
+    parent = BlockTable()
+    append_slots([parent], [4], allocator)
+    other = fork(parent, allocator)
+    append_slots([parent, other], [2, 4], allocator)
+    assert (list(parent.pages), list(other.pages)) == ([1, 2, 3], [1, 2, 4, 5])
+    assert refork(other, parent, allocator) == (2, 2)  # two pages in common; two became free
+    assert (list(other.pages), other.num_slots) == ([1, 2, 3], 6)
+    assert [allocator.ref_count(page) for page in range(1, 6)] == [2, 2, 2, 0, 0]
+
+
 def test_append_is_all_or_nothing():
     allocator = PageAllocator(num_pages=4, page_size=2)
     tables = [BlockTable(), BlockTable()]
@@ -105,7 +118,7 @@ def append_counted(tables, counts, allocator):
 
 
 class TablesAgainstAModel(RuleBasedStateMachine):
-    """Any program of open, append, fork, truncate and release; a dict plays the pool, tokens play the KV.
+    """Any program of open, append, fork, refork, truncate and release; a dict plays the pool, tokens play the KV.
 
     Reading every sequence back is what finds a missing copy-on-write: counts alone would not.
     """
@@ -165,6 +178,17 @@ class TablesAgainstAModel(RuleBasedStateMachine):
         self.contents.append(list(self.contents[i]))
         assert self.allocator.num_free == free
 
+    @precondition(lambda self: len(self.tables) > 1)
+    @rule(data=st.data())
+    def refork(self, data):
+        i, j = data.draw(st.lists(st.integers(0, len(self.tables) - 1), min_size=2, max_size=2, unique=True))
+        free = self.allocator.num_free
+        common, freed = refork(self.tables[i], self.tables[j], self.allocator)
+        assert self.allocator.num_free == free + freed
+        shorter = min(common * self.allocator.page_size, len(self.contents[i]), len(self.contents[j]))
+        assert self.contents[i][:shorter] == self.contents[j][:shorter]
+        self.contents[i] = list(self.contents[j])
+
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def truncate(self, data):
@@ -212,7 +236,7 @@ def test_the_state_machine_finds_a_missing_copy_on_write(monkeypatch):
 
     def append_in_place(tables, counts, allocator):
         with monkeypatch.context() as patch:
-            patch.setattr(allocator, "ref_count", lambda page_id: 1)
+            patch.setattr(PageAllocator, "ref_counts", property(lambda self: [1] * self.num_pages))
             return append_slots(tables, counts, allocator)
 
     class WithoutCopyOnWrite(TablesAgainstAModel):

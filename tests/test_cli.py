@@ -290,3 +290,42 @@ def test_help_and_bad_usage_import_no_jax():
         subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, check=False).returncode
         == 0
     )
+
+
+def test_beams_come_with_their_scores(model, capfd):
+    options = ("--beam-width", 3, "--n", 2, "--length-penalty", 0.5, "--early-stopping", "never", "--max-tokens", 4)
+    assert run("generate", model, "--prompt", "a", *options) == 0
+    (row,) = rows_of(capfd.readouterr().out)
+    assert [(beam["score"], beam["cumulative_logprob"]) for beam in row["outputs"]] == [(-0.25, -0.5), (-1.25, -0.5)]
+
+
+def test_a_file_may_mix_beams_and_samples_and_is_resumed(model, tmp_path, capfd):
+    lines, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_text('{"prompt": "a", "beam_width": 2}\n{"prompt": "b", "n": 3}\n{"prompt": "c", "top_p": 0.5}\n')
+    options = ("--input", lines, "--output", output, "--length-penalty", 2, "--temperature", 0.5)
+    assert run("generate", model, *options) == 0
+    rows = {row["index"]: row for row in rows_of(output.read_text())}
+    assert ["score" in rows[i]["outputs"][0] for i in range(3)] == [True, False, False]
+    kept = output.read_text().splitlines()[0]
+    output.write_text(kept + "\n" + '{"id": "torn')
+    assert run("generate", model, *options) == 0
+    assert {row["index"]: row for row in rows_of(output.read_text())} == rows
+    capfd.readouterr()
+    lines.write_text(lines.read_text().replace('"beam_width": 2', '"beam_width": 4'))
+    assert run("generate", model, *options) == 2
+    assert "the result of input line 1 is of another prompt, parameters, seed or model" in error_line(capfd)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--length-penalty", "2"), "--length-penalty is for beam search, and no prompt asks for one"),
+        (("--beam-width", "2", "--top-p", "0.5"), "top_p is of no use to a beam search"),
+        (("--beam-width", "2", "--temperature", "0.5"), "set do_sample=True"),
+        (("--beam-width", "2", "--early-stopping", "maybe"), "invalid 'true', 'false' or 'never' value: 'maybe'"),
+        (("--beam-width", "3", "--num-beam-groups", "2"), "make it a multiple"),
+    ],
+)
+def test_beam_flags_that_cannot_be_meant_are_refused(model, capfd, options, words):
+    assert run("generate", model, "--prompt", "a", *options) == 2
+    assert words in error_line(capfd)

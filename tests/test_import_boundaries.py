@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ABOVE_ENGINE = (
     "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.cli", "jaxpaged.cli_options", "jaxpaged.generate_command",
-    "jaxpaged.batch", "jaxpaged.tree", "jaxpaged.tree_steps", "jaxpaged.toy", "jaxpaged.search",
+    "jaxpaged.beams_command", "jaxpaged.beam_plot", "jaxpaged.batch", "jaxpaged.tree", "jaxpaged.tree_steps",
+    "jaxpaged.toy", "jaxpaged.search",
 )  # fmt: skip
 ABOVE_STEPS = ("jaxpaged.engine", "jaxpaged.loading", *ABOVE_ENGINE)
 DEVICE_STACK = ("jax", "jaxlib", "flax", "orbax", "jaxpaged.device", "pallas_kernels")
@@ -27,6 +28,10 @@ FORBIDDEN = {
     "jaxpaged.sampling_params": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.beam_params": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.param_checks": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_text": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_snapshot": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_tree": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.beam_plot": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
     "jaxpaged.outputs": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.tokenizer": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.progress": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
@@ -39,7 +44,13 @@ FORBIDDEN = {
     "jaxpaged.tree_steps": ("jaxpaged.device", "jaxpaged.checkpoint", "jaxpaged.llm", "jaxpaged.tree"),
     "jaxpaged.toy": (*DEVICE_STACK, "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm", "jaxpaged.tree_steps"),
     "jaxpaged.search": (*DEVICE_STACK,),
-    "jaxpaged.llm": ("jaxpaged.device", "jaxpaged.cli", "jaxpaged.generate_command", "jaxpaged.batch"),
+    "jaxpaged.llm": (
+        "jaxpaged.device",
+        "jaxpaged.cli",
+        "jaxpaged.generate_command",
+        "jaxpaged.beams_command",
+        "jaxpaged.batch",
+    ),
     "jaxpaged": ("scripts", "tests"),
     "pallas_kernels": ("jaxpaged", "flax", "scripts", "tests"),
 }

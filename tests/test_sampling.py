@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged.device.sampling import _filter, _largest_threshold, _process, sample_tokens, token_logprobs
+from jaxpaged.device.sampling import _filter, _largest_threshold, process_logits, sample_tokens, token_logprobs
 from jaxpaged.step_io import WHOLE_VOCABULARY, SamplingInputs, unpack_logprobs
 
 ROWS, VOCAB = 4, 50
@@ -124,7 +124,7 @@ def test_penalties_follow_vllm():
         penalties=np.float32([[2.0, 0, 0], [1.0, 0.5, 0.25]]),
     )  # fmt: skip
     logits = np.array([[1.0, 4.0, -4.0, 4.0, 1.9], [1.0, 4.0, 4.0, 4.0, 3.9]], np.float32)
-    processed = np.asarray(_process(jnp.asarray(logits), inputs, ()))
+    processed = np.asarray(process_logits(jnp.asarray(logits), inputs, ()))
     np.testing.assert_allclose(processed[0], [1.0, 2.0, -8.0, 2.0, 1.9])
     np.testing.assert_allclose(processed[1], [1.0, 4.0, 3.25, 3.25, 3.9])  # generated tokens only
 
@@ -145,7 +145,7 @@ def test_allowed_tokens_edits_and_processors():
         history=history, history_lens=np.int32([1, 1, 1]), prompt_lens=np.int32([1, 1, 1]),
         uses_processor=np.int32([[0], [0], [1]]),
     )  # fmt: skip
-    tokens = np.asarray(sample_tokens(jnp.asarray(logits), inputs, (ban_last_token,)))
+    tokens = np.asarray(sample_tokens(process_logits(jnp.asarray(logits), inputs, (ban_last_token,)), inputs))
     assert tokens.tolist() == [3, 4, 0]
 
 

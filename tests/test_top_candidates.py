@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpaged.device import top_candidates as module
-from jaxpaged.device.top_candidates import chunk_size, group_candidates, top_candidates
-from jaxpaged.host.beam import merge_candidates
+from jaxpaged.device.top_candidates import chunk_size, top_candidates
 
 top_candidates_jit = jax.jit(top_candidates, static_argnums=1)
 
@@ -105,26 +104,3 @@ def test_a_row_of_a_step_is_read_once_and_little_of_it_is_ordered():
     lowered = jax.jit(functools.partial(top_candidates, k=128)).lower(jax.ShapeDtypeStruct((4, 128_256), jnp.float32))
     compared = [line for line in lowered.as_text().splitlines() if "top_k" in line and "tensor<4x" in line]
     assert compared and not any("4x128256" in line for line in compared)
-
-
-@pytest.mark.parametrize("num_values", [2, 1000])
-def test_groups_are_merged_on_the_device_as_on_the_host(num_values):
-    rng = np.random.default_rng(num_values)
-    widths, count = [3, 1, 4], 8
-    sums = -rng.integers(0, num_values, (sum(widths), 60)).astype(np.float32)
-    values, tokens = map(np.asarray, top_candidates(jnp.asarray(sums), count))
-    rows = np.array([[0, 1, 2, -1], [3, -1, -1, -1], [4, 5, 6, 7]], np.int32)
-    expected = merge_candidates(values, tokens, rows, np.array([count] * 3))
-    scores, parents, ids = jax.jit(group_candidates, static_argnums=3)(values, tokens, rows, count)
-    np.testing.assert_array_equal(np.asarray(scores), expected.scores)
-    np.testing.assert_array_equal(np.asarray(parents), expected.parents)
-    np.testing.assert_array_equal(np.asarray(ids), expected.tokens)
-
-
-def test_a_narrow_group_beside_a_wide_one_has_fewer_candidates():
-    values, tokens = np.array([[-1, -2], [-3, -4], [-5, -6]], np.float32), np.arange(6, dtype=np.int32).reshape(3, 2)
-    rows = np.array([[0, 1], [2, -1]], np.int32)
-    scores, parents, ids = group_candidates(values, tokens, rows, 4)
-    assert np.asarray(ids).tolist() == [[0, 1, 2, 3], [4, 5, -1, -1]]
-    assert np.asarray(parents).tolist() == [[0, 0, 1, 1], [0, 0, -1, -1]]
-    assert np.asarray(scores)[1, 2:].tolist() == [-np.inf, -np.inf]

@@ -12,7 +12,14 @@ Nothing here imports jax or the engine: `run_batch` needs an object with `check_
 """
 
 from jaxpaged.batch.parse import parse_batch
-from jaxpaged.batch.requests import BatchContext, BatchRequest, InvalidLine, make_request, model_identity
+from jaxpaged.batch.requests import (
+    BatchContext,
+    BatchRequest,
+    InvalidLine,
+    make_params,
+    make_request,
+    model_identity,
+)
 from jaxpaged.batch.results import ResultStream, WriteError, open_result_file
 from jaxpaged.batch.rows import error_row, result_row
 from jaxpaged.batch.run import check_requests, run_batch
@@ -25,6 +32,7 @@ __all__ = [
     "WriteError",
     "check_requests",
     "error_row",
+    "make_params",
     "make_request",
     "model_identity",
     "open_result_file",

@@ -1,8 +1,9 @@
 """OpenAI batch lines for `/v1/completions`: the request body in, the completion object out.
 
 One line may hold a list of prompts; choice `p * n + s` is then sample s of prompt p. Besides OpenAI's parameters a body
-may set every `SamplingParams` field (top_k, min_p, ...). `model` is echoed, not compared: there is one model, the
-command's. Ids and `created` are functions of the request, never of the clock: a resumed run writes the same file.
+may set every field of `SamplingParams` (top_k, min_p, ...), or of `BeamSearchParams` with a `beam_width`. `model` is
+echoed, not compared: there is one model, the command's. Ids and `created` are functions of the request, never of the
+clock: a resumed run writes the same file.
 """
 
 from __future__ import annotations

@@ -15,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.sampling_params import SamplingParams
 
 Prompt = str | list[int]
+Params = SamplingParams | BeamSearchParams
 
+SAMPLING_NAMES = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name != "logits_processors")
+BEAM_NAMES = tuple(f.name for f in dataclasses.fields(BeamSearchParams) if f.name != "logits_processors")
+SAMPLING_ONLY = frozenset(SAMPLING_NAMES) - frozenset(BEAM_NAMES)
+BEAM_ONLY = frozenset(BEAM_NAMES) - frozenset(SAMPLING_NAMES)
 #: What a line may set. Logits processors are functions, which JSON cannot hold.
-PARAMETER_NAMES = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name != "logits_processors")
+PARAMETER_NAMES = (*SAMPLING_NAMES, *(name for name in BEAM_NAMES if name in BEAM_ONLY))
 
 SAMPLE_BYTES = 4096  # read at the start, middle and end of every model file
 
@@ -57,7 +63,7 @@ class BatchRequest:
     index: int  # of the input line, from 0, blank lines counted
     id: str | int
     prompts: list[Prompt]
-    params: list[SamplingParams]  # one a prompt
+    params: list[Params]  # one a prompt
     openai: OpenAIOptions | None
     fingerprint: str
     error_fingerprint: str  # of this line's row if the model refuses it
@@ -89,15 +95,36 @@ def make_request(
     """Check the parameters (`ValueError` names the bad one), fill in seeds, take the fingerprint."""
     params = []
     for part in range(len(prompts)):
-        merged = {**context.params, **values}
-        if merged.get("seed") is None:
-            merged["seed"] = derived_seed(context.seed, index, part)
-        params.append(SamplingParams(**merged))
+        seed = values.get("seed", context.params.get("seed"))
+        seed = derived_seed(context.seed, index, part) if seed is None else seed
+        params.append(make_params(context.params, {**values, "seed": seed}))
     content = [index, request_id, prompts, [_changed_fields(p) for p in params], context.identity]
     if openai is not None:
         content.append(dataclasses.asdict(openai))
     fingerprint = digest(content)
     return BatchRequest(index, request_id, prompts, params, openai, fingerprint, digest([fingerprint, context.options]))
+
+
+def make_params(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> Params:
+    """What a line asks for: a beam search where it, or the command, gives a `beam_width`.
+
+    Defaults for the other kind of request are left out; values for it are an error.
+    """
+    merged = {**defaults, **values}
+    is_search = merged.get("beam_width") is not None
+    foreign = SAMPLING_ONLY if is_search else BEAM_ONLY
+    for name, value in values.items():
+        if name in foreign and value is not None:
+            raise ValueError(
+                f"{name} is of no use to a beam search: leave it out, or beam_width"
+                if is_search
+                else f"{name} belongs to beam search: give beam_width too"
+            )
+    if not is_search:
+        return SamplingParams(**{name: value for name, value in merged.items() if name not in foreign})
+    if not merged.get("do_sample") and "temperature" not in values:
+        merged.pop("temperature", None)  # a default for samples
+    return BeamSearchParams(**{name: value for name, value in merged.items() if name not in foreign})
 
 
 def derived_seed(seed: int, index: int, part: int = 0) -> int:
@@ -109,7 +136,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _changed_fields(params: SamplingParams) -> dict[str, Any]:
+def _changed_fields(params: Params) -> dict[str, Any]:
     """Only what differs from the default, so that a parameter which a later version adds leaves old results valid."""
     fields = {f.name: (getattr(params, f.name), f.default) for f in dataclasses.fields(params)}
     return {name: value for name, (value, default) in fields.items() if value != default}

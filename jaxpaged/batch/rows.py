@@ -1,8 +1,8 @@
 """Outputs -> the JSON rows that are written.
 
 A row holds nothing that depends on the clock or on what ran beside it, so a resumed run writes the same rows as an
-undisturbed one: no times, no page counts, and log-probabilities only where they are asked for. (Their last digits do
-depend on which requests shared a step: floating-point sums of another batch size go in another order.)
+undisturbed one: no times, no page counts, and log-probabilities only of beams and where they are asked for. (Their last
+digits do depend on which requests shared a step: floating-point sums of another batch size go in another order.)
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpaged.batch.openai import Decode, completion_body, rounded
-from jaxpaged.batch.requests import BatchRequest, InvalidLine
+from jaxpaged.batch.requests import BatchRequest, InvalidLine, Params
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxpaged.sampling_params import SamplingParams
 
 #: What every row begins with, in bytes: how a row that was cut off is told from somebody else's file.
 ROW_START = b'{"id": '
@@ -65,7 +64,7 @@ def _openai_row(line: BatchRequest | InvalidLine, fingerprint: str, response: An
     }
 
 
-def _sample(sample: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
+def _sample(sample: CompletionOutput, params: Params) -> dict[str, Any]:
     row: dict[str, Any] = {
         "index": sample.index,
         "text": sample.text,
@@ -73,8 +72,11 @@ def _sample(sample: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "stop_reason": sample.stop_reason,
     }
-    if params.logprobs is not None:
+    if sample.score is not None:
+        row["score"] = rounded(sample.score)
+    if params.logprobs is not None or sample.score is not None:
         row["cumulative_logprob"] = rounded(sample.cumulative_logprob)
+    if params.logprobs is not None:
         row["logprobs"] = [_candidates(candidates) for candidates in sample.logprobs or []]
     return row
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxpaged.batch.requests import BatchRequest
+from jaxpaged.batch.requests import BatchRequest, Params
 from jaxpaged.outputs import RequestOutput
-from jaxpaged.sampling_params import SamplingParams
 
 
 class GeneratingLLM(Protocol):
     """What a batch needs of `jaxpaged.LLM`."""
 
-    def check_request(self, prompt: Any, params: SamplingParams) -> None: ...
+    def check_request(self, prompt: Any, params: Params) -> None: ...
 
     def generate_iter(
         self, prompts: Any, sampling_params: Any, *, request_ids: list[str] | None = None

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.sampling_params import LogitsProcessor
 from jaxpaged.step_io import WHOLE_VOCABULARY, SamplingInputs
 
@@ -25,9 +24,8 @@ Array = jax.Array
 MIN_TEMPERATURE = 1e-5
 
 
-def sample_tokens(logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...] = ()) -> Array:
-    """logits f32[R, V] -> token ids i32[R]."""
-    logits = _process(logits, inputs, processors)
+def sample_tokens(logits: Array, inputs: SamplingInputs) -> Array:
+    """logits f32[R, V], as `process_logits` leaves them -> token ids i32[R]."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if inputs.temperatures is None:
         return greedy
@@ -35,9 +33,7 @@ def sample_tokens(logits: Array, inputs: SamplingInputs, processors: tuple[Logit
     logits = logits / jnp.where(is_greedy, 1.0, jnp.maximum(inputs.temperatures, MIN_TEMPERATURE))[:, None]
     if inputs.top_ps is not None:
         logits = _filter(logits, inputs)
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(
-        inputs.seeds, inputs.sample_indices, inputs.positions, logits.shape[-1]
-    )
+    noise = gumbel_noise(inputs, logits.shape[-1])
     return jnp.where(is_greedy, greedy, jnp.argmax(logits + noise, axis=-1).astype(jnp.int32))
 
 
@@ -49,50 +45,43 @@ def token_logprobs(logits: Array, tokens: Array, num_logprobs: int | None) -> Ar
     """
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    columns = [_bits(chosen - normaliser)]
+    columns = [bits(chosen - normaliser)]
     if num_logprobs is not None:
         columns.append(1 + jnp.sum(logits > chosen, axis=-1, keepdims=True, dtype=jnp.int32))
         if num_logprobs == WHOLE_VOCABULARY:
-            columns.append(_bits(logits - normaliser))
-        elif num_logprobs:
-            values, ids = jax.lax.top_k(logits, num_logprobs)
-            columns += [ids.astype(jnp.int32), _bits(values - normaliser)]
+            columns.append(bits(logits - normaliser))
+        else:
+            columns.append(likeliest_tokens(logits, num_logprobs))
     return jnp.concatenate(columns, axis=1)
 
 
-def beam_candidates(
-    logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...], count: int
-) -> Array:
-    """The `count` continuations of every row with the highest sums of log-probabilities, as int32 columns.
-
-    The sums are taken before the best are: rounding makes some of them equal, and of equals the lowest token wins.
-    """
-    logprobs = _process(jax.nn.log_softmax(logits), inputs, processors)
-    if inputs.beam_temperatures is None:
-        sums, tokens = top_candidates(logprobs + inputs.running_scores[:, None], count)
-        return jnp.concatenate([_bits(sums), tokens], axis=1)
-    is_drawn = inputs.beam_temperatures[:, None] > 0
-    logprobs = jnp.where(is_drawn, logprobs / jnp.where(is_drawn, inputs.beam_temperatures[:, None], 1.0), logprobs)
-    sums = logprobs + inputs.running_scores[:, None]
-    # The largest sums with Gumbel noise are a draw without replacement from their softmax (Kool et al., 2019).
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(
-        inputs.seeds, inputs.sample_indices, inputs.positions, logits.shape[-1]
-    )
-    keys, tokens = top_candidates(jnp.where(is_drawn, sums + noise, sums), count)
-    return jnp.concatenate([_bits(jnp.take_along_axis(sums, tokens, axis=1)), tokens, _bits(keys)], axis=1)
+def likeliest_tokens(logits: Array, count: int) -> Array:
+    """The `count` likeliest tokens of each row and the bits of their log-probabilities: i32[R, 2 * count]."""
+    if not count:
+        return jnp.zeros((len(logits), 0), jnp.int32)
+    values, ids = jax.lax.top_k(logits, count)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.concatenate([ids.astype(jnp.int32), bits(values - normaliser)], axis=1)
 
 
-def _bits(x: Array) -> Array:
+def bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
+def gumbel_noise(inputs: SamplingInputs, vocab_size: int) -> Array:
+    """Gumbel noise f32[R, V]; the largest of a row's sums with it is a draw from their softmax."""
+    draw = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))
+    return draw(inputs.seeds, inputs.sample_indices, inputs.positions, vocab_size)
+
+
 def _gumbel(seed: Array, sample_index: Array, position: Array, vocab_size: int) -> Array:
-    """Gumbel noise f32[V] for one row; adding it to logits and taking the largest draws from their softmax."""
+    """Gumbel noise f32[V] for one row."""
     key = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
     return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, sample_index), position), (vocab_size,))
 
 
-def _process(logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...]) -> Array:
+def process_logits(logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...] = ()) -> Array:
+    """What requests ask to be done to logits f32[R, V], or to beams' log-probabilities, before anything is chosen."""
     for i, processor in enumerate(processors):
         processed = jax.vmap(processor)(inputs.history, inputs.history_lens, logits)
         logits = jnp.where(inputs.uses_processor[:, i : i + 1] == 1, processed, logits)

@@ -16,19 +16,20 @@ import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
+from jaxpaged.device.beam_candidates import beam_columns
 from jaxpaged.device.cache import KVCache, PagedCache
 from jaxpaged.device.model import compute_logits, forward
 from jaxpaged.device.params import Params
-from jaxpaged.device.sampling import beam_candidates, sample_tokens, token_logprobs
+from jaxpaged.device.sampling import likeliest_tokens, process_logits, sample_tokens, token_logprobs
 from jaxpaged.sampling_params import LogitsProcessor
-from jaxpaged.step_io import DecodeBatch, Layout, PrefillBatch, SamplingInputs
+from jaxpaged.step_io import TOKENS_ALONE, DecodeBatch, Layout, PrefillBatch, SamplingInputs, Wanted
 
 Array = jax.Array
 
 #: Packed tokens whose prompt log-probabilities are computed at a time: bounds the logits in memory.
 LOGPROB_TILE = 128
 
-_STATIC = ("config", "kernels", "layout", "num_logprobs", "num_candidates", "processors")
+_STATIC = ("config", "kernels", "layout", "wanted", "processors")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
@@ -40,21 +41,20 @@ def decode_step(
     config: ModelConfig,
     kernels: AttentionKernels,
     layout: Layout,
-    num_logprobs: int | None = None,
-    num_candidates: int = 0,
+    wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> tuple[Array, KVCache]:
     """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
 
-    `packed` is a packed `DecodeBatch` -> i32[B, 1 + columns]: tokens, their log-probabilities, and the
-    `num_candidates` likeliest continuations of beams; the new cache.
+    `packed` is a packed `DecodeBatch` -> i32[B, columns], which `step_io.unpack_outputs` takes apart: tokens, their
+    log-probabilities, the likeliest continuations of beams, as far as they are `wanted`; the new cache.
     """
     batch: DecodeBatch = unpack(packed, layout)
     hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
-    return _choose(params, config, hidden, batch.sampling, num_logprobs, num_candidates, processors), cache
+    return _choose(params, config, hidden, batch.sampling, wanted, processors), cache
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "num_prompt_logprobs"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
 def prefill_step(
     params: Params,
     cache: KVCache,
@@ -63,23 +63,21 @@ def prefill_step(
     config: ModelConfig,
     kernels: AttentionKernels,
     layout: Layout,
-    num_logprobs: int | None = None,
-    num_prompt_logprobs: int | None = None,
-    num_candidates: int = 0,
+    wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> tuple[Array, Array | None, KVCache]:
     """Compute many tokens a row and choose the next token for the rows in `sample_from`.
 
-    `packed` is a packed `PrefillBatch` -> i32[R, 1 + columns] as in `decode_step`; the prompt's log-probability columns
+    `packed` is a packed `PrefillBatch` -> i32[R, columns] as in `decode_step`; the prompt's log-probability columns
     i32[T, columns] if they are wanted; the new cache.
     """
     batch: PrefillBatch = unpack(packed, layout)
     hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
     hidden_last = hidden[batch.inputs.sample_from]
-    outputs = _choose(params, config, hidden_last, batch.sampling, num_logprobs, num_candidates, processors)
+    outputs = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
     if batch.inputs.next_tokens is None:
         return outputs, None, cache
-    prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, num_prompt_logprobs)
+    prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
     return outputs, prompt, cache
 
 
@@ -143,17 +141,29 @@ def _choose(
     config: ModelConfig,
     hidden: Array,
     sampling: SamplingInputs,
-    num_logprobs: int | None,
-    num_candidates: int,
+    wanted: Wanted,
     processors: tuple[LogitsProcessor, ...],
 ) -> Array:
     logits = compute_logits(params, config, hidden)
     with jax.named_scope("sample"):
-        tokens = sample_tokens(logits, sampling, processors)
-        columns = [tokens[:, None], token_logprobs(logits, tokens, num_logprobs)]
-        if num_candidates:
-            columns.append(beam_candidates(logits, sampling, processors, num_candidates))
+        processed = process_logits(_logits_to_process(logits, sampling, wanted), sampling, processors)
+        columns = []
+        if wanted.draws_tokens:
+            tokens = sample_tokens(processed, sampling)
+            columns += [tokens[:, None], token_logprobs(logits, tokens, wanted.num_logprobs)]
+        elif wanted.beam_logprobs and wanted.num_logprobs:
+            columns.append(likeliest_tokens(logits, wanted.num_logprobs))
+        if wanted.num_candidates:
+            columns.append(beam_columns(logits, processed, sampling, wanted))
         return jnp.concatenate(columns, axis=1)
+
+
+def _logits_to_process(logits: Array, sampling: SamplingInputs, wanted: Wanted) -> Array:
+    """Logits of samples, log-probabilities of beams: so whatever processes them runs once."""
+    if not wanted.num_candidates:
+        return logits
+    logprobs = jax.nn.log_softmax(logits)
+    return logprobs if sampling.is_beam is None else jnp.where(sampling.is_beam[:, None] == 1, logprobs, logits)
 
 
 def _prompt_logprobs(

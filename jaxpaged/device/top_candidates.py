@@ -61,20 +61,3 @@ def chunk_size(vocab_size: int, k: int) -> int | None:
     if k > num_chunks or MIN_GAIN * (num_chunks + k * chunk) > vocab_size:
         return None
     return chunk
-
-
-def group_candidates(values: Array, tokens: Array, rows: Array, count: int) -> tuple[Array, Array, Array]:
-    """The `count` best of each group of rows: what `merge_candidates` does on the host, with less to bring there.
-
-    values f32[R, k] and tokens i32[R, k] as `top_candidates` gives them (of sums of log-probabilities), rows i32[G, W]
-    the row of each of a group's beams, -1 behind its last -> scores f32[G, count], parents i32[G, count], tokens
-    i32[G, count], best first, the lowest parent * V + token first among equals; parent and token are -1 where a group
-    has no more.
-    """
-    num_groups, k = len(rows), values.shape[1]
-    is_used = (rows >= 0)[:, :, None]
-    flat = jnp.where(is_used, values[rows], -jnp.inf).reshape(num_groups, -1)
-    scores, places = top_candidates(flat, count)
-    row = jnp.take_along_axis(rows, places // k, axis=1)
-    found = tokens[row, places % k]
-    return scores, jnp.where(row >= 0, places // k, -1), jnp.where(row >= 0, found, -1)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.block_table import num_pages_for
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.sampling_batch import make_sampling_inputs
+from jaxpaged.host.sampling_batch import make_beam_rows, make_sampling_inputs
 from jaxpaged.host.scheduler import PlanRow, StepPlan
 from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs
 
@@ -76,9 +76,11 @@ def _can_decode(plan: StepPlan, features: SamplingFeatures) -> bool:
     """Whether a decode step, which is faster, computes this prefill: one token a row, and row i chooses for sample i.
 
     Rows behind the last sample are prompts that go on in the next step: what a decode step chooses for them is unread.
+    Not where decode steps merge the rows of beams: these would be first rows, one for all beams of a search.
     """
     return (
         features.num_prompt_logprobs is None
+        and features.merged_widths is None
         and all(row.count == 1 for row in plan.rows)
         and all(sample.row == i for i, sample in enumerate(plan.samples))
     )
@@ -113,6 +115,9 @@ def make_batch(
     history_len = shape.table_width * cache.page_size
     sampling = make_sampling_inputs(plan.samples, shape.num_rows, history_len, vocab_size, features)
     if shape.num_tokens is None:
+        if features.merged_widths is not None:
+            beam_rows = make_beam_rows(plan.samples, shape.num_rows, features.merged_widths)
+            sampling = sampling._replace(beam_rows=beam_rows)
         return DecodeBatch(_decode_inputs(plan.rows, tables, cache.page_size), sampling)
     return PrefillBatch(_prefill_inputs(plan, shape.num_tokens, tables, cache.page_size, features), sampling)
 
@@ -163,9 +168,16 @@ def make_copies(plan: StepPlan, buckets: Buckets) -> np.ndarray:
 
 def _block_tables(rows: list[PlanRow], shape: StepShape) -> np.ndarray:
     tables = np.full((shape.num_rows, shape.table_width), NULL_PAGE, np.int32)
-    for i, row in enumerate(rows):
-        pages = row.sequence.table.pages
-        tables[i, : len(pages)] = pages
+    if not rows:
+        return tables
+    pages = [row.sequence.table.pages for row in rows]
+    lengths = np.fromiter(map(len, pages), np.intp, len(pages))
+    entries = np.frombuffer(b"".join(pages), np.int32)  # many times quicker than filling row by row
+    used = tables[: len(rows), : lengths.max()]
+    if len(entries) == used.size:
+        used[:] = entries.reshape(used.shape)
+    else:
+        used[np.arange(used.shape[1]) < lengths[:, None]] = entries
     return tables
 
 

@@ -96,15 +96,15 @@ def select_beams(beams: Beams, candidates: Candidates, rules: BeamRules) -> Sele
     ends = candidates.ends | (generated >= rules.max_tokens)[:, None] | ~is_used
 
     next_scores = _add_not(candidates.scores, ends)
-    chosen = _best(next_scores, width)
-    running_scores = np.where(in_group, _take(next_scores, chosen), NOTHING)
+    chosen = _flat(_best(next_scores, width), next_scores.shape[1])
+    running_scores = np.where(in_group, next_scores.take(chosen), NOTHING)
 
     finished = _update_finished(beams, candidates, ends & is_used, generated, rules, in_group)
     can_improve = beams.can_improve & _may_improve(running_scores[:, 0], finished, generated, rules, in_group)
     is_full = (finished.is_finished | ~in_group).all(1)
     return Selection(
-        parents=np.where(in_group, _take(candidates.parents, chosen), -1),
-        tokens=np.where(in_group, _take(candidates.tokens, chosen), -1),
+        parents=np.where(in_group, candidates.parents.take(chosen), -1),
+        tokens=np.where(in_group, candidates.tokens.take(chosen), -1),
         beams=Beams(generated, running_scores, can_improve, finished),
         is_done=~can_improve | (rules.stops_when_full & is_full) | ends.all(1),
     )
@@ -122,6 +122,8 @@ def _update_finished(
     width, count = in_group.shape[1], candidates.scores.shape[1]
     old = beams.finished
     joins = ends & (np.arange(count) < rules.widths[:, None])
+    if not joins.any() and candidates.scores.max() <= 0:
+        return old  # -1e9 and less: behind everything that is there
     is_full = rules.stops_when_full & (old.is_finished | ~in_group).all(1)
     scores = candidates.scores / _length_divisor(generated, rules)[:, None]
     for blocked in (is_full[:, None], ~beams.can_improve[:, None], ~joins):
@@ -130,8 +132,8 @@ def _update_finished(
     new = Finished(scores, joins, candidates.scores, steps, candidates.parents, candidates.tokens)
 
     both = Finished(*(np.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)))
-    best = _best(both.scores, width)
-    kept = Finished(*(_take(values, best) for values in both))
+    best = _flat(_best(both.scores, width), both.scores.shape[1])
+    kept = Finished(*(values.take(best) for values in both))
     return kept._replace(scores=np.where(in_group, kept.scores, NOTHING), is_finished=kept.is_finished & in_group)
 
 
@@ -155,8 +157,13 @@ def _add_not(scores: np.ndarray, where: np.ndarray) -> np.ndarray:
     return scores + np.where(where, NOT, np.float32(0))
 
 
-def _take(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(values, order, axis=1)
+def _flat(places: np.ndarray, size: int) -> np.ndarray:
+    """Places [G, n] in rows of `size` values as indices into all of them, with which several arrays are taken from."""
+    return places + np.arange(0, len(places) * size, size)[:, None]
+
+
+def _take(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    return values.take(_flat(places, values.shape[1]))
 
 
 def _best(values: np.ndarray, count: int) -> np.ndarray:
@@ -190,12 +197,12 @@ def merge_candidates(
     num_groups, k = len(rows), scores.shape[1]
     ranked = np.where((rows >= 0)[:, :, None], (scores if keys is None else keys)[rows], NOTHING)
     places = _best(ranked.reshape(num_groups, -1), int(counts.max()))
-    parents = places // k
+    parents, rank = np.divmod(places, k)
     row = _take(rows, parents)
     is_used = (row >= 0) & (np.arange(places.shape[1]) < counts[:, None])
     return Candidates(
-        scores=np.where(is_used, scores[row, places % k], NOTHING),
+        scores=np.where(is_used, scores[row, rank], NOTHING),
         parents=np.where(is_used, parents, -1).astype(np.int32),
-        tokens=np.where(is_used, tokens[row, places % k], -1),
+        tokens=np.where(is_used, tokens[row, rank], -1),
         ends=np.zeros(places.shape, bool),
     )

@@ -1,7 +1,9 @@
-"""Carries the decisions of a beam search out on sequences and their pages: fork the survivors, then free the others.
+"""Carries the decisions of a beam search out on sequences and their pages: fork the survivors, free the others.
 
 The first child of a beam that survives is that beam, one token longer: it keeps the pages. Further children fork from
-it, which copies nothing; what they write to a shared last page later is copied then, once for each writer but one.
+it, which copies nothing; what they write to a shared last page later is copied then, once for each writer but one. As
+many beams have no child as there are further children, and these take their places: sequences of one search have most
+of their pages in common, so little of a table changes.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams
-from jaxpaged.host.block_table import fork, release
+from jaxpaged.host.beam_logprobs import keep_group, keep_rows
+from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams, advance_merged
+from jaxpaged.host.block_table import fork, refork, release
 from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
-from jaxpaged.step_io import RowCandidates
+from jaxpaged.step_io import GroupCandidates, StepOutputs
 
 
 class _Search(NamedTuple):
@@ -27,27 +30,21 @@ class _Search(NamedTuple):
 
 
 def advance_groups(
-    groups: list[tuple[SequenceGroup, int]], candidates: RowCandidates, allocator: PageAllocator
-) -> list[SequenceGroup]:
-    """One step of every group, each with its first row among the candidates; returns the groups that are done."""
-    searches = {group: _searches(group, row) for group, row in groups}
-    for group, of_group in searches.items():
-        group.record_pages()  # the most that it holds: what this step wrote is there, and nothing freed yet
+    groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, allocator: PageAllocator
+) -> tuple[list[SequenceGroup], bool]:
+    """One step of every group, each with its first row in the step.
+
+    Returns the groups that are done, and whether any group's sequences are no longer the same.
+    """
+    searches = [(group, _searches(group, row)) for group, row in groups]
+    for group, of_group in searches:
+        _note_growth(group, allocator.page_size)
         if group.ends_text is not None:
             for search in of_group:
                 search.state.find_stops = _stop_finder(search.parents, group.ends_text)
-    running = [search for of_group in searches.values() for search in of_group]
-    if running:
-        first_rows = [search.first_row for search in running]
-        advance_beams(
-            [search.state for search in running], candidates.scores, candidates.tokens, first_rows, candidates.keys
-        )
-    parents = {group: group.sequences for group in searches}
-    for group, of_group in searches.items():
-        group.sequences = _children(of_group, allocator)
-    for group, sequences in parents.items():
-        _release_losers(group, sequences, allocator)
-    return [group for group in searches if not group.running_beams]
+    _advance(searches, outputs)
+    is_changed = [_carry_out(group, of_group, allocator) for group, of_group in searches]
+    return [group for group, _ in searches if not group.running_beams], any(is_changed)
 
 
 def _searches(group: SequenceGroup, row: int) -> list[_Search]:
@@ -62,6 +59,23 @@ def _searches(group: SequenceGroup, row: int) -> list[_Search]:
     return found
 
 
+def _note_growth(group: SequenceGroup, page_size: int) -> None:
+    """The most pages that the group holds: what the step wrote is there, and nothing is freed yet.
+
+    Counted anew only where the tables were made anew. Beams are of one length, so either all took a page or none.
+    """
+    pages = group.pages
+    if not group.is_forked or group.num_preemptions != group.counted_preemptions:
+        group.record_pages()
+        group.counted_preemptions = group.num_preemptions
+    else:
+        table = group.sequences[0].table
+        takes_page = table.num_slots % page_size == 1 % page_size
+        grown = len(group.sequences) if takes_page else pages.copied - group.counted_copies
+        pages.note(pages.physical + grown, len(group.sequences) * len(table.pages))
+    group.counted_copies = pages.copied
+
+
 def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]) -> FindStops:
     def find_stops(beams: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         pairs = zip(beams.tolist(), tokens.tolist(), strict=True)
@@ -70,26 +84,85 @@ def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]
     return find_stops
 
 
-def _children(searches: list[_Search], allocator: PageAllocator) -> list[Sequence]:
-    """The running beams after a step, best first: of each parent the first child is the parent itself."""
-    kept: set[Sequence] = set()
-    born: list[tuple[Sequence, int, float]] = []
-    for state, parents, _ in searches:
-        if state.is_done:
-            continue
-        scores = state.running_scores.tolist()
-        for parent, token, score in zip(state.parents[-1].tolist(), state.tokens[-1].tolist(), scores, strict=True):
-            sequence = parents[parent]
-            if sequence in kept:
-                sequence = _fork(sequence, allocator)
-            kept.add(sequence)
-            born.append((sequence, token, score))
+def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepOutputs) -> None:
+    """Let all searches choose, and keep what the step said of their tokens where a request wants to know."""
+    candidates = outputs.candidates
+    running = [(group, search) for group, of_group in searches for search in of_group]
+    states = [search.state for _, search in running]
+    if isinstance(candidates, GroupCandidates):
+        for i, (group, search) in enumerate(running):
+            if group.params.logprobs is not None:
+                keep_group(search.state, candidates, outputs.token_logprobs, i, search.first_row)
+        count = len(states)
+        advance_merged(states, candidates.scores[:count], candidates.parents[:count], candidates.tokens[:count])
+        return
+    assert candidates is not None, "beams ran, but no candidates came"
+    for group, search in running:
+        if group.params.logprobs is not None:
+            keep_rows(search.state, candidates, outputs.token_logprobs, search.first_row)
+    first_rows = [search.first_row for _, search in running]
+    advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
+
+
+def _carry_out(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> bool:
+    """Make the group's sequences its beams after the step; whether they are no longer the same sequences.
+
+    While they are, each stays where it is and its contents change: beams in their order, best first.
+    """
+    if searches[0].state.num_generated == 1:
+        freed = _begin(group, searches, allocator)
+    else:
+        freed = sum(_descend(search, allocator) for search in searches)
+    running = [(state, parents) for state, parents, _ in searches if not state.is_done]
+    is_changed = len(running) < len(searches) or searches[0].state.num_generated == 1
+    if is_changed:
+        children = [sequence for _, parents in running for sequence in parents]
+        for index, sequence in enumerate(children):
+            sequence.sample_index = index
+        # Of a group that is done one sequence stays, without pages: it knows the prompt.
+        group.sequences = children or group.sequences[:1]
     # Tokens are appended when all forks have been made: they copy their parent's as it was.
-    for index, (sequence, token, score) in enumerate(born):
-        sequence.token_ids.append(token)
-        sequence.cumulative_logprob = score
-        sequence.sample_index = index
-    return [sequence for sequence, _, _ in born]
+    for state, parents in running:
+        for sequence, token in zip(parents, state.tokens[-1].tolist(), strict=True):
+            sequence.token_ids.append(token)
+    num_rows = sum(state.width for state, _ in running)
+    group.pages.note(group.pages.physical - freed, num_rows * len(group.sequences[0].table.pages))
+    return is_changed
+
+
+def _begin(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> int:
+    """Fork the first beams of all searches from the prompt's sequence, which is one of them; returns pages freed."""
+    (prompt,) = group.sequences
+    is_taken = False
+    for state, parents, _ in searches:
+        for place in range(0 if state.is_done else state.width):
+            parents[place] = _fork(prompt, allocator) if is_taken else prompt
+            is_taken = True
+    return 0 if is_taken else _finish([prompt], allocator)
+
+
+def _descend(search: _Search, allocator: PageAllocator) -> int:
+    """Give every sequence of a search the contents of its next beam; returns how many pages became free."""
+    state, sequences, _ = search
+    if state.is_done:
+        return _finish(sequences, allocator)
+    places = state.parents[-1].tolist()
+    contents = [(sequence.table, sequence.token_ids) for sequence in sequences]
+    childless = [contents[place] for place in set(range(len(contents))).difference(places)]
+    is_kept = bytearray(len(contents))
+    freed = 0
+    for sequence, place in zip(sequences, places, strict=True):
+        table, token_ids = contents[place]
+        if is_kept[place]:
+            parent_table, parent_ids = table, token_ids
+            table, token_ids = childless.pop()
+            common, newly_freed = refork(table, parent_table, allocator)
+            freed += newly_freed
+            start = common * allocator.page_size  # what common pages hold are common tokens
+            token_ids[start:] = parent_ids[start:]
+        is_kept[place] = True
+        sequence.table, sequence.token_ids = table, token_ids
+    return freed
 
 
 def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:
@@ -99,12 +172,10 @@ def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:
     )  # fmt: skip
 
 
-def _release_losers(group: SequenceGroup, parents: list[Sequence], allocator: PageAllocator) -> None:
-    """Free the beams that have no child. Of a group that is done one stays, without pages: it knows the prompt."""
-    survivors = set(group.sequences)
-    for sequence in reversed(parents):
-        if sequence not in survivors:
-            release(sequence.table, allocator)
-            sequence.status = SequenceStatus.FINISHED
-    group.record_pages()
-    group.sequences = group.sequences or parents[:1]
+def _finish(sequences: list[Sequence], allocator: PageAllocator) -> int:
+    """Free the beams of a search that is done; returns how many pages became free."""
+    freed = 0
+    for sequence in reversed(sequences):
+        freed += release(sequence.table, allocator)
+        sequence.status = SequenceStatus.FINISHED
+    return freed

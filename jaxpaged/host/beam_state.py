@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Hypothesis:
     score: float  # cumulative_logprob / number of tokens ** length_penalty
     cumulative_logprob: float
     beams: list[int]  # running beam from whose logits each token was taken
+    search: int = 0  # which of a request's groups of beams found it
 
 
 class _Batch(NamedTuple):
@@ -70,6 +71,7 @@ class BeamState:
     is_done: bool = False
     parents: list[np.ndarray] = field(default_factory=list)  # i32[W] a step: beam that each beam continued
     tokens: list[np.ndarray] = field(default_factory=list)  # i32[W] a step
+    logprobs: list[Any] = field(default_factory=list)  # a step's `StepLogprobs`, if the request keeps them
     _batch: _Batch = field(init=False)
     _place: int = 0  # of this group in the batch
 
@@ -136,7 +138,7 @@ class BeamState:
         pool = Finished(*(values[pool.is_finished] for values in pool))
         tokens, beams = self._walk(pool.steps, pool.parents, pool.tokens)
         return [
-            Hypothesis(tokens[i, : step + 1].tolist(), score, total, beams[i, : step + 1].tolist())
+            Hypothesis(tokens[i, : step + 1].tolist(), score, total, beams[i, : step + 1].tolist(), len(self.earlier))
             for i, (step, score, total) in enumerate(
                 zip(pool.steps.tolist(), pool.scores.tolist(), pool.sums.tolist(), strict=True)
             )
@@ -190,8 +192,8 @@ def advance_beams(
 
 
 def advance_merged(states: Sequence[BeamState], scores: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> None:
-    """`advance_beams` where the device has already taken the best of each group: [G, C], C at least every group's
-    `num_candidates` (or all that there are, -1 for tokens where there are no more).
+    """`advance_beams` where the device has taken the best of each group: [G, C] of these groups in this order, C at
+    least every group's `num_candidates` (or all that there are, -1 for tokens where there are no more).
 
     Not for a first step, whose beams have one row in common, and not for diverse groups, whose turns come in between.
     """

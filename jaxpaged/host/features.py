@@ -12,9 +12,13 @@ from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.sampling_params import LogitsProcessor, SamplingParams
+from jaxpaged.step_io import Wanted
 
 #: How many likeliest tokens a step is compiled to return: few sizes, so few programs.
 LOGPROB_SIZES = (0, 5, 20, 100)
+
+#: From that many candidates a row, the device merges the rows of each group of beams. Fewer are as quick to bring.
+MERGED_CANDIDATES = 32
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,11 @@ class SamplingFeatures:
     """Counts are rounded up to powers of two."""
 
     has_samples: bool = False  # some request has several samples, which share the pages of its prompt
+    draws_tokens: bool = True  # not all requests are beam searches
     num_candidates: int = 0  # likeliest continuations of every row to return, for beams; 0: no beams
     draws_beams: bool = False  # some beam search draws its candidates
+    merged_widths: tuple[int, int] | None = None  # of the least and widest group of beams; None: not merged
+    beam_logprobs: bool = False  # some beam search keeps log-probabilities
     is_random: bool = False  # some request has a temperature
     is_filtered: bool = False  # ... and top_p, top_k or min_p
     is_penalised: bool = False
@@ -40,6 +47,9 @@ class SamplingFeatures:
         drawn = [p for p in params if isinstance(p, SamplingParams)]
         return cls(
             num_candidates=_candidates([state for group in groups for state in group.beams], vocab_size),
+            draws_tokens=bool(drawn) or not params,
+            merged_widths=_merged_widths([state for group in groups for state in group.beams], vocab_size),
+            beam_logprobs=any(isinstance(p, BeamSearchParams) and p.logprobs is not None for p in params),
             has_samples=any(p.num_samples > 1 for p in params),
             draws_beams=any(isinstance(p, BeamSearchParams) and p.do_sample for p in params),
             is_random=any(p.temperature > 0 for p in drawn),
@@ -51,6 +61,17 @@ class SamplingFeatures:
             num_logprobs=_logprob_size([p.logprobs for p in params], vocab_size),
             num_prompt_logprobs=_logprob_size([p.prompt_logprobs for p in params], vocab_size),
         )
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(
+            self.draws_tokens, self.num_logprobs, self.num_candidates, self.draws_beams, self.beam_logprobs,
+            self.num_prompt_logprobs,
+        )  # fmt: skip
+
+    @property
+    def needs_seeds(self) -> bool:
+        return self.is_random or self.draws_beams
 
     @property
     def needs_history(self) -> bool:
@@ -76,6 +97,17 @@ def _logprob_size(wanted: list[int | None], vocab_size: int) -> int | None:
 
 def _candidates(states: list[BeamState], vocab_size: int) -> int:
     return min(_power_of_two(max((state.row_candidates for state in states), default=0)), vocab_size)
+
+
+def _merged_widths(states: list[BeamState], vocab_size: int) -> tuple[int, int] | None:
+    """Powers of two around the widths of all groups of beams; None where merging does not pay or is not possible.
+
+    Diverse groups wait for one another. With groups of width 1 as many candidates would be brought as without merging.
+    """
+    widths = [state.width for state in states]
+    if _candidates(states, vocab_size) < MERGED_CANDIDATES or min(widths) < 2 or any(s.earlier for s in states):
+        return None
+    return 1 << min(widths).bit_length() - 1, _power_of_two(max(widths))
 
 
 def _power_of_two(count: int) -> int:

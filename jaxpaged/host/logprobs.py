@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from jaxpaged.host.logprob_entry import Entry, make_entry
 from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.step_io import StepOutputs, TokenLogprobs
-
-Entry = dict[int, tuple[float, int]]
 
 
 def collect_logprobs(plan: StepPlan, outputs: StepOutputs) -> None:
@@ -31,12 +30,7 @@ def _collect_prompt_logprobs(plan: StepPlan, logprobs: TokenLogprobs) -> None:
 
 
 def _entry(logprobs: TokenLogprobs, i: int, token_id: int, count: int) -> Entry:
-    """The token itself first, then the `count` likeliest."""
-    assert logprobs.ranks is not None
-    entry = {token_id: (float(logprobs.logprobs[i]), int(logprobs.ranks[i]))}
-    if logprobs.top_ids is not None and logprobs.top_logprobs is not None:
-        count = logprobs.top_ids.shape[1] if count == -1 else count
-        likeliest = zip(logprobs.top_ids[i, :count].tolist(), logprobs.top_logprobs[i, :count].tolist(), strict=True)
-        for rank, (other, logprob) in enumerate(likeliest, start=1):
-            entry.setdefault(other, (logprob, rank))
-    return entry
+    assert logprobs.ranks is not None and logprobs.top_ids is not None and logprobs.top_logprobs is not None
+    return make_entry(
+        token_id, logprobs.logprobs[i], logprobs.ranks[i], logprobs.top_ids[i], logprobs.top_logprobs[i], count
+    )

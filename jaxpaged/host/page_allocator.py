@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxpaged.step_io import NULL_PAGE
 
 
@@ -32,6 +34,11 @@ class PageAllocator:
     def ref_count(self, page_id: int) -> int:
         return self._ref_counts[page_id]
 
+    @property
+    def ref_counts(self) -> Sequence[int]:
+        """Of every page, for who looks at many."""
+        return self._ref_counts
+
     def allocate(self) -> int:
         """A free page, with one reference."""
         if not self._free:
@@ -53,6 +60,27 @@ class PageAllocator:
             self._free.append(page_id)
             return True
         return False
+
+    def share_all(self, page_ids: Sequence[int]) -> None:
+        """`share` each of them."""
+        ref_counts = self._ref_counts
+        for page_id in page_ids:
+            assert ref_counts[page_id] > 0, f"page {page_id} is free and cannot be shared"
+            ref_counts[page_id] += 1
+
+    def release_all(self, page_ids: Sequence[int]) -> int:
+        """`release` each of them, the last first; returns how many became free.
+
+        In reverse, because the free list is a stack: the pages that are needed soonest come back first.
+        """
+        ref_counts, freed = self._ref_counts, 0
+        for page_id in reversed(page_ids):
+            assert ref_counts[page_id] > 0, f"page {page_id} is released twice"
+            ref_counts[page_id] -= 1
+            if ref_counts[page_id] == 0:
+                self._free.append(page_id)
+                freed += 1
+        return freed
 
     def check_invariants(self) -> None:
         """Free pages and counted pages partition the pool."""

@@ -21,15 +21,17 @@ def make_sampling_inputs(
 ) -> SamplingInputs:
     """Arrays of `num_rows` rows, of which the first `len(samples)` are real; the others are greedy and unread."""
     params = [sample.group.params for sample in samples]
-    draws = [p if isinstance(p, SamplingParams) else UNDRAWN for p in params]
+    draws = [p if isinstance(p, SamplingParams) else UNDRAWN for p in params] if features.is_random else []
+    seeded = samples if features.needs_seeds else []
     inputs = SamplingInputs(
-        seeds=_rows([_seed_words(s.group.seed) for s in samples], (num_rows, 2), np.uint32).view(np.int32),
-        sample_indices=_rows([s.sequence.sample_index for s in samples], (num_rows,), np.int32),
-        positions=_rows([s.sequence.num_tokens for s in samples], (num_rows,), np.int32),
+        seeds=_rows([_seed_words(s.group.seed) for s in seeded], (num_rows, 2), np.uint32).view(np.int32),
+        sample_indices=_rows([s.sequence.sample_index for s in seeded], (num_rows,), np.int32),
+        positions=_rows([len(s.sequence.token_ids) for s in seeded], (num_rows,), np.int32),
     )
+    if features.num_candidates and features.draws_tokens:
+        inputs = inputs._replace(is_beam=_rows([bool(s.group.beams) for s in samples], (num_rows,), np.int32))
     if features.num_candidates:
-        scores = [s.sequence.cumulative_logprob if s.group.beams else 0.0 for s in samples]
-        inputs = inputs._replace(running_scores=_rows(scores, (num_rows,), np.float32))
+        inputs = inputs._replace(running_scores=_running_scores(samples, num_rows))
     if features.draws_beams:
         drawn = [isinstance(p, BeamSearchParams) and p.do_sample for p in params]
         temperatures = [p.temperature if is_drawn else 0.0 for p, is_drawn in zip(params, drawn, strict=True)]
@@ -56,6 +58,35 @@ def make_sampling_inputs(
     if features.max_allowed:
         inputs = _with_allowed(inputs, samples, num_rows, num_rows * features.max_allowed)
     return inputs
+
+
+def make_beam_rows(samples: list[Sample], num_rows: int, widths: tuple[int, int]) -> np.ndarray:
+    """i32[G, W]: rows of each group of beams in the order in which they come; as many groups as may fit the rows."""
+    least, most = widths
+    beam_rows = np.full((max(1, num_rows // least), most), -1, np.int32)
+    row = num_groups = 0
+    while row < len(samples):
+        group = samples[row].group
+        for state in group.running_beams:
+            beam_rows[num_groups, : state.width] = np.arange(row, row + state.width)
+            num_groups, row = num_groups + 1, row + state.width
+        row += 0 if group.beams else 1
+    return beam_rows
+
+
+def _running_scores(samples: list[Sample], num_rows: int) -> np.ndarray:
+    """f32[R]: sums of log-probabilities of beams that have begun; 0 for a prompt of beams, and for samples."""
+    scores = np.zeros(num_rows, np.float32)
+    row = 0
+    while row < len(samples):
+        group = samples[row].group
+        if not group.beams or not group.is_forked:
+            row += 1
+            continue
+        for state in group.running_beams:
+            scores[row : row + state.width] = state.running_scores
+            row += state.width
+    return scores
 
 
 def _with_history(inputs: SamplingInputs, samples: list[Sample], num_rows: int, length: int) -> SamplingInputs:

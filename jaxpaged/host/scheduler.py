@@ -14,6 +14,7 @@ they fit the pool again; or it is prefilled again, its sharing rebuilt (token_tr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -176,8 +177,9 @@ class Scheduler:
     def _decoding(self) -> list[Sample]:
         """Every running sequence, with its row in a decode step. The same from step to step until one comes or goes."""
         if self._batch is None:
-            pairs = [(group, sequence) for group in self.running for sequence in group.unfinished]
-            self._batch = [Sample(group, sequence, row) for row, (group, sequence) in enumerate(pairs)]
+            self._batch, rows = [], itertools.count()
+            for group in self.running:
+                self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
         return self._batch
 
     def _plan_prefill(self) -> StepPlan:
@@ -247,16 +249,16 @@ class Scheduler:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
                 self._preempt(self.running.pop(), plan)
         plan.samples = samples
-        for group, sequence, _ in samples:
-            start = sequence.num_computed
-            plan.rows.append(PlanRow(group, sequence, start, 1))
-            sequence.num_computed = start + 1
-            if sequence.num_once_computed <= start:
-                sequence.num_once_computed = start + 1
+        plan.rows = [PlanRow(group, sequence, sequence.num_computed, 1) for group, sequence, _ in samples]
+        for _, sequence, _ in samples:
+            sequence.num_computed = computed = sequence.num_computed + 1
+            if sequence.num_once_computed < computed:
+                sequence.num_once_computed = computed
         if plan.copies:
             copied_pages = {copy.dst for copy in plan.copies}
             for group, sequence, _ in samples:
-                group.pages.copied += sequence.table.pages[-1] in copied_pages
+                if sequence.table.pages[-1] in copied_pages:
+                    group.pages.copied += 1
         return plan
 
     def _preempt(self, group: SequenceGroup, plan: StepPlan) -> None:
@@ -299,8 +301,9 @@ class Scheduler:
                 ended.append(group)
         if searches:
             assert outputs.candidates is not None, "beams ran, but no candidates came"
-            ended += advance_groups(list(searches.items()), outputs.candidates, self.allocator)
-        if ended or searches:
+            done, is_changed = advance_groups(list(searches.items()), outputs, self.allocator)
+            ended += done
+        if ended or (searches and is_changed):
             self._batch = None
         finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
         if finished:

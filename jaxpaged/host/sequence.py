@@ -72,10 +72,15 @@ class GroupPages:
     logical_at_peak: int = 0
     most_shared: int = 0
     copied: int = 0
+    physical: int = 0  # as last recorded
 
     def record(self, tables: list[BlockTable]) -> None:
         logical = sum(len(table.pages) for table in tables)
-        physical = len(set().union(*(table.pages for table in tables)))
+        self.note(len(set().union(*(table.pages for table in tables))), logical)
+
+    def note(self, physical: int, logical: int) -> None:
+        """`record` for who has counted already."""
+        self.physical = physical
         if physical >= self.physical_at_peak:
             self.physical_at_peak, self.logical_at_peak = physical, logical
         self.most_shared = max(self.most_shared, logical - physical)
@@ -99,6 +104,8 @@ class SequenceGroup:
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`
     pages: GroupPages = field(default_factory=GroupPages)
     prompt_logprobs: list[Any] = field(default_factory=list)
+    counted_preemptions: int = 0  # when `pages.physical` of beams was last counted
+    counted_copies: int = 0  # likewise
     num_preemptions: int = 0
     num_swaps: int = 0  # preemptions that kept the pages in swap space
     recomputed_tokens: int = 0
