@@ -140,7 +140,7 @@ class Engine:
     def copy_pages(self, copies: np.ndarray) -> None:
         """copies i32[2, C] as `make_copies` pads them: source and destination pages."""
         check_copies(copies, self.cache_config)
-        self.pool = steps.copy_pages(self.pool, self._upload(copies))
+        self.pool = steps.copy_pages(self.pool, self._upload(copies), kernels=self.kernels)
 
     def _check_idle(self) -> None:
         if self._is_lent:

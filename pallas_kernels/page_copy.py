@@ -49,7 +49,7 @@ def copy_pages(pools: tuple[Array, ...], src: Array, dst: Array) -> tuple[Array,
         for first in range(0, len(pool_refs), POOLS_TOGETHER):
             together = pool_refs[first : first + POOLS_TOGETHER]
 
-            @pl.when(group == first // POOLS_TOGETHER)
+            @pl.when((group == first // POOLS_TOGETHER) & (source != target))  # what pads the list is no work
             def _(together=together):
                 values = [ref[source, part] for ref in together]
                 for ref, value in zip(together, values, strict=True):

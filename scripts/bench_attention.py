@@ -308,20 +308,24 @@ def bench_shared(args: argparse.Namespace, report: Report) -> None:
 
 def bench_write(args: argparse.Namespace, report: Report) -> None:
     for tokens in WRITE_TOKENS[1:3] if args.quick else WRITE_TOKENS:
-        amount = 2 * tokens * args.shape.token_bytes  # read and written, one layer
-        report.add(f"{tokens} tokens", "xla", functools.partial(_measured_cache, _write_program, tokens, args, amount))
+
+        def measure(tokens: int = tokens) -> Measurement:
+            amount = 2 * tokens * args.shape.token_bytes  # read and written, one layer
+            return Measurement(seconds_per_call(_write_program(tokens, args.shape), args.repeats), amount)
+
+        report.add(f"{tokens} tokens", "xla", measure)
 
 
 def bench_copy(args: argparse.Namespace, report: Report) -> None:
+    implementations = {"pallas": lambda: _own_kernel("page_copy", "copy_pages"), "xla": lambda: reference.copy_pages}
     for pages in COPIED_PAGES[1:3] if args.quick else COPIED_PAGES:
-        amount = 2 * pages * args.shape.page_size * args.shape.token_bytes * COPY_LAYERS
-        report.add(f"{pages} pages", "xla", functools.partial(_measured_cache, _copy_program, pages, args, amount))
+        for name, find in implementations.items():
 
+            def measure(pages: int = pages, find: Callable[[], Callable[..., Any]] = find) -> Measurement:
+                amount = 2 * pages * args.shape.page_size * args.shape.token_bytes * COPY_LAYERS
+                return Measurement(seconds_per_call(_copy_program(pages, args.shape, find()), args.repeats), amount)
 
-def _measured_cache(
-    make_program: Callable[[int, Heads], Program], count: int, args: argparse.Namespace, amount: int
-) -> Measurement:
-    return Measurement(seconds_per_call(make_program(count, args.shape), args.repeats), amount)
+            report.add(f"{pages} pages", name, measure)
 
 
 def _write_program(tokens: int, heads: Heads) -> Program:
@@ -343,20 +347,20 @@ def _write_program(tokens: int, heads: Heads) -> Program:
     return Program(lambda cache: step(cache, *new, rows), cache, WRITE_ROUNDS * WRITE_LAYERS)
 
 
-def _copy_program(pages: int, heads: Heads) -> Program:
+def _copy_program(pages: int, heads: Heads, copy_pages: Callable[..., tuple[Array, ...]]) -> Program:
     """Copies `pages` pages in every layer, other ones each round; a round is a call."""
-    cache = PagedCache(*random_pools(COPY_LAYERS, 1 + 2 * pages, heads))
+    k, v = random_pools(COPY_LAYERS, 1 + 2 * pages, heads)
     rng = np.random.default_rng(0)
-    ids = [1 + rng.permutation(cache.k[0].shape[0] - 1)[: 2 * pages].reshape(2, pages) for _ in range(COPY_ROUNDS)]
+    ids = [1 + rng.permutation(k[0].shape[0] - 1)[: 2 * pages].reshape(2, pages) for _ in range(COPY_ROUNDS)]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(cache: PagedCache, ids: Array) -> PagedCache:
+    def step(pools: tuple[Array, ...], ids: Array) -> tuple[Array, ...]:
         for src, dst in ids:
-            cache = cache.copy_pages(src, dst)
-        return cache
+            pools = copy_pages(pools, src, dst)
+        return pools
 
     copies = jnp.asarray(np.stack(ids), jnp.int32)
-    return Program(lambda cache: step(cache, copies), cache, COPY_ROUNDS)
+    return Program(lambda pools: step(pools, copies), (*k, *v), COPY_ROUNDS)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

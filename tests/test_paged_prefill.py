@@ -106,16 +106,21 @@ def test_no_data_race(capfd):
     assert "RACE DETECTED" not in output.out + output.err
 
 
-def test_a_row_does_not_depend_on_its_neighbours_to_the_bit():
-    check_independence(INTERPRETED)
+def test_a_row_does_not_depend_on_its_neighbours():
+    """Up to rounding: the interpreter's matrix products, a CPU's, round by the row's place in a tile."""
+    together, again, alone = attend_together_and_alone(INTERPRETED)
+    np.testing.assert_array_equal(together, again)
+    np.testing.assert_allclose(together.astype(jnp.float32), alone.astype(jnp.float32), rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.gpu
-def test_a_row_does_not_depend_on_its_neighbours_to_the_bit_compiled():
-    check_independence(None)
+def test_a_row_does_not_depend_on_its_neighbours_to_the_bit():
+    together, again, alone = (out.view(jnp.uint16) for out in attend_together_and_alone(None))
+    np.testing.assert_array_equal(together, again)
+    np.testing.assert_array_equal(together, alone)
 
 
-def check_independence(interpret):
+def attend_together_and_alone(interpret):
     """A row behind another one, at an odd place of two query tiles; again; and alone, at the start of the tokens."""
     case = Case([180, 333], 16, 2, 1, 64)
     pages = [jnp.asarray(x, jnp.bfloat16) for x in (case.k_pages, case.v_pages)]
@@ -124,12 +129,10 @@ def check_independence(interpret):
 
     def attend(queries, tables, *rows):
         rows = [jnp.asarray(x, jnp.int32) for x in (tables, *rows)]
-        return paged_prefill(queries, *pages, *rows, scale=0.2, num_programs=2, interpret=interpret).view(jnp.uint16)
+        return paged_prefill(queries, *pages, *rows, scale=0.2, num_programs=2, interpret=interpret)
 
-    together = attend(queries, case.tables, [0, place], [place, count], [180, 333])
-    np.testing.assert_array_equal(together, attend(queries, case.tables, [0, place], [place, count], [180, 333]))
-    alone = attend(queries[place:], case.tables[1:], [0], [count], [333])
-    np.testing.assert_array_equal(together[place:], alone)
+    together, again = (attend(queries, case.tables, [0, place], [place, count], [180, 333])[place:] for _ in range(2))
+    return together, again, attend(queries[place:], case.tables[1:], [0], [count], [333])
 
 
 @pytest.mark.parametrize("sliding_window", [None, 1, 64, 200])

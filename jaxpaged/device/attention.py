@@ -26,6 +26,7 @@ class AttentionKernels(NamedTuple):
     #: that a group can have; None where an implementation gains nothing by it.
     shared_prefix_decode: Callable[..., jax.Array] | None = None
     max_members: Callable[[int, int, int], int] | None = None
+    copy_pages: Callable[..., tuple[jax.Array, ...]] = reference.copy_pages  # for all pools at once
 
 
 REFERENCE = AttentionKernels("reference", reference.paged_decode, reference.paged_prefill)
@@ -63,8 +64,9 @@ def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str) -> 
 def _pallas() -> AttentionKernels:
     # Not at the top: these modules need a newer JAX than the rest.
     from pallas_kernels.decode_tile import max_members
+    from pallas_kernels.page_copy import copy_pages
     from pallas_kernels.paged_decode import paged_decode
     from pallas_kernels.paged_prefill import paged_prefill
     from pallas_kernels.shared_prefix import shared_prefix_decode
 
-    return AttentionKernels("pallas", paged_decode, paged_prefill, shared_prefix_decode, max_members)
+    return AttentionKernels("pallas", paged_decode, paged_prefill, shared_prefix_decode, max_members, copy_pages)

@@ -38,7 +38,7 @@ class KVCache(Protocol):
         """q [T, H, D] against what the rows of `inputs` may read -> [T, H, D]."""
         ...
 
-    def copy_pages(self, src: Array, dst: Array) -> Self:
+    def copy_pages(self, src: Array, dst: Array, kernels: AttentionKernels) -> Self:
         """Copy whole pages src i32[C] to dst i32[C], in every layer."""
         ...
 
@@ -78,8 +78,9 @@ class PagedCache:
                 inputs.context_lens, **options._asdict(),
             )  # fmt: skip
 
-    def copy_pages(self, src: Array, dst: Array) -> Self:
-        return jax.tree.map(lambda pool: pool.at[dst].set(pool[src]), self)
+    def copy_pages(self, src: Array, dst: Array, kernels: AttentionKernels) -> Self:
+        pools, num_layers = kernels.copy_pages((*self.k, *self.v), src, dst), len(self.k)
+        return dataclasses.replace(self, k=pools[:num_layers], v=pools[num_layers:])
 
     def gather_pages(self, page_ids: Array) -> Array:
         """Pages i32[C] of all layers, keys and then values: [2 * layers, C, S, K, D]."""

@@ -81,10 +81,10 @@ def prefill_step(
     return outputs, prompt, cache
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def copy_pages(cache: KVCache, copies: Array) -> KVCache:
+@functools.partial(jax.jit, static_argnames="kernels", donate_argnames="cache")
+def copy_pages(cache: KVCache, copies: Array, *, kernels: AttentionKernels) -> KVCache:
     """copies i32[2, C]: source and destination pages; copy-on-write for all layers in one launch."""
-    return cache.copy_pages(copies[0], copies[1])
+    return cache.copy_pages(copies[0], copies[1], kernels)
 
 
 @jax.jit
