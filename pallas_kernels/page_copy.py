@@ -1,8 +1,8 @@
 """Copy-on-write in one launch: a step's list of pages, in the pools of all layers (Mosaic GPU, Hopper).
 
-XLA copies a page with a gather and a scatter for every pool, which is two launches each for the keys and for the
-values of every layer; their launches, not their bytes, are what copying a few pages costs. Here each program copies a
-part of one page in a few of the pools: it asks for all of it before it writes any, so one latency is paid, not several.
+XLA copies pages with a gather and a scatter for every pool: twice the bytes, and two launches each for the keys and
+for the values of every layer. Here each program copies a part of one page in a few of the pools: it asks for all of it
+before it writes any, so one latency is paid, not several.
 """
 
 from __future__ import annotations

@@ -60,19 +60,21 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(run_peer(args)))
         return 0
     peer = run_peer_apart(args, argv)  # before jax takes the device's memory
-    results = measure(args)
-    for result in results["cases"]:
-        theirs = peer.get("cases", {}).get(result["case"])
-        result["peer"] = theirs
-        print_case(result, theirs)
     if "left_out" in peer:
-        print(f"transformers was left out: {peer['left_out']}")
-    options = {**vars(args), "model": str(args.model), "cases": [str(case) for case in args.cases]}
-    print(json.dumps({**options, **results, "transformers": {k: v for k, v in peer.items() if k != "cases"}}))
+        print(f"transformers was left out: {peer['left_out']}", flush=True)
+    llm, results = make_llm(args), []
+    for case in args.cases:
+        result = measure_case(llm, case, args)
+        result["peer"] = peer.get("cases", {}).get(result["case"])
+        print_case(result)
+        results.append(result)
+    options = {**vars(args), "model": str(args.model), "cases": results, **describe(llm)}
+    print(json.dumps({**options, "transformers": {k: v for k, v in peer.items() if k != "cases"}}))
     return 0
 
 
-def print_case(result: dict[str, Any], theirs: dict[str, float] | None) -> None:
+def print_case(result: dict[str, Any]) -> None:
+    theirs = result["peer"]
     print(
         f"\n{result['case']} beams: {result['beam_tokens_per_second']:,.0f} beam-tokens/s in {result['seconds']:.2f} s"
     )
@@ -84,20 +86,18 @@ def print_case(result: dict[str, Any], theirs: dict[str, float] | None) -> None:
         print(f"  {name:>8} {result[name + '_ms']:8.3f} ms a step {result[name + '_ms'] / result['step_ms']:8.1%}")
     if result["compilations"]:
         print(f"  {result['compilations']} programs were compiled inside the clock")
+    sys.stdout.flush()
 
 
 # jaxpaged
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    import jax
-
-    import jaxpaged
+def make_llm(args: argparse.Namespace) -> Any:
     from jaxpaged import LLM
 
     most = max(case.prompts * case.width for case in args.cases)
     length = args.prompt_len + args.max_tokens
-    llm = LLM(
+    return LLM(
         args.model,
         load_format=args.load_format or ("dummy" if args.model.parent.name == "shapes" else "auto"),
         attention=args.attention,
@@ -107,8 +107,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         page_size=args.page_size,
         num_pages=2 + max(pages_of(case, args) for case in args.cases),
     )
+
+
+def describe(llm: Any) -> dict[str, str]:
+    import jax
+
+    import jaxpaged
+
     return {
-        "cases": [measure_case(llm, case, args) for case in args.cases],
         "attention": llm.engine.kernels.name,
         "dtype": llm.engine.cache_config.dtype,
         "device": jax.devices()[0].device_kind,
