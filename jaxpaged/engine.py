@@ -111,8 +111,7 @@ class Engine:
         for one in plan.swaps:
             self._swap(one)
         swapped = time.perf_counter()
-        if plan.copies:
-            copies = make_copies(plan, self.buckets)
+        for copies in make_copies(plan, self.buckets):
             check_copies(copies, self.cache_config)
             self.pool = steps.copy_pages(self.pool, self._upload(copies))
         outputs = self._launch(packed, layout)

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams
-from jaxpaged.host.block_table import fork, release
-from jaxpaged.host.page_allocator import PageAllocator
+from jaxpaged.host.reservation import Policy
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.step_io import RowCandidates
 
@@ -27,7 +26,7 @@ class _Search(NamedTuple):
 
 
 def advance_groups(
-    groups: list[tuple[SequenceGroup, int]], candidates: RowCandidates, allocator: PageAllocator
+    groups: list[tuple[SequenceGroup, int]], candidates: RowCandidates, policy: Policy
 ) -> list[SequenceGroup]:
     """One step of every group, each with its first row among the candidates; returns the groups that are done."""
     searches = {group: _searches(group, row) for group, row in groups}
@@ -44,9 +43,9 @@ def advance_groups(
         )
     parents = {group: group.sequences for group in searches}
     for group, of_group in searches.items():
-        group.sequences = _children(of_group, allocator)
+        group.sequences = _children(of_group, policy)
     for group, sequences in parents.items():
-        _release_losers(group, sequences, allocator)
+        _release_losers(group, sequences, policy)
     return [group for group in searches if not group.running_beams]
 
 
@@ -70,7 +69,7 @@ def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]
     return find_stops
 
 
-def _children(searches: list[_Search], allocator: PageAllocator) -> list[Sequence]:
+def _children(searches: list[_Search], policy: Policy) -> list[Sequence]:
     """The running beams after a step, best first: of each parent the first child is the parent itself."""
     kept: set[Sequence] = set()
     born: list[tuple[Sequence, int, float]] = []
@@ -81,7 +80,7 @@ def _children(searches: list[_Search], allocator: PageAllocator) -> list[Sequenc
         for parent, token, score in zip(state.parents[-1].tolist(), state.tokens[-1].tolist(), scores, strict=True):
             sequence = parents[parent]
             if sequence in kept:
-                sequence = _fork(sequence, allocator)
+                sequence = _fork(sequence, policy)
             kept.add(sequence)
             born.append((sequence, token, score))
     # Tokens are appended when all forks have been made: they copy their parent's as it was.
@@ -92,19 +91,19 @@ def _children(searches: list[_Search], allocator: PageAllocator) -> list[Sequenc
     return [sequence for sequence, _, _ in born]
 
 
-def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:
+def _fork(sequence: Sequence, policy: Policy) -> Sequence:
     return Sequence(
-        sequence.sample_index, sequence.token_ids[:], sequence.prompt_len, fork(sequence.table, allocator),
+        sequence.sample_index, sequence.token_ids[:], sequence.prompt_len, policy.fork(sequence.table),
         sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
     )  # fmt: skip
 
 
-def _release_losers(group: SequenceGroup, parents: list[Sequence], allocator: PageAllocator) -> None:
+def _release_losers(group: SequenceGroup, parents: list[Sequence], policy: Policy) -> None:
     """Free the beams that have no child. Of a group that is done one stays, without pages: it knows the prompt."""
     survivors = set(group.sequences)
     for sequence in reversed(parents):
         if sequence not in survivors:
-            release(sequence.table, allocator)
+            policy.release(sequence.table)
             sequence.status = SequenceStatus.FINISHED
     group.record_pages()
     group.sequences = group.sequences or parents[:1]

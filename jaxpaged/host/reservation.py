@@ -1,0 +1,330 @@
+"""How a system keeps KV memory: the one thing in which the scheduler's paged cache and its baselines differ.
+
+The scheduler asks its policy for memory and gives memory back; queues, prefill, decode and preemption are the same for
+all. `Paged` takes pages as they are needed and shares them. `Contiguous` gives every sequence one chunk of consecutive
+pages when its request is admitted, sized for a length that was guessed: the systems before paging, as the vLLM paper
+rebuilt them (Kwon et al. 2023, section 6.1, "Orca"). Block tables name the pages of a chunk one after the other, so
+kernels, batches and the engine know nothing of it.
+
+A policy is asked in this order: `try_place` when a request is admitted; `fork` for a further sample or beam; `append`
+before tokens are written; `release` when a sequence has ended; `settle` when forks and releases of a group are over.
+Other ways to keep KV fit the same questions. Slots of `max_model_len` tokens (continuous batching over a dense cache)
+are `Contiguous` over an allocator that has chunks of that size alone. Static batching, where a batch ends as a whole,
+is slots whose `try_place` refuses while an earlier batch runs, and whose `settle` keeps chunks until its last one ends.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.block_table import (
+    BlockTable,
+    PageCopy,
+    append_slots,
+    fork,
+    num_pages_for,
+    release,
+    truncate,
+)
+from jaxpaged.host.buddy_allocator import BuddyAllocator, chunk_pages_for
+from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
+from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.token_tree import Branch, num_pages_of
+
+
+class Policy(Protocol):
+    """What the scheduler asks of a way to keep KV memory."""
+
+    allocator: PageAllocator | BuddyAllocator
+
+    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
+        """ValueError, with the numbers, for a request that the empty pool could not hold."""
+        ...
+
+    def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
+        """Memory for a group that is to be prefilled: all of it, or False. `headroom()`: pages others need soon."""
+        ...
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A table for a further sequence that so far has the same tokens. Cannot fail."""
+        ...
+
+    def append(self, tables: list[BlockTable], counts: list[int]) -> list[PageCopy]:
+        """Room for more positions, in all tables or, with OutOfPagesError, in none; and what must be copied first."""
+        ...
+
+    def release(self, table: BlockTable) -> None:
+        """The sequence has ended, or gives way."""
+        ...
+
+    def settle(self, group: SequenceGroup) -> None:
+        """The group's forks and releases of this step are over."""
+        ...
+
+    def take_copies(self) -> list[PageCopy]:
+        """Copies that forks asked for since the last step, to be carried out before the next one writes."""
+        ...
+
+    def check_invariants(self, tables: Iterable[BlockTable]) -> None:
+        """What these tables, all that there are, name is what the allocator has given. For tests, between steps."""
+        ...
+
+
+def make_policy(cache: CacheConfig, limits: EngineConfig) -> Paged | Contiguous:
+    if limits.kv_cache == "paged":
+        return Paged(cache)
+    return Contiguous(cache, limits.max_model_len, _ESTIMATES[limits.kv_cache])
+
+
+class Paged:
+    """Pages as they are needed, shared by reference count."""
+
+    def __init__(self, cache: CacheConfig):
+        self.page_size = cache.page_size
+        self.num_usable_pages = cache.num_usable_pages
+        self.allocator = PageAllocator(cache.num_pages, cache.page_size)
+
+    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
+        needed = most_pages(prompt_len, num_samples, max_len, self.page_size)
+        if needed > self.num_usable_pages:
+            raise ValueError(
+                f"prompt of {prompt_len} tokens with {num_samples} sample(s) of up to {max_len - prompt_len} tokens "
+                f"needs {needed} pages of {self.page_size} tokens, the pool has {self.num_usable_pages}: "
+                "raise num_pages, or lower max_tokens or n"
+            )
+
+    def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
+        if num_pages_of(branches, self.page_size) + headroom() > self.allocator.num_free:
+            return False
+        for i, (sequence, num_shared, num_to_compute) in enumerate(branches):
+            if num_shared:
+                sequence.table = fork(branches[i - 1].sequence.table, self.allocator)
+                truncate(sequence.table, num_shared, self.allocator)
+            append_slots([sequence.table], [num_to_compute], self.allocator)
+        return True
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        return fork(table, self.allocator)
+
+    def append(self, tables: list[BlockTable], counts: list[int]) -> list[PageCopy]:
+        return append_slots(tables, counts, self.allocator)
+
+    def release(self, table: BlockTable) -> None:
+        release(table, self.allocator)
+
+    def settle(self, group: SequenceGroup) -> None:
+        """Nothing is left over: pages went back one by one."""
+
+    def take_copies(self) -> list[PageCopy]:
+        return []
+
+    def check_invariants(self, tables: Iterable[BlockTable]) -> None:
+        """Reference counts equal table entries, free and held pages partition the pool."""
+        self.allocator.check_invariants()
+        held = Counter(page_id for table in tables for page_id in table.pages)
+        for page_id in range(1, self.allocator.num_pages):
+            assert self.allocator.ref_count(page_id) == held[page_id], f"page {page_id} is miscounted"
+
+
+def most_pages(prompt_len: int, num_samples: int, max_len: int, page_size: int) -> int:
+    """Pages of a group whose samples all reach `max_len`; the KV of a last token is never written."""
+    shared = prompt_len // page_size
+    return shared + num_samples * (num_pages_for(max(max_len - 1, prompt_len), page_size) - shared)
+
+
+def estimate_max(prompt_len: int, max_len: int, max_model_len: int) -> int:
+    """Orca (Max): every sequence may reach the model's length."""
+    return max_model_len
+
+
+def estimate_pow2(prompt_len: int, max_len: int, max_model_len: int) -> int:
+    """Orca (Pow2): the output is known up to a factor of two: rounded up to a power of two."""
+    return prompt_len + (1 << (max_len - prompt_len - 1).bit_length())
+
+
+def estimate_oracle(prompt_len: int, max_len: int, max_model_len: int) -> int:
+    """Orca (Oracle): the output's length is known.
+
+    It is `max_tokens`, so the oracle is one where the end of sequence is ignored; elsewhere it reserves too much.
+    """
+    return max_len
+
+
+_ESTIMATES = {
+    "contiguous-max": estimate_max,
+    "contiguous-pow2": estimate_pow2,
+    "contiguous-oracle": estimate_oracle,
+}
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive pages that one sequence has to itself."""
+
+    first_page: int
+    num_pages: int
+    num_requested: int  # token positions that were asked for; the chunk is rounded up from them
+    born: int  # step of the run
+    num_filled: int = 0  # the most token positions that a sequence which has left it had
+
+
+@dataclass(slots=True, eq=False)
+class ChunkTable(BlockTable):
+    """A block table that names the first pages of a chunk, as many as are filled. Compared by identity."""
+
+    chunk: Chunk | None = None  # None: forked, and not settled yet
+    copies: list[PageCopy] = field(default_factory=list)  # from the parent's chunk, to be carried out
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+@dataclass(slots=True)
+class _Reservation:
+    """The chunks of one group: one for each sequence that it may have."""
+
+    num_chunks: int
+    free: list[Chunk]
+    forks: list[tuple[ChunkTable, ChunkTable]] = field(default_factory=list)  # parent and child without a chunk
+
+
+class Contiguous:
+    """A chunk for every sequence of a group when the group is admitted. Nothing is shared, grows, or gives way.
+
+    A fork copies the parent's pages into a chunk of its group: a reserved one, or one that a dropped beam leaves.
+    """
+
+    def __init__(self, cache: CacheConfig, max_model_len: int, estimate: Callable[[int, int, int], int]):
+        self.page_size = cache.page_size
+        self.max_model_len = max_model_len
+        self.estimate = estimate
+        largest = chunk_pages_for(num_pages_for(max_model_len, cache.page_size))
+        self.allocator = BuddyAllocator(cache.num_pages, cache.page_size, largest)
+        self.clock = 0  # steps of the run that are over; whoever keeps the account counts them
+        self.num_requested = 0  # token positions, of all chunks in use
+        self.lives: list[tuple[int, int, int]] = []  # of chunks that went back: first step, step of return, positions
+        self._reservations: dict[SequenceGroup, _Reservation] = {}
+        self._owners: dict[ChunkTable, _Reservation] = {}
+        self._forked: list[ChunkTable] = []
+
+    def num_requested_for(self, prompt_len: int, max_len: int) -> int:
+        return min(self.estimate(prompt_len, max_len, self.max_model_len), self.max_model_len)
+
+    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
+        requested = self.num_requested_for(prompt_len, max_len)
+        size = chunk_pages_for(num_pages_for(requested, self.page_size))
+        fitting = self.allocator.capacity(size) if size <= self.allocator.max_chunk else 0
+        if num_samples > fitting:
+            raise ValueError(
+                f"prompt of {prompt_len} tokens with {num_samples} sample(s) of up to {max_len - prompt_len} tokens "
+                f"reserves {num_samples} chunk(s) of {size} pages in a row ({requested} tokens each), and the empty "
+                f"pool of {self.allocator.num_pages - 1} pages of {self.page_size} tokens holds {fitting}: "
+                "raise num_pages, lower max_model_len, max_tokens or n, or use kv_cache='paged'"
+            )
+
+    def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
+        requested = self.num_requested_for(group.prompt_len, group.max_len)
+        size = chunk_pages_for(num_pages_for(requested, self.page_size))
+        chunks: list[Chunk] = []
+        try:
+            while len(chunks) < group.num_rows:
+                chunks.append(Chunk(self.allocator.allocate_chunk(size), size, requested, self.clock))
+        except OutOfPagesError:
+            for chunk in reversed(chunks):
+                self.allocator.release_chunk(chunk.first_page)
+            return False
+        self.num_requested += requested * len(chunks)
+        (branch,) = branches  # whoever was admitted stays, so only prompts are placed
+        chunks.reverse()
+        table = ChunkTable(chunk=chunks.pop())
+        reservation = self._reservations[group] = _Reservation(group.num_rows, chunks)
+        self._owners[table] = reservation
+        branch.sequence.table = table
+        self._fill(table, branch.num_to_compute)
+        return True
+
+    def fork(self, table: BlockTable) -> ChunkTable:
+        assert isinstance(table, ChunkTable)
+        child = ChunkTable(num_slots=table.num_slots)
+        reservation = self._owners[child] = self._owners[table]
+        reservation.forks.append((table, child))
+        return child
+
+    def append(self, tables: list[BlockTable], counts: list[int]) -> list[PageCopy]:
+        for table, count in zip(tables, counts, strict=True):
+            self._fill(table, count)
+        return []
+
+    def _fill(self, table: BlockTable, count: int) -> None:
+        assert isinstance(table, ChunkTable) and table.chunk is not None
+        table.num_slots += count
+        assert table.num_slots <= table.chunk.num_requested, "a sequence outgrew its reservation"
+        while len(table.pages) * self.page_size < table.num_slots:
+            table.pages.append(table.chunk.first_page + len(table.pages))
+
+    def release(self, table: BlockTable) -> None:
+        assert isinstance(table, ChunkTable)
+        reservation = self._owners.pop(table)
+        if table.chunk is None:
+            reservation.forks = [pair for pair in reservation.forks if pair[1] is not table]
+        else:
+            # The token that ended the sequence had its place, though its KV is never written.
+            filled = min(table.num_slots + 1, table.chunk.num_requested)
+            table.chunk.num_filled = max(table.chunk.num_filled, filled)
+            reservation.free.append(table.chunk)
+        table.chunk, table.copies, table.pages, table.num_slots = None, [], array("i"), 0
+
+    def settle(self, group: SequenceGroup) -> None:
+        """Forked tables get their chunks, and what no sequence of the group needs any more goes back."""
+        reservation = self._reservations[group]
+        for parent, child in reservation.forks:
+            child.chunk = reservation.free.pop()
+            first = child.chunk.first_page
+            child.pages.extend(range(first, first + len(parent.pages)))
+            child.copies = [PageCopy(*pair) for pair in zip(parent.pages, child.pages, strict=True)]
+            group.pages.copied += len(child.copies)
+            self._forked.append(child)
+        reservation.forks.clear()
+        while reservation.free and reservation.num_chunks > group.num_rows:
+            chunk = reservation.free.pop()
+            self.allocator.release_chunk(chunk.first_page)
+            self.num_requested -= chunk.num_requested
+            reservation.num_chunks -= 1
+            self.lives.append((chunk.born, self.clock, chunk.num_filled))
+        if not reservation.num_chunks:
+            del self._reservations[group]
+
+    def take_copies(self) -> list[PageCopy]:
+        copies = [copy for table in self._forked for copy in table.copies]
+        for table in self._forked:
+            table.copies = []
+        self._forked.clear()
+        return copies
+
+    def check_invariants(self, tables: Iterable[BlockTable]) -> None:
+        """Every table is the start of a chunk of its own, and no chunk is without a group."""
+        self.allocator.check_invariants()
+        held = [table for table in tables if table.num_slots]
+        assert set(held) == set(self._owners), "a table has no reservation, or a reservation no table"
+        chunks = self.living()
+        assert sum(chunk.num_pages for chunk in chunks) == self.allocator.num_used
+        assert len({chunk.first_page for chunk in chunks}) == len(chunks), "a chunk has two owners"
+        assert sum(chunk.num_requested for chunk in chunks) == self.num_requested
+        for table in held:
+            assert isinstance(table, ChunkTable) and table.chunk is not None
+            first = table.chunk.first_page
+            assert list(table.pages) == list(range(first, first + len(table.pages)))
+            assert len(table.pages) <= table.chunk.num_pages
+
+    def living(self) -> list[Chunk]:
+        """Chunks in use, with `num_filled` as if their sequences ended now."""
+        for table in self._owners:
+            if table.chunk is not None:
+                table.chunk.num_filled = max(table.chunk.num_filled, table.num_slots)
+        held = [table.chunk for table in self._owners if table.chunk is not None]
+        return held + [chunk for reservation in self._reservations.values() for chunk in reservation.free]
