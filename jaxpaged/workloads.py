@@ -171,7 +171,7 @@ def read_workload(path: str | Path, num_tokens: Callable[[str], int] | None = No
 def _read_request(values: Any, num_tokens: Callable[[str], int] | None) -> tuple[int, int, float]:
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    output_len = values.get("output_len", values.get("max_tokens"))
+    output_len: Any = values.get("output_len", values.get("max_tokens"))
     arrival = values.get("arrival", 0.0)
     if isinstance(values.get("prompt"), str):
         if num_tokens is None:

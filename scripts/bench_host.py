@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.batching import Buckets, make_batch
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.scheduler import Scheduler
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each part of every decode step, and of its sum without `batching`, which prepares the arrays."""
+    """Seconds of each part of every decode step, and of the sum of `schedule` and `commit`."""
     max_len = args.context + args.steps + 2
     pages = args.sequences * -(-max_len // args.page_size) + 2
     cache = CacheConfig(args.page_size, pages)
@@ -52,25 +53,28 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     rng = np.random.default_rng(0)
     for i in range(args.sequences // args.samples_per_request):
         scheduler.add(_request(i, rng.integers(0, VOCAB_SIZE, args.context).tolist(), args))
-    times: dict[str, list[float]] = {"schedule": [], "batching": [], "commit": [], "schedule+commit": []}
+    stats = RunStats.for_cache(cache)
+    times: dict[str, list[float]] = {"schedule": [], "account": [], "batching": [], "commit": [], "schedule+commit": []}
     while scheduler.has_work:
         t0 = time.perf_counter()
         plan = scheduler.schedule()
         assert plan is not None
         t1 = time.perf_counter()
+        stats.record(plan, scheduler)
+        t2 = time.perf_counter()
         if not plan.is_prefill:
             shape = buckets.shape_of(plan, FEATURES)
             pack(make_batch(plan, shape, cache, VOCAB_SIZE, FEATURES))
-        t2 = time.perf_counter()
+        t3 = time.perf_counter()
         outputs = StepOutputs(
             rng.integers(0, VOCAB_SIZE, len(plan.samples), np.int32),
             TokenLogprobs(np.zeros(len(plan.samples), np.float32)),
         )
-        t3 = time.perf_counter()
-        scheduler.commit(plan, outputs)
         t4 = time.perf_counter()
+        scheduler.commit(plan, outputs)
+        t5 = time.perf_counter()
         if not plan.is_prefill and len(plan.rows) == args.sequences:
-            for name, seconds in zip(times, (t1 - t0, t2 - t1, t4 - t3, t1 - t0 + t4 - t3), strict=True):
+            for name, seconds in zip(times, (t1 - t0, t2 - t1, t3 - t2, t5 - t4, t1 - t0 + t5 - t4), strict=True):
                 times[name].append(seconds)
     return times
 

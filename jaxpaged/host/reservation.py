@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.block_table import (
     BlockTable,
@@ -40,7 +42,8 @@ from jaxpaged.host.token_tree import Branch, num_pages_of
 class Policy(Protocol):
     """What the scheduler asks of a way to keep KV memory."""
 
-    allocator: PageAllocator | BuddyAllocator
+    @property
+    def allocator(self) -> PageAllocator | BuddyAllocator: ...
 
     def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
         """ValueError, with the numbers, for a request that the empty pool could not hold."""
@@ -68,6 +71,22 @@ class Policy(Protocol):
 
     def take_copies(self) -> list[PageCopy]:
         """Copies that forks asked for since the last step, to be carried out before the next one writes."""
+        ...
+
+    @property
+    def requested_slots(self) -> int:
+        """Token positions that sequences have asked for so far and not given back."""
+        ...
+
+    def tick(self, num_steps: int) -> None:
+        """So many steps were planned, and taken down."""
+        ...
+
+    def final_slots(self, num_steps: int) -> np.ndarray | None:
+        """Token positions i64[steps] that those who held memory at each step had filled when they gave it back.
+
+        What is still held counts as it is filled now. None: nothing is held but what is filled.
+        """
         ...
 
     def check_invariants(self, tables: Iterable[BlockTable]) -> None:
@@ -123,6 +142,16 @@ class Paged:
     def take_copies(self) -> list[PageCopy]:
         return []
 
+    @property
+    def requested_slots(self) -> int:
+        return self.allocator.num_used * self.page_size
+
+    def tick(self, num_steps: int) -> None:
+        """Nothing here has to be told by its time."""
+
+    def final_slots(self, num_steps: int) -> None:
+        return None
+
     def check_invariants(self, tables: Iterable[BlockTable]) -> None:
         """Reference counts equal table entries, free and held pages partition the pool."""
         self.allocator.check_invariants()
@@ -175,13 +204,10 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)
 class ChunkTable(BlockTable):
-    """A block table that names the first pages of a chunk, as many as are filled. Compared by identity."""
+    """A block table that names the first pages of a chunk, as many as are filled."""
 
     chunk: Chunk | None = None  # None: forked, and not settled yet
     copies: list[PageCopy] = field(default_factory=list)  # from the parent's chunk, to be carried out
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
 
 @dataclass(slots=True)
@@ -205,12 +231,13 @@ class Contiguous:
         self.estimate = estimate
         largest = chunk_pages_for(num_pages_for(max_model_len, cache.page_size))
         self.allocator = BuddyAllocator(cache.num_pages, cache.page_size, largest)
-        self.clock = 0  # steps of the run that are over; whoever keeps the account counts them
-        self.num_requested = 0  # token positions, of all chunks in use
-        self.lives: list[tuple[int, int, int]] = []  # of chunks that went back: first step, step of return, positions
+        self.requested_slots = 0
+        self._clock = 0  # steps that were taken down
+        # Of chunks that went back: first step, step of return, positions filled. Flat, since there may be millions.
+        self._lives = array("q")
         self._reservations: dict[SequenceGroup, _Reservation] = {}
         self._owners: dict[ChunkTable, _Reservation] = {}
-        self._forked: list[ChunkTable] = []
+        self._forked: list[tuple[SequenceGroup, ChunkTable]] = []
 
     def num_requested_for(self, prompt_len: int, max_len: int) -> int:
         return min(self.estimate(prompt_len, max_len, self.max_model_len), self.max_model_len)
@@ -233,12 +260,12 @@ class Contiguous:
         chunks: list[Chunk] = []
         try:
             while len(chunks) < group.num_rows:
-                chunks.append(Chunk(self.allocator.allocate_chunk(size), size, requested, self.clock))
+                chunks.append(Chunk(self.allocator.allocate_chunk(size), size, requested, self._clock))
         except OutOfPagesError:
             for chunk in reversed(chunks):
                 self.allocator.release_chunk(chunk.first_page)
             return False
-        self.num_requested += requested * len(chunks)
+        self.requested_slots += requested * len(chunks)
         (branch,) = branches  # whoever was admitted stays, so only prompts are placed
         chunks.reverse()
         table = ChunkTable(chunk=chunks.pop())
@@ -287,21 +314,22 @@ class Contiguous:
             first = child.chunk.first_page
             child.pages.extend(range(first, first + len(parent.pages)))
             child.copies = [PageCopy(*pair) for pair in zip(parent.pages, child.pages, strict=True)]
-            group.pages.copied += len(child.copies)
-            self._forked.append(child)
+            self._forked.append((group, child))
         reservation.forks.clear()
         while reservation.free and reservation.num_chunks > group.num_rows:
             chunk = reservation.free.pop()
             self.allocator.release_chunk(chunk.first_page)
-            self.num_requested -= chunk.num_requested
+            self.requested_slots -= chunk.num_requested
             reservation.num_chunks -= 1
-            self.lives.append((chunk.born, self.clock, chunk.num_filled))
+            self._lives.extend((chunk.born, self._clock, chunk.num_filled))
         if not reservation.num_chunks:
             del self._reservations[group]
 
     def take_copies(self) -> list[PageCopy]:
-        copies = [copy for table in self._forked for copy in table.copies]
-        for table in self._forked:
+        copies: list[PageCopy] = []
+        for group, table in self._forked:
+            copies += table.copies
+            group.pages.copied += len(table.copies)
             table.copies = []
         self._forked.clear()
         return copies
@@ -311,20 +339,30 @@ class Contiguous:
         self.allocator.check_invariants()
         held = [table for table in tables if table.num_slots]
         assert set(held) == set(self._owners), "a table has no reservation, or a reservation no table"
-        chunks = self.living()
+        chunks = self._living()
         assert sum(chunk.num_pages for chunk in chunks) == self.allocator.num_used
         assert len({chunk.first_page for chunk in chunks}) == len(chunks), "a chunk has two owners"
-        assert sum(chunk.num_requested for chunk in chunks) == self.num_requested
+        assert sum(chunk.num_requested for chunk in chunks) == self.requested_slots
         for table in held:
             assert isinstance(table, ChunkTable) and table.chunk is not None
             first = table.chunk.first_page
             assert list(table.pages) == list(range(first, first + len(table.pages)))
             assert len(table.pages) <= table.chunk.num_pages
 
-    def living(self) -> list[Chunk]:
-        """Chunks in use, with `num_filled` as if their sequences ended now."""
-        for table in self._owners:
-            if table.chunk is not None:
-                table.chunk.num_filled = max(table.chunk.num_filled, table.num_slots)
+    def tick(self, num_steps: int) -> None:
+        self._clock += num_steps
+
+    def final_slots(self, num_steps: int) -> np.ndarray:
+        lives = np.array(self._lives, np.int64).reshape(-1, 3)
+        filled = {id(table.chunk): table.num_slots for table in self._owners if table.chunk is not None}
+        still = [(c.born, num_steps, max(c.num_filled, filled.get(id(c), 0))) for c in self._living()]
+        born, gone, slots = np.concatenate([lives, np.array(still, np.int64).reshape(-1, 3)]).T
+        change = np.zeros(num_steps + 1, np.int64)
+        np.add.at(change, born, slots)
+        np.subtract.at(change, gone, slots)
+        return np.cumsum(change[:-1])
+
+    def _living(self) -> list[Chunk]:
+        """Chunks in use."""
         held = [table.chunk for table in self._owners if table.chunk is not None]
         return held + [chunk for reservation in self._reservations.values() for chunk in reservation.free]

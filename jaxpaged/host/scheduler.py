@@ -85,6 +85,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def tables(self) -> list[BlockTable]:
+        """Of every running sequence."""
+        return [sample.sequence.table for sample in self._decoding()]
+
     def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
         """Raise ValueError for a request that could not run even alone, with the numbers that say why."""
         if prompt_len >= self.limits.max_model_len:
@@ -157,7 +162,7 @@ class Scheduler:
         """Pages to leave free when `group` is admitted, so that it is not preempted at once; none when it is alone."""
         if not self.running:
             return 0
-        tables = [sample.sequence.table for sample in self._decoding()]
+        tables = self.tables
         assert isinstance(self.allocator, PageAllocator), "nothing that was reserved needs headroom"
         next_step = num_pages_needed(tables, [1] * len(tables), self.allocator)
         return self._watermark + next_step + group.num_rows
@@ -231,7 +236,7 @@ class Scheduler:
         while True:
             samples = self._decoding()
             try:
-                plan.copies = self.policy.append([s.sequence.table for s in samples], [1] * len(samples))
+                plan.copies = self.policy.append(self.tables, [1] * len(samples))
                 break
             except OutOfPagesError:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
