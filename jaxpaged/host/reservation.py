@@ -118,7 +118,8 @@ class Paged:
             )
 
     def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
-        if num_pages_of(branches, self.page_size) + headroom() > self.allocator.num_free:
+        needed, free = num_pages_of(branches, self.page_size), self.allocator.num_free
+        if needed > free or needed + headroom() > free:  # the headroom takes a look at every running sequence
             return False
         for i, (sequence, num_shared, num_to_compute) in enumerate(branches):
             if num_shared:
