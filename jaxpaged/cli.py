@@ -1,5 +1,5 @@
-"""The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `info` and `convert` look at
-and rewrite checkpoints.
+"""The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `simulate` replays lengths,
+`info` and `convert` look at and rewrite checkpoints.
 
 Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
 one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
@@ -15,11 +15,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jaxpaged
+from jaxpaged import simulate_command
 from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.beams_command import SEARCH_FLAGS, beams
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, add_flags
-from jaxpaged.generate_command import INTERRUPTED, UsageError, generate, reason
+from jaxpaged.generate_command import INTERRUPTED, UsageError, generate, reason, usage_errors
 
 READER_GONE = 141
 
@@ -60,6 +61,11 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_generate(commands)
     _add_beams(commands)
+    simulate = _add_command(
+        commands, "simulate", _simulate, "say where KV memory would go, from lengths alone; needs no model",
+        epilog=simulate_command.EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    simulate_command.add_arguments(simulate)
     info = _add_command(commands, "info", _info, "say what a checkpoint holds, without loading its weights")
     info.add_argument("path", metavar="PATH", help="checkpoint directory")
     convert = _add_command(commands, "convert", _convert, "rewrite a Hugging Face checkpoint in the native format")
@@ -96,6 +102,7 @@ def _add_generate(commands: Any) -> None:
     source.add_argument("--input", metavar="FILE", help="a file of prompts, '-' for standard input")
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input (default auto)")
     parser.add_argument("--output", metavar="FILE", default="-", help="rows of JSON (default '-': standard output)")
+    parser.add_argument("--account", metavar="FILE", help="write where memory was at every step, as .csv or .json")
     parser.add_argument("--overwrite", action="store_true", help="start anew where the output has results already")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N",
@@ -124,6 +131,11 @@ def _make_llm(**options: Any) -> Any:
     from jaxpaged.llm import LLM  # imports jax: seconds that --help and a mistyped flag need not cost
 
     return LLM(**options)
+
+
+def _simulate(args: argparse.Namespace, _make_llm: object) -> int:
+    with usage_errors():
+        return simulate_command.run(args)
 
 
 def _info(args: argparse.Namespace, _make_llm: object) -> int:

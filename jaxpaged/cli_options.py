@@ -93,6 +93,8 @@ MODEL_FLAGS = (
     Flag("shared_prefixes", True, "read the pages that samples of a prompt share once a step (pallas only)"),
     Flag("preemption", str, "how a request gives way when pages run out: swap, recompute or auto (default)"),
     Flag("swap_space_gib", float, "host memory for the pages of requests that gave way by swapping (default 4)"),
+    Flag("kv_cache", str, "paged (default), or reserved: contiguous-max, contiguous-pow2, contiguous-oracle"),
+    Flag("watermark", float, "share of the pool that admission leaves free, so that sequences can grow (default 0.01)"),
 )  # fmt: skip
 
 #: Of MODEL_FLAGS, those that decide what a request's result is; the others decide only how fast it comes.

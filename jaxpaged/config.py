@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 DTYPES = ("float32", "bfloat16", "float16")
 PREEMPTION_MODES = ("auto", "swap", "recompute")
+#: How KV memory is kept: paged, or reserved in one piece for each sequence (host/reservation.py).
+KV_CACHES = ("paged", "contiguous-max", "contiguous-pow2", "contiguous-oracle")
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,10 @@ class EngineConfig:
     shares_prefixes: bool = False  # a decode step reads pages that several rows share once, where the kernels can
     watermark: float = 0.01  # share of the pool that admission leaves free, so that running sequences can grow
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    kv_cache: str = "paged"  # one of KV_CACHES
 
     def __post_init__(self):
+        _check_choice("kv_cache", self.kv_cache, KV_CACHES)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             _check_positive_int(name, getattr(self, name))
         if not 0 <= self.watermark < 1:

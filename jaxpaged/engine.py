@@ -103,8 +103,11 @@ class Engine:
     def lend_pool(self) -> PageAllocator:
         """Leave the pool and its pages to a caller who plans the steps (tree_steps.py), until `take_back_pool`."""
         self._check_idle()
+        allocator = self.scheduler.allocator
+        if not isinstance(allocator, PageAllocator):
+            raise ValueError(f"a tree shares pages, and kv_cache={self.limits.kv_cache!r} cannot: use kv_cache='paged'")
         self._is_lent = True
-        return self.scheduler.allocator
+        return allocator
 
     def take_back_pool(self) -> None:
         """All pages are free again, whatever the borrower left."""
@@ -171,8 +174,8 @@ class Engine:
         for one in plan.swaps:
             self._swap(one)
         swapped = time.perf_counter()
-        if plan.copies:
-            self.copy_pages(make_copies(plan, self.buckets))
+        for copies in make_copies(plan, self.buckets):
+            self.copy_pages(copies)
         outputs = self._launch(packed, layout)
         arrived = time.perf_counter()
         collect_logprobs(plan, outputs)

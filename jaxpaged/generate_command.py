@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxpaged.account_file import check_account_path, write_account
 from jaxpaged.batch import (
     BatchContext,
     BatchRequest,
@@ -67,6 +68,9 @@ def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     context = _context(args)
     lines = _lines(args, context)
     _check_used(context, lines)
+    if args.account is not None:
+        with usage_errors("cannot write the account: "):
+            check_account_path(args.account)
     results, earlier = _open_output(args, lines)
     if earlier.done:
         print(f"jaxpaged: {args.output} has {len(earlier.done)} of {len(lines)} lines already", file=sys.stderr)
@@ -172,6 +176,9 @@ def _run(
     num_requests, num_settled = num_done + len(requests), num_done + len(refused)
     with ProgressBar(num_requests, lambda: llm.last_run, num_settled, enabled=not on_terminal) as bar:
         run_batch(llm, accepted, on_finished)
+    if args.account is not None:
+        with usage_errors("cannot write the account: "):
+            write_account(llm.last_run, args.account)
     return [request for request, _ in refused]
 
 

@@ -57,6 +57,8 @@ class LLM:
         shared_prefixes: bool = False,
         preemption: str = "auto",
         swap_space_gib: float = 4.0,
+        kv_cache: str = "paged",
+        watermark: float = 0.01,
     ):
         """Open a checkpoint directory (native or Hugging Face), load its weights and allocate the page pool.
 
@@ -81,6 +83,12 @@ class LLM:
                 "recompute" (they are computed again), or "auto", for each request what costs less.
             swap_space_gib: host memory for swapped pages; on a GPU it is pinned, when the engine starts. A request for
                 which there is no room is computed again.
+            kv_cache: "paged", or a baseline that reserves consecutive pages for every sequence when its request is
+                admitted, with the same kernels and the same tokens: "contiguous-max" (`max_model_len`),
+                "contiguous-pow2" (prompt and `max_tokens` rounded up to a power of two) or "contiguous-oracle"
+                (prompt and `max_tokens`).
+            watermark: share of the pool that admission leaves free for running sequences to grow, besides what their
+                next step takes; 0 leaves only that.
 
         Raises:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.
@@ -88,7 +96,7 @@ class LLM:
         options = EngineOptions(
             dtype, load_format, seed, max_model_len, page_size, num_pages, memory_utilization, max_num_seqs,
             max_num_batched_tokens, attention, shared_prefixes, preemption,
-            swap_space_gib,
+            swap_space_gib, kv_cache, watermark,
         )  # fmt: skip
         checkpoint = open_checkpoint(model)
         self.tokenizer = _find_tokenizer(tokenizer, checkpoint.tokenizer_file)

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.checkpoint import Checkpoint, load_params
-from jaxpaged.config import DTYPES, PREEMPTION_MODES, CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.config import (
+    DTYPES,
+    KV_CACHES,
+    PREEMPTION_MODES,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    PreemptionConfig,
+)
 from jaxpaged.device.attention import resolve_attention
 from jaxpaged.device.memory import device_memory
 from jaxpaged.engine import Engine
@@ -40,12 +48,21 @@ class EngineOptions:
     shared_prefixes: bool = False
     preemption: str = "auto"
     swap_space_gib: float = 4.0
+    kv_cache: str = "paged"
+    watermark: float = 0.01
 
     def __post_init__(self):
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; choose one of auto, {', '.join(DTYPES)}")
         if self.preemption not in PREEMPTION_MODES:
             raise ValueError(f"preemption={self.preemption!r}; choose one of {', '.join(PREEMPTION_MODES)}")
+        if self.kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache={self.kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
+        if self.kv_cache != "paged" and self.preemption == "swap":
+            raise ValueError(
+                f"kv_cache={self.kv_cache!r} reserves all memory of a request beforehand, so none gives way: "
+                "preemption='swap' needs kv_cache='paged'"
+            )
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens", "num_pages", "max_model_len"):
             value = getattr(self, name)
             if value is None and name in ("num_pages", "max_model_len"):
@@ -56,6 +73,8 @@ class EngineOptions:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark must be in [0, 1), got {self.watermark}")
         if not 0 <= self.swap_space_gib < math.inf:
             raise ValueError(f"swap_space_gib must be a number of at least 0, got {self.swap_space_gib}")
         if self.preemption == "swap" and self.swap_space_gib == 0:
@@ -78,12 +97,15 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
             f"shared_prefixes=True needs attention='pallas', but attention={options.attention!r} is {kernels.name!r} "
             f"on {device.device_kind}: leave shared_prefixes=False there"
         )
-    preemption = resolve_preemption(
-        options.preemption, options.swap_space_gib, model, options.page_size, jnp.dtype(dtype).itemsize, device.platform
-    )
+    preemption = PreemptionConfig()
+    if options.kv_cache == "paged":  # who has reserved everything never gives way
+        preemption = resolve_preemption(
+            options.preemption, options.swap_space_gib, model, options.page_size, jnp.dtype(dtype).itemsize,
+            device.platform,
+        )  # fmt: skip
     limits = EngineConfig(
         _max_model_len(options, model), options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes,
-        preemption=preemption,
+        options.watermark, preemption, options.kv_cache,
     )  # fmt: skip
     memory, _ = device_memory(device)
     sizer = PoolSizer(model, dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory)

@@ -36,10 +36,8 @@ class EngineSteps:
         return self._engine.has_lost_pool
 
     def copy_pages(self, copies: SequenceOf[PageCopy]) -> None:
-        most = self._engine.buckets.copies[-1]
-        for first in range(0, len(copies), most):
-            plan = StepPlan(is_prefill=False, copies=list(copies[first : first + most]))
-            self._engine.copy_pages(make_copies(plan, self._engine.buckets))
+        for part in make_copies(StepPlan(is_prefill=False, copies=list(copies)), self._engine.buckets):
+            self._engine.copy_pages(part)
 
     def run(self, spans: SequenceOf[Span], top: int | None, wants_targets: bool) -> SpanOutputs:
         engine, limits = self._engine, self._engine.limits

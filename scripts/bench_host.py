@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.batching import Buckets, make_batch
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.features import SamplingFeatures
@@ -29,6 +30,7 @@ from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import GroupCandidates, RowCandidates, StepOutputs, TokenLogprobs, pack
 
 VOCAB_SIZE = 32_000
+PARTS = ("schedule", "account", "batching", "commit", "schedule+commit", "all")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each part of every decode step: deciding, preparing the arrays, learning; and sums of them."""
+    """Seconds of each part of every decode step: deciding, the account, the arrays, learning; and sums of them."""
     max_len = args.context + args.steps + 2
     pages = args.sequences * -(-max_len // args.page_size) + 2
     cache = CacheConfig(args.page_size, pages)
@@ -63,23 +65,26 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     for group in groups:
         scheduler.add(group)
     features = SamplingFeatures.of(groups, VOCAB_SIZE)
-    times: dict[str, list[float]] = {name: [] for name in ("schedule", "batching", "commit", "schedule+commit", "all")}
+    stats = RunStats.for_cache(cache)
+    times: dict[str, list[float]] = {name: [] for name in PARTS}
     while scheduler.has_work:
         t0 = time.perf_counter()
         plan = scheduler.schedule()
         assert plan is not None
         t1 = time.perf_counter()
+        stats.record(plan, scheduler)
+        t2 = time.perf_counter()
         if not plan.is_prefill:
             shape = buckets.shape_of(plan, features)
             pack(make_batch(plan, shape, cache, VOCAB_SIZE, features))
-        t2 = time.perf_counter()
-        outputs = _outputs(plan, features, rng)
         t3 = time.perf_counter()
-        scheduler.commit(plan, outputs)
+        outputs = _outputs(plan, features, rng)
         t4 = time.perf_counter()
+        scheduler.commit(plan, outputs)
+        t5 = time.perf_counter()
         if not plan.is_prefill and len(plan.rows) == args.sequences:
-            parts = (t1 - t0, t2 - t1, t4 - t3, t1 - t0 + t4 - t3, t2 - t0 + t4 - t3)
-            for name, seconds in zip(times, parts, strict=True):
+            parts = (t1 - t0, t2 - t1, t3 - t2, t5 - t4)
+            for name, seconds in zip(PARTS, (*parts, parts[0] + parts[3], sum(parts)), strict=True):
                 times[name].append(seconds)
     return times
 

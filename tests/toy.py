@@ -40,12 +40,19 @@ def toy_params(config: ModelConfig = TOY):
 
 
 def toy_engine(
-    num_pages=128, page_size=4, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128, preemption=None
+    num_pages=128,
+    page_size=4,
+    max_num_seqs=16,
+    max_num_batched_tokens=64,
+    max_model_len=128,
+    preemption=None,
+    kv_cache="paged",
 ) -> Engine:
     return Engine(
         toy_params(), TOY, CacheConfig(page_size, num_pages, "float32"),
         EngineConfig(
-            max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig()
+            max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
+            kv_cache=kv_cache,
         ),
         REFERENCE, jax.devices()[0],
     )  # fmt: skip

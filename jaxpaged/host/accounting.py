@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jaxpaged.config import CacheConfig
+from jaxpaged.host.block_table import BlockTable
+from jaxpaged.host.memory_account import MemoryAccount, make_account
+from jaxpaged.host.reservation import Policy
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.swap import Swap
+
+#: What is taken down a step; int32 holds them, since it holds every slot of a pool.
+_SERIES = (
+    "pages_used", "logical_pages", "running", "waiting", "batch_tokens", "used_slots", "requested_slots",
+    "largest_free", "is_short", "copied_pages", "swapped_out_pages", "swapped_in_pages",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,11 +46,8 @@ class RunStats:
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total", "swap", "recompute"), 0.0)
     )
-    _series: dict[str, list[int]] = field(
-        default_factory=lambda: {
-            name: [] for name in ("pages_used", "logical_pages", "running", "waiting", "batch_tokens")
-        }
-    )
+    _series: dict[str, array] = field(default_factory=lambda: {name: array("i") for name in _SERIES})
+    _policy: Policy | None = None  # of the scheduler that made the plans
 
     @classmethod
     def for_cache(cls, cache: CacheConfig) -> RunStats:
@@ -48,7 +55,7 @@ class RunStats:
 
     @property
     def pages_used(self) -> np.ndarray:
-        """Physical pages in use, i64[steps]."""
+        """Pages in use, i64[steps]; of a contiguous cache all that are reserved."""
         return np.array(self._series["pages_used"], np.int64)
 
     @property
@@ -72,6 +79,13 @@ class RunStats:
         return np.array(self._series["batch_tokens"], np.int64)
 
     @property
+    def memory(self) -> MemoryAccount:
+        """Where every token slot of the pool was at each step, in hindsight; while the run goes on, as far as it is."""
+        series = {name: np.array(values, np.int64) for name, values in self._series.items()}
+        final = None if self._policy is None else self._policy.final_slots(self.steps)
+        return make_account(series, self.num_pages, self.page_size, final)
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated tokens per second of the engine's time: what the caller does between results does not count."""
         return self.num_generated_tokens / self.seconds["total"] if self.seconds["total"] else 0.0
@@ -81,18 +95,31 @@ class RunStats:
         """Share of the pool in use at the last step."""
         return self._series["pages_used"][-1] / self.num_pages if self.steps else 0.0
 
-    def record(self, plan: StepPlan, scheduler: Scheduler) -> None:
-        """Take down the state of the scheduler right after it made `plan`."""
-        tables = [sequence.table for group in scheduler.running for sequence in group.unfinished]
+    def record(self, plan: StepPlan, scheduler: Scheduler, num_unqueued: int = 0) -> None:
+        """Take down the state of the scheduler right after it made `plan`; `num_unqueued` more requests wait for it."""
+        tables, allocator, policy = scheduler.tables, scheduler.allocator, scheduler.policy
+        logical = sum([len(table.pages) for table in tables])
+        is_shared = logical > allocator.num_used
         entries = {
-            "pages_used": scheduler.allocator.num_used,
-            "logical_pages": sum(len(table.pages) for table in tables),
+            "pages_used": allocator.num_used,
+            "logical_pages": logical,
             "running": len(tables),
-            "waiting": len(scheduler.waiting),
-            "batch_tokens": sum(row.count for row in plan.rows),
+            "waiting": len(scheduler.waiting) + num_unqueued,
+            "batch_tokens": sum([row.count for row in plan.rows]) if plan.is_prefill else len(plan.rows),
+            "used_slots": self._num_filled(tables, allocator.num_used)
+            if is_shared
+            else sum([table.num_slots for table in tables]),
+            "requested_slots": policy.requested_slots,
+            "largest_free": allocator.largest_free,
+            "is_short": int(scheduler.is_short),
+            "copied_pages": len(plan.copies),
+            "swapped_out_pages": sum([len(one.page_ids) for one in plan.swaps if one.is_out]),
+            "swapped_in_pages": sum([len(one.page_ids) for one in plan.swaps if not one.is_out]),
         }
         for name, value in entries.items():
             self._series[name].append(value)
+        policy.tick(1)
+        self._policy = policy
         self.steps += 1
         self.prefill_steps += plan.is_prefill
         self.preemptions += plan.num_preempted
@@ -100,6 +127,34 @@ class RunStats:
         self.swap_overflows += plan.num_swap_overflows
         self.page_copies += len(plan.copies)
         self.num_generated_tokens += len(plan.samples)
+
+    def record_ahead(self, num_steps: int, num_rows: int, new_pages: np.ndarray, is_paged: bool) -> None:
+        """Take down `num_steps` more decode steps like the last, in which `num_rows` sequences only grow.
+
+        new_pages i64[num_steps]: pages that tables have more than at the last step, at each of them.
+        """
+        grown = np.arange(1, num_steps + 1)
+        rise = {"logical_pages": new_pages, "used_slots": grown * num_rows}
+        if is_paged:
+            rise |= {
+                "pages_used": new_pages, "requested_slots": new_pages * self.page_size, "largest_free": -new_pages,
+            }  # fmt: skip
+        is_once = ("copied_pages", "swapped_out_pages", "swapped_in_pages")  # done before the last step
+        for name, values in self._series.items():
+            last = 0 if name in is_once else values[-1]
+            values.frombytes((np.full(num_steps, last) + rise.get(name, 0)).astype(np.int32).tobytes())
+        assert self._policy is not None
+        self._policy.tick(num_steps)
+        self.steps += num_steps
+        self.num_generated_tokens += num_rows * num_steps
+
+    def _num_filled(self, tables: list[BlockTable], num_pages: int) -> int:
+        """Slots of `num_pages` shared pages that are filled: all but the unfilled ends of last pages.
+
+        Tables that share a last page see the same fill of it: whoever writes next gets a page of its own.
+        """
+        slots = {table.pages[-1]: table.num_slots for table in tables if table.num_slots % self.page_size}
+        return num_pages * self.page_size - sum([-num_slots % self.page_size for num_slots in slots.values()])
 
     def add_seconds(self, schedule: float, device: float, step: float) -> None:
         self.seconds["schedule"] += schedule

@@ -6,6 +6,7 @@ powers of two. Table width costs only its upload and padded prefill rows little 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -158,12 +159,16 @@ def _prefill_inputs(
     )
 
 
-def make_copies(plan: StepPlan, buckets: Buckets) -> np.ndarray:
-    """i32[2, copies]: source and destination pages, padded with NULL_PAGE copied onto itself."""
-    copies = np.full((2, fit(len(plan.copies), buckets.copies)), NULL_PAGE, np.int32)
-    if plan.copies:
-        copies[:, : len(plan.copies)] = np.array(plan.copies, np.int32).T
-    return copies
+def make_copies(plan: StepPlan, buckets: Buckets) -> Iterator[np.ndarray]:
+    """i32[2, copies]: source and destination pages, padded with NULL_PAGE copied onto itself.
+
+    A paged step copies at most a page a row, which is one array; forks between chunks copy whole sequences.
+    """
+    for start in range(0, len(plan.copies), buckets.copies[-1]):
+        part = plan.copies[start : start + buckets.copies[-1]]
+        copies = np.full((2, fit(len(part), buckets.copies)), NULL_PAGE, np.int32)
+        copies[:, : len(part)] = np.array(part, np.int32).T
+        yield copies
 
 
 def _block_tables(rows: list[PlanRow], shape: StepShape) -> np.ndarray:

@@ -15,8 +15,7 @@ import numpy as np
 
 from jaxpaged.host.beam_logprobs import keep_group, keep_rows
 from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams, advance_merged
-from jaxpaged.host.block_table import fork, refork, release
-from jaxpaged.host.page_allocator import PageAllocator
+from jaxpaged.host.reservation import Policy
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.step_io import GroupCandidates, StepOutputs
 
@@ -30,7 +29,7 @@ class _Search(NamedTuple):
 
 
 def advance_groups(
-    groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, allocator: PageAllocator
+    groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, policy: Policy
 ) -> tuple[list[SequenceGroup], bool]:
     """One step of every group, each with its first row in the step.
 
@@ -38,12 +37,12 @@ def advance_groups(
     """
     searches = [(group, _searches(group, row)) for group, row in groups]
     for group, of_group in searches:
-        _note_growth(group, allocator.page_size)
+        _note_growth(group, policy)
         if group.ends_text is not None:
             for search in of_group:
                 search.state.find_stops = _stop_finder(search.parents, group.ends_text)
     _advance(searches, outputs)
-    is_changed = [_carry_out(group, of_group, allocator) for group, of_group in searches]
+    is_changed = [_carry_out(group, of_group, policy) for group, of_group in searches]
     return [group for group, _ in searches if not group.running_beams], any(is_changed)
 
 
@@ -59,13 +58,14 @@ def _searches(group: SequenceGroup, row: int) -> list[_Search]:
     return found
 
 
-def _note_growth(group: SequenceGroup, page_size: int) -> None:
+def _note_growth(group: SequenceGroup, policy: Policy) -> None:
     """The most pages that the group holds: what the step wrote is there, and nothing is freed yet.
 
-    Counted anew only where the tables were made anew. Beams are of one length, so either all took a page or none.
+    Of shared pages counted anew only where the tables were made anew. Beams are of one length, so either all took a
+    page or none.
     """
-    pages = group.pages
-    if not group.is_forked or group.num_preemptions != group.counted_preemptions:
+    pages, page_size = group.pages, policy.page_size
+    if not (policy.shares_pages and group.is_forked) or group.num_preemptions != group.counted_preemptions:
         group.record_pages()
         group.counted_preemptions = group.num_preemptions
     else:
@@ -104,15 +104,15 @@ def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepO
     advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
 
 
-def _carry_out(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> bool:
+def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Policy) -> bool:
     """Make the group's sequences its beams after the step; whether they are no longer the same sequences.
 
     While they are, each stays where it is and its contents change: beams in their order, best first.
     """
     if searches[0].state.num_generated == 1:
-        freed = _begin(group, searches, allocator)
+        freed = _begin(group, searches, policy)
     else:
-        freed = sum(_descend(search, allocator) for search in searches)
+        freed = sum(_descend(search, policy) for search in searches)
     running = [(state, parents) for state, parents, _ in searches if not state.is_done]
     is_changed = len(running) < len(searches) or searches[0].state.num_generated == 1
     if is_changed:
@@ -126,26 +126,27 @@ def _carry_out(group: SequenceGroup, searches: list[_Search], allocator: PageAll
         for sequence, token in zip(parents, state.tokens[-1].tolist(), strict=True):
             sequence.token_ids.append(token)
     num_rows = sum(state.width for state, _ in running)
-    group.pages.note(group.pages.physical - freed, num_rows * len(group.sequences[0].table.pages))
+    if policy.shares_pages:
+        group.pages.note(group.pages.physical - freed, num_rows * len(group.sequences[0].table.pages))
     return is_changed
 
 
-def _begin(group: SequenceGroup, searches: list[_Search], allocator: PageAllocator) -> int:
+def _begin(group: SequenceGroup, searches: list[_Search], policy: Policy) -> int:
     """Fork the first beams of all searches from the prompt's sequence, which is one of them; returns pages freed."""
     (prompt,) = group.sequences
     is_taken = False
     for state, parents, _ in searches:
         for place in range(0 if state.is_done else state.width):
-            parents[place] = _fork(prompt, allocator) if is_taken else prompt
+            parents[place] = _fork(prompt, policy) if is_taken else prompt
             is_taken = True
-    return 0 if is_taken else _finish([prompt], allocator)
+    return 0 if is_taken else _finish([prompt], policy)
 
 
-def _descend(search: _Search, allocator: PageAllocator) -> int:
+def _descend(search: _Search, policy: Policy) -> int:
     """Give every sequence of a search the contents of its next beam; returns how many pages became free."""
     state, sequences, _ = search
     if state.is_done:
-        return _finish(sequences, allocator)
+        return _finish(sequences, policy)
     places = state.parents[-1].tolist()
     contents = [(sequence.table, sequence.token_ids) for sequence in sequences]
     childless = [contents[place] for place in set(range(len(contents))).difference(places)]
@@ -156,26 +157,26 @@ def _descend(search: _Search, allocator: PageAllocator) -> int:
         if is_kept[place]:
             parent_table, parent_ids = table, token_ids
             table, token_ids = childless.pop()
-            common, newly_freed = refork(table, parent_table, allocator)
+            common, newly_freed = policy.refork(table, parent_table)
             freed += newly_freed
-            start = common * allocator.page_size  # what common pages hold are common tokens
+            start = common * policy.page_size  # what common pages hold are common tokens
             token_ids[start:] = parent_ids[start:]
         is_kept[place] = True
         sequence.table, sequence.token_ids = table, token_ids
     return freed
 
 
-def _fork(sequence: Sequence, allocator: PageAllocator) -> Sequence:
+def _fork(sequence: Sequence, policy: Policy) -> Sequence:
     return Sequence(
-        sequence.sample_index, sequence.token_ids[:], sequence.prompt_len, fork(sequence.table, allocator),
+        sequence.sample_index, sequence.token_ids[:], sequence.prompt_len, policy.fork(sequence.table),
         sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
     )  # fmt: skip
 
 
-def _finish(sequences: list[Sequence], allocator: PageAllocator) -> int:
+def _finish(sequences: list[Sequence], policy: Policy) -> int:
     """Free the beams of a search that is done; returns how many pages became free."""
     freed = 0
     for sequence in reversed(sequences):
-        freed += release(sequence.table, allocator)
+        freed += policy.release(sequence.table)
         sequence.status = SequenceStatus.FINISHED
     return freed

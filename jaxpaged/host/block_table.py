@@ -24,7 +24,7 @@ class PageCopy(NamedTuple):
     dst: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # compared by identity
 class BlockTable:
     """Pages of one sequence in token order; `len(pages) == num_pages_for(num_slots, page_size)`."""
 

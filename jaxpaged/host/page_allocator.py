@@ -31,6 +31,11 @@ class PageAllocator:
     def num_used(self) -> int:
         return self.num_pages - 1 - len(self._free)
 
+    @property
+    def largest_free(self) -> int:
+        """Free pages that a table can take together: all, since pages may lie anywhere."""
+        return len(self._free)
+
     def ref_count(self, page_id: int) -> int:
         return self._ref_counts[page_id]
 

@@ -22,20 +22,13 @@ from typing import NamedTuple
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beam_groups import advance_groups
-from jaxpaged.host.block_table import (
-    PageCopy,
-    append_slots,
-    fork,
-    num_pages_for,
-    num_pages_needed,
-    release,
-    truncate,
-)
+from jaxpaged.host.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
+from jaxpaged.host.reservation import make_policy, most_pages
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.swap import Swap, SwapSpace
-from jaxpaged.host.token_tree import build_branches, num_pages_of
+from jaxpaged.host.token_tree import build_branches
 from jaxpaged.step_io import StepOutputs
 
 
@@ -77,7 +70,8 @@ class Scheduler:
     def __init__(self, cache: CacheConfig, limits: EngineConfig):
         self.cache = cache
         self.limits = limits
-        self.allocator = PageAllocator(cache.num_pages, cache.page_size)
+        self.policy = make_policy(cache, limits)
+        self.allocator = self.policy.allocator
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []  # in order of arrival
         # Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read.
@@ -85,11 +79,17 @@ class Scheduler:
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
+        self.is_short = False  # whether the head of the queue found no memory when the latest step was planned
         self._watermark = math.ceil(limits.watermark * cache.num_usable_pages)
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def tables(self) -> list[BlockTable]:
+        """Of every running sequence."""
+        return [sample.sequence.table for sample in self._decoding()]
 
     def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
         """Raise ValueError for a request that could not run even alone, with the numbers that say why."""
@@ -100,18 +100,11 @@ class Scheduler:
             )
         if num_samples > self.limits.max_num_seqs:
             raise ValueError(f"{num_samples} samples of one request exceed max_num_seqs={self.limits.max_num_seqs}")
-        needed = self.most_pages(prompt_len, num_samples, max_len)
-        if needed > self.cache.num_usable_pages:
-            raise ValueError(
-                f"prompt of {prompt_len} tokens with {num_samples} sample(s) of up to {max_len - prompt_len} tokens "
-                f"needs {needed} pages of {self.cache.page_size} tokens, the pool has {self.cache.num_usable_pages}: "
-                "raise num_pages, or lower max_tokens or n"
-            )
+        self.policy.check(prompt_len, num_samples, max_len)
 
     def most_pages(self, prompt_len: int, num_samples: int, max_len: int) -> int:
         """Pages of a group whose samples all reach `max_len`; the KV of a last token is never written."""
-        shared = prompt_len // self.cache.page_size
-        return shared + num_samples * (num_pages_for(max(max_len - 1, prompt_len), self.cache.page_size) - shared)
+        return most_pages(prompt_len, num_samples, max_len, self.cache.page_size)
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
@@ -120,13 +113,15 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to do. Prefill goes first: it fills the batch for decoding."""
-        self._swaps = []
+        self._swaps, self.is_short = [], False
+        copies = self.policy.take_copies()  # before anything is admitted: nothing has taken their sources yet
         while self.waiting and self._try_admit(self.waiting[0]):
             self.waiting.popleft()
         if not self.running:
             return None
         plan = self._plan_prefill() if self._prefilling else self._plan_decode()
         plan.swaps = self._swaps
+        plan.copies += copies
         return plan
 
     # Admission and prefill
@@ -138,6 +133,7 @@ class Scheduler:
         if sum(g.num_rows for g in self.running) + group.num_rows > self.limits.max_num_seqs:
             return False
         if not (self._try_swap_in(group) if self.swap_space.holds(group) else self._try_start_prefill(group)):
+            self.is_short = True
             return False
         for sequence in group.unfinished:
             sequence.status = SequenceStatus.RUNNING
@@ -147,6 +143,7 @@ class Scheduler:
         return True
 
     def _try_swap_in(self, group: SequenceGroup) -> bool:
+        assert isinstance(self.allocator, PageAllocator), "only pages that are shared by count are swapped"
         if self.swap_space.num_pages_of(group) + self._headroom(group) > self.allocator.num_free:
             return False
         self._swaps.append(self.swap_space.bring_back(group, self.allocator))
@@ -154,14 +151,10 @@ class Scheduler:
 
     def _try_start_prefill(self, group: SequenceGroup) -> bool:
         branches = build_branches(group, self.cache.page_size)
-        if num_pages_of(branches, self.cache.page_size) + self._headroom(group) > self.allocator.num_free:
+        if not self.policy.try_place(group, branches, lambda: self._headroom(group)):
             return False
-        for i, (sequence, num_shared, num_to_compute) in enumerate(branches):
-            if num_shared:
-                sequence.table = fork(branches[i - 1].sequence.table, self.allocator)
-                truncate(sequence.table, num_shared, self.allocator)
+        for sequence, num_shared, num_to_compute in branches:
             sequence.num_computed = num_shared
-            append_slots([sequence.table], [num_to_compute], self.allocator)
             if num_to_compute:
                 self._prefilling.append((group, sequence))
         return True
@@ -170,7 +163,8 @@ class Scheduler:
         """Pages to leave free when `group` is admitted, so that it is not preempted at once; none when it is alone."""
         if not self.running:
             return 0
-        tables = [sample.sequence.table for sample in self._decoding()]
+        tables = self.tables
+        assert isinstance(self.allocator, PageAllocator), "nothing that was reserved needs headroom"
         next_step = num_pages_needed(tables, [1] * len(tables), self.allocator)
         return self._watermark + next_step + group.num_rows
 
@@ -227,12 +221,13 @@ class Scheduler:
             return
         for index in range(1, group.params.num_samples):
             sample = Sequence(
-                index, sequence.token_ids[:], sequence.prompt_len, fork(sequence.table, self.allocator),
+                index, sequence.token_ids[:], sequence.prompt_len, self.policy.fork(sequence.table),
                 sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
                 stream=group.make_stream() if group.make_stream else None,
             )  # fmt: skip
             group.sequences.append(sample)
             plan.samples.append(Sample(group, sample, row))
+        self.policy.settle(group)
         group.record_pages()
         self._batch = None
 
@@ -243,7 +238,7 @@ class Scheduler:
         while True:
             samples = self._decoding()
             try:
-                plan.copies = append_slots([s.sequence.table for s in samples], [1] * len(samples), self.allocator)
+                plan.copies = self.policy.append(self.tables, [1] * len(samples))
                 break
             except OutOfPagesError:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
@@ -265,6 +260,7 @@ class Scheduler:
         group.record_pages()
         wants_swap = self.swap_space.wants(group, self.cache.page_size)
         if wants_swap and self.swap_space.has_room_for(group):
+            assert isinstance(self.allocator, PageAllocator), "who reserved everything never gives way"
             self._swaps.append(self.swap_space.take_out(group, self.allocator))
             group.num_swaps += 1
             for sequence in group.unfinished:
@@ -272,7 +268,7 @@ class Scheduler:
         else:
             plan.num_swap_overflows += wants_swap
             for sequence in reversed(group.unfinished):
-                release(sequence.table, self.allocator)
+                self.policy.release(sequence.table)
                 sequence.num_computed = 0
                 sequence.status = SequenceStatus.WAITING
         plan.num_preempted += 1
@@ -297,12 +293,14 @@ class Scheduler:
             if apply_stop(group, sequence):
                 group.record_pages()
                 sequence.status = SequenceStatus.FINISHED
-                release(sequence.table, self.allocator)
+                self.policy.release(sequence.table)
                 ended.append(group)
         if searches:
             assert outputs.candidates is not None, "beams ran, but no candidates came"
-            done, is_changed = advance_groups(list(searches.items()), outputs, self.allocator)
+            done, is_changed = advance_groups(list(searches.items()), outputs, self.policy)
             ended += done
+        for group in dict.fromkeys([*ended, *searches]):
+            self.policy.settle(group)
         if ended or (searches and is_changed):
             self._batch = None
         finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
@@ -311,11 +309,10 @@ class Scheduler:
         return finished
 
     def check_invariants(self) -> None:
-        """Reference counts equal table entries, free and held pages partition the pool. For tests, between steps."""
-        self.allocator.check_invariants()
+        """Tables, memory and swap space agree. For tests, between steps."""
         swapped = [group for group in self.waiting if self.swap_space.holds(group)]
         assert sum(map(self.swap_space.num_pages_of, swapped)) + self.swap_space.num_free == self.swap_space.num_pages
-        held: dict[int, int] = {}
+        held: list[BlockTable] = []
         for group in (*self.running, *self.waiting):
             for sequence in group.sequences:
                 assert len(sequence.table.pages) == num_pages_for(sequence.table.num_slots, self.cache.page_size)
@@ -323,7 +320,5 @@ class Scheduler:
                     assert self.swap_space.holds(group), "a swapped sequence has nothing in swap space"
                     continue
                 assert sequence.status is SequenceStatus.RUNNING or not sequence.table.pages
-                for page_id in sequence.table.pages:
-                    held[page_id] = held.get(page_id, 0) + 1
-        for page_id in range(1, self.cache.num_pages):
-            assert self.allocator.ref_count(page_id) == held.get(page_id, 0), f"page {page_id} is miscounted"
+                held.append(sequence.table)
+        self.policy.check_invariants(held)

@@ -1,0 +1,100 @@
+"""`jaxpaged simulate`: what ways to keep KV memory do with a workload, without a model or an accelerator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpaged.account_file import check_account_path, summarise, write_account
+from jaxpaged.config import KV_CACHES, CacheConfig, PreemptionConfig
+from jaxpaged.host.memory_account import CATEGORIES
+from jaxpaged.progress import ProgressBar
+from jaxpaged.simulate import PAPER_POOL, Simulation, paper_limits
+from jaxpaged.workloads import Workload, make_workload, read_workload
+
+EPILOG = """\
+workloads: sharegpt, alpaca, alpaca-lognormal, azure-code, azure-chat, exponential:PROMPT:MEAN:CAP,
+  fixed:PROMPT:OUTPUT, or a .jsonl file with {"prompt_len": ..., "output_len": ...} a line (and "arrival", in seconds)
+
+Means are over the steps in which requests wait for admission, but for the first tenth of all steps; over all steps
+where there are none such. The last line is the same as JSON.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workload", default="sharegpt", metavar="NAME", help="or a .jsonl file; see below (default sharegpt)")
+    add("--requests", type=int, default=2000, metavar="N", help="requests drawn (default 2000)")
+    add("--seed", type=int, default=0, metavar="N", help="of lengths, arrivals and beams (default 0)")
+    add("--rate", type=float, metavar="X", help="requests a second (default: all arrive at once)")
+    add("--step-ms", type=float, default=30.0, metavar="X", help="milliseconds of a step, for arrivals (default 30)")
+    add("--n", type=int, default=1, metavar="N", help="samples of each request (default 1)")
+    add("--beam-width", type=int, default=0, metavar="N", help="beams of each request, by random scores")
+    add(
+        "--kv-cache", action="append", metavar="NAME",
+        help=f"one of {', '.join(KV_CACHES)}; repeat for more (default: all)",
+    )  # fmt: skip
+    add("--num-pages", type=int, default=PAPER_POOL.num_pages, metavar="N", help="page 0 included (default 984)")
+    add("--page-size", type=int, default=16, metavar="N", help="token positions in a page (default 16)")
+    add("--max-model-len", type=int, default=2048, metavar="N", help="tokens of a sequence at most (default 2048)")
+    add("--max-num-seqs", type=int, default=2048, metavar="N", help="sequences together at most (default 2048)")
+    add("--max-num-batched-tokens", type=int, default=2560, metavar="N", help="in one prefill step (default 2560)")
+    add("--watermark", type=float, default=0.01, metavar="X", help="share of the pool left free (default 0.01)")
+    add("--preemption", choices=("recompute", "swap"), default="recompute", help="(default recompute)")
+    add("--account", metavar="FILE", help="every step's account, .csv or .json; with one --kv-cache")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ValueError or OSError for what cannot run, before anything does."""
+    systems = args.kv_cache or list(KV_CACHES)
+    if args.account is not None:
+        check_account_path(args.account)
+        if len(systems) != 1:
+            raise ValueError(f"--account writes one run, but {len(systems)} systems are to run: give one --kv-cache")
+    workload = _workload(args)
+    simulations = {name: _simulation(args, name, workload) for name in systems}
+    print(f"{'per cent of the pool':20}" + "".join(f"{name:>10}" for name in (*CATEGORIES, "stranded", "sequences")))
+    results: dict[str, Any] = {}
+    for name, simulation in simulations.items():
+        began = time.perf_counter()
+        with ProgressBar(len(workload.prompt_lens), lambda one=simulation: one.stats) as bar:
+            stats = simulation.run(on_finished=bar.update)
+        seconds = time.perf_counter() - began
+        summary = summarise(stats, saturated_steps(stats.waiting))
+        shares = summary["percent_of_pool"]
+        cells = [*(shares[part] for part in (*CATEGORIES, "stranded")), summary["mean_running_sequences"]]
+        print(f"{name:20}" + "".join(f"{cell:10.2f}" for cell in cells), flush=True)
+        results[name] = {**summary, "requests_per_second": round(len(workload.prompt_lens) / seconds)}
+        if args.account is not None:
+            write_account(stats, args.account)
+    print(json.dumps({"workload": args.workload, "requests": len(workload.prompt_lens), "results": results}))
+    return 0
+
+
+def saturated_steps(waiting: np.ndarray) -> np.ndarray:
+    """bool[steps]: while requests wait, the first tenth of the run left out; all steps, where that leaves none."""
+    steps = waiting > 0
+    steps[: len(steps) // 10] = False
+    return steps if steps.any() else np.ones(len(steps), bool)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    if Path(args.workload).suffix == ".jsonl":
+        return read_workload(args.workload)
+    return make_workload(args.workload, args.requests, args.seed, args.rate, args.max_model_len)
+
+
+def _simulation(args: argparse.Namespace, kv_cache: str, workload: Workload) -> Simulation:
+    cache = CacheConfig(args.page_size, args.num_pages)
+    swap = PreemptionConfig("swap", swap_pages=cache.num_usable_pages)
+    limits = paper_limits(
+        kv_cache, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens, watermark=args.watermark,
+        preemption=swap if args.preemption == "swap" and kv_cache == "paged" else None,
+    )  # fmt: skip
+    return Simulation(workload, cache, limits, args.n, args.beam_width, args.seed, args.step_ms / 1000)
