@@ -1,0 +1,40 @@
+"""One self-contained page that replays a trace (host/trace.py): no network, nothing to install. `jaxpaged trace`.
+
+The page is page.html with its style, its two scripts and the trace written into it; it may be mailed and opened as a
+file. replay.js rebuilds the pool's state at any frame, page.js draws it.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+_PARTS = {"style": "page.css", "replay": "replay.js", "page": "page.js"}
+
+
+def make_page(trace: dict[str, Any]) -> str:
+    """The page as text."""
+    page = _read("page.html")
+    for place, name in _PARTS.items():
+        page = page.replace("{{" + place + "}}", _read(name).strip(), 1)
+    # Inside <script> only "<" could end the element early, and JSON may write it in another way. The trace goes in last:
+    # what looks like a place in it is text.
+    return page.replace("{{trace}}", dump_trace(trace).replace("<", "\\u003c"), 1)
+
+
+def dump_trace(trace: dict[str, Any]) -> str:
+    return json.dumps(trace, ensure_ascii=False, separators=(",", ":"))
+
+
+def example_names() -> list[str]:
+    return sorted(file.name.removesuffix(".json") for file in (files(__package__) / "examples").iterdir())
+
+
+def example_trace(name: str) -> dict[str, Any]:
+    """A bundled trace: a figure of the PagedAttention paper, or one of `example_names()`."""
+    return json.loads(_read(f"examples/{name}.json"))
+
+
+def _read(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
