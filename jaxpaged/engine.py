@@ -71,7 +71,7 @@ class Engine:
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)
-        self.recorder: TraceRecorder | None = None  # takes down what happens to the pool, if someone sets it
+        self.recorder: TraceRecorder | None = None  # takes down the run, if someone sets it
         self._began = time.perf_counter()
 
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
@@ -93,6 +93,7 @@ class Engine:
         finally:
             self.scheduler = Scheduler(self.cache_config, self.limits)
             self._swapped.clear()
+            self.recorder = None
             if any(pool.is_deleted() for pool in self.pool.k):  # an interrupted step had taken it by donation
                 self.pool = make_paged_cache(self.model, self.cache_config, self.device)
 

@@ -14,6 +14,7 @@ from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.progress import ProgressBar
@@ -93,6 +94,11 @@ class LLM:
     @property
     def last_run(self) -> RunStats:
         return self.engine.stats
+
+    def record_trace(self) -> TraceRecorder:
+        """Have the next run taken down, step by step; the recorder's `trace` then has what the page pool did."""
+        self.engine.recorder = TraceRecorder(self.engine.cache_config)
+        return self.engine.recorder
 
     def generate(
         self,

@@ -120,8 +120,8 @@ def one_request() -> dict[str, Any]:
     story.say({("A", 0): "fathers brought forth on this continent ."})
     return story.trace(
         "One request",
-        "Figure 6 of the PagedAttention paper: seven prompt tokens fill pages 7 and 1; “fathers” goes to the place that "
-        "is left in page 1, and only for the next token is another page taken.",
+        "Figure 6 of the PagedAttention paper: seven prompt tokens fill pages 7 and 1; “fathers” goes to the place "
+        "that is left in page 1, and only for the next token is another page taken.",
     )
 
 
@@ -132,8 +132,8 @@ def two_requests() -> dict[str, Any]:
     story.say({("A", 0): "fathers brought forth on this continent", ("B", 0): "times it was the worst of times"})
     return story.trace(
         "Two requests",
-        "Figure 7 of the paper: two requests share one pool. Neither has neighbouring pages, and each wastes at most the "
-        "rest of its last page.",
+        "Figure 7 of the paper: two requests share one pool. Neither has neighbouring pages, and each wastes at most "
+        "the rest of its last page.",
     )
 
 
@@ -143,8 +143,8 @@ def parallel_sampling() -> dict[str, Any]:
     story.say({("A", 0): "fathers brought forth on this continent", ("A", 1): "mothers saw and heard and sang"})
     return story.trace(
         "Parallel sampling",
-        "Figure 8 of the paper: two samples of one prompt share its pages. The first to write to the shared page 1 gets "
-        "a copy of it, page 3; the second is then alone with page 1 and writes in place.",
+        "Figure 8 of the paper: two samples of one prompt share its pages. The first to write to the shared page 1 "
+        "gets a copy of it, page 3; the second is then alone with page 1 and writes in place.",
     )
 
 
@@ -152,17 +152,19 @@ def beam_search() -> dict[str, Any]:
     """Before: 0-1-3-5, 0-1-3-6, 0-1-3-7, 0-2-4-8; the next four beams descend from the second and the third."""
     story = Story(num_pages=18, free=[page + 1 for page in (0, 1, 2, 3, 5, 6, 4, 7, 8)])
     story.add("Once there was a", BeamSearchParams(4, max_tokens=16), "A")
-    texts = ["king who ruled a", "girl who lived by", "cat that sat on", "boy who had no"]
-    _choose_page(story, [0, 0, 0, 0], texts)
-    _choose_page(story, [0, 0, 0, 1], ["small and distant land", "large and rich city", "land of ice and", "the sea and sang"])
-    _choose_page(
-        story, [0, 0, 0, 3],
-        ["and all was well", "where nobody ever slept", "of rivers and hills", "to the passing ships"],
-    )  # fmt: skip
+    pages = [
+        ([0, 0, 0, 0], ["king who ruled a", "girl who lived by", "cat that sat on", "boy who had no"]),
+        ([0, 0, 0, 1], ["small and distant land", "large and rich city", "land of ice and", "the sea and sang"]),
+        (
+            [0, 0, 0, 3],
+            ["and all was well", "where nobody ever slept", "of rivers and hills", "to the passing ships"],
+        ),
+    ]
+    for parents, texts in pages:
+        _choose_page(story, parents, texts)
     story.choose((1, "until"), (1, "because"), (2, "and"), (2, "until"))
     story.script_free_list([page + 1 for page in (9, 10, 11, 12)])
-    texts = ["one day in spring", "the bells kept ringing", "his name was known", "a stranger came along"]
-    _finish_page(story, [text.split()[:3] for text in texts])
+    _finish_page(story, [text.split() for text in ("one day in", "the bells kept", "his name was", "a stranger came")])
     return story.trace(
         "Beam search",
         "Figure 9 of the paper: four beams share what they have in common. When the next four all descend from the "
@@ -184,23 +186,22 @@ def _finish_page(story: Story, rest: list[list[str]]) -> None:
 
 
 def preemption() -> dict[str, Any]:
-    story = Story(num_pages=13, free=[], preemption=PreemptionConfig("swap", swap_pages=5))
-    story.add("Call me", greedy(18), "A")
-    story.add("It is a truth universally", greedy(16), "B")
-    story.add(FOUR_SCORE, SamplingParams(n=2, max_tokens=9), "C")
+    story = Story(num_pages=13, free=[], preemption=PreemptionConfig("swap", swap_pages=4))
+    story.add("Call me", greedy(15), "A")
+    story.add(FOUR_SCORE, SamplingParams(n=2, max_tokens=14), "B")
+    story.add("It is a truth universally", greedy(8), "C")
     story.say(
         {
-            ("A", 0): "Ishmael . Some years ago - never mind how long precisely - having little or no money in",
-            ("B", 0): "acknowledged , that a single man in possession of a good fortune , must be in",
-            ("C", 0): "fathers brought forth on this continent a new nation",
-            ("C", 1): "mothers saw and heard and sang of all that",
+            ("A", 0): "Ishmael . Some years ago - never mind how long precisely - having little or",
+            ("B", 0): "fathers brought forth on this continent a new nation , conceived in liberty ,",
+            ("B", 1): "mothers saw and heard and sang of all that was to come , and",
+            ("C", 0): "acknowledged , that a single man in possession",
         }
     )
     return story.trace(
         "Preemption",
-        "The pool is too small for all three requests. The latest gives way, all its samples together: its pages go to "
-        "host memory, each once, or are dropped and computed again where host memory is full, and it comes back, its "
-        "prompt still shared.",
+        "The pool is too small for all three requests. The one that came last gives way, all its samples together: its "
+        "pages go to host memory or, where that has no room, are dropped and computed again. It comes back as it was.",
     )
 
 

@@ -18,8 +18,8 @@ def make_page(trace: dict[str, Any]) -> str:
     page = _read("page.html")
     for place, name in _PARTS.items():
         page = page.replace("{{" + place + "}}", _read(name).strip(), 1)
-    # Inside <script> only "<" could end the element early, and JSON may write it in another way. The trace goes in last:
-    # what looks like a place in it is text.
+    # Inside <script> only "<" could end the element early, and JSON may write it in another way. The trace goes in
+    # last: what looks like a place in it is text.
     return page.replace("{{trace}}", dump_trace(trace).replace("<", "\\u003c"), 1)
 
 
@@ -28,7 +28,7 @@ def dump_trace(trace: dict[str, Any]) -> str:
 
 
 def example_names() -> list[str]:
-    return sorted(file.name.removesuffix(".json") for file in (files(__package__) / "examples").iterdir())
+    return sorted(file.name.removesuffix(".json") for file in (files(__name__) / "examples").iterdir())
 
 
 def example_trace(name: str) -> dict[str, Any]:
@@ -37,4 +37,4 @@ def example_trace(name: str) -> dict[str, Any]:
 
 
 def _read(name: str) -> str:
-    return (files(__package__) / name).read_text(encoding="utf-8")
+    return (files(__name__) / name).read_text(encoding="utf-8")

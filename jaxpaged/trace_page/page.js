@@ -14,7 +14,7 @@ const numFrames = replay.frames.length;
 // How much of a page there is room to show: its tokens, its number and fill, or its colour and count.
 const poolStyle = replay.capacity <= 512 ? "tokens" : replay.numPages <= 400 ? "numbers" : "dots";
 const tablesStyle = replay.mostLive <= 12 && replay.longestTable <= 12 && poolStyle === "tokens" ? "cards" : "rows";
-const state = { frame: -1, timer: 0, pinned: null, hovered: null, shown: null };
+const state = { frame: -1, timer: 0, addressTimer: 0, pinned: null, hovered: null, shown: null };
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -382,7 +382,8 @@ function show(i) {
     : `Step ${frame.step} of ${total}: ${frame.kind}, ${frame.computed} token${frame.computed === 1 ? "" : "s"}`;
   $("slider").value = i;
   $("slider").setAttribute("aria-valuetext", $("step").textContent);
-  history.replaceState(null, "", `#${i}`);
+  clearTimeout(state.addressTimer);  // browsers allow few changes of the address in a short time
+  state.addressTimer = setTimeout(() => history.replaceState(null, "", `#${i}`), 300);
   moveCursor();
   highlight();
 }
