@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 from chromium import find_chromium, visit
@@ -12,6 +14,7 @@ from trace_replay import Replay, make_scheduler, record_random_load
 from jaxpaged.config import PreemptionConfig
 from jaxpaged.trace_page import dump_trace, example_names, example_trace, make_page
 
+ROOT = Path(__file__).parent.parent
 CHROMIUM = find_chromium()
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (on Debian: apt-get install chromium)")
 
@@ -128,6 +131,14 @@ def test_a_page_is_one_file_that_asks_for_nothing_else(name):
     assert not re.search(r"""https?:|\b(src|href)=|@import|url\(""", page)
     assert "default-src 'none'" in page
     assert len(page) < 60_000
+
+
+def test_every_file_of_the_page_is_installed_with_the_package():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["jaxpaged.trace_page"]
+    package = ROOT / "jaxpaged" / "trace_page"
+    data = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert data == {file for pattern in patterns for file in package.glob(pattern)} and len(data) == 9
 
 
 def test_a_trace_cannot_leave_its_place_in_the_page():

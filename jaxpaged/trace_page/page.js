@@ -512,6 +512,8 @@ document.title = `${replay.trace.title} – page pool`;
 $("title").textContent = replay.trace.title;
 $("note").textContent = replay.trace.note || "";
 $("slider").max = numFrames - 1;
+// Few tables fit beside the account, under the pool.
+document.querySelector("main").classList.toggle("few", tablesStyle === "cards" && replay.mostLive <= 2);
 makePool();
 drawLegend();
 follow();
