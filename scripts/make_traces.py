@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def beam_search() -> dict[str, Any]:
         _choose_page(story, parents, texts)
     story.choose((1, "until"), (1, "because"), (2, "and"), (2, "until"))
     story.script_free_list([page + 1 for page in (9, 10, 11, 12)])
-    _finish_page(story, [text.split() for text in ("one day in", "the bells kept", "his name was", "a stranger came")])
+    _finish_page(story, (text.split() for text in ("one day in", "the bells kept", "his name was", "a stranger came")))
     return story.trace(
         "Beam search",
         "Figure 9 of the paper: four beams share what they have in common. When the next four all descend from the "
@@ -180,7 +180,7 @@ def _choose_page(story: Story, parents: list[int], texts: list[str]) -> None:
     _finish_page(story, rest)
 
 
-def _finish_page(story: Story, rest: list[list[str]]) -> None:
+def _finish_page(story: Story, rest: Iterable[Iterable[str]]) -> None:
     for words in zip(*rest, strict=True):
         story.choose(*enumerate(words))
 
