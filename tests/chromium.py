@@ -37,7 +37,7 @@ def visit(chromium: str, page: str, script: str, directory: Path, size: str = "1
             chromium, "--headless", *sandbox, "--disable-gpu", f"--user-data-dir={directory / 'profile'}",
             "--enable-logging=stderr", "--v=0", f"--window-size={size}", "--dump-dom", file.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

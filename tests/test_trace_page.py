@@ -71,7 +71,7 @@ def check_frames(trace: dict, seen: list) -> None:
 @needs_chromium
 def test_every_frame_of_a_run_with_preemption_shows_what_the_trace_says(tmp_path):
     scheduler = make_scheduler(num_pages=50, page_size=4, preemption=PreemptionConfig("swap", swap_pages=10))
-    trace = record_random_load(0, 24, scheduler).trace("A load", "with </script> and {{page}} in its <note>")
+    trace = record_random_load(0, 24, scheduler).trace("A load", "with </script> and {{script}} in its <note>")
     visited = visit(CHROMIUM, make_page(trace), READ_ALL_FRAMES, tmp_path)
     assert visited.console == []
     check_frames(trace, visited.result)
@@ -138,11 +138,11 @@ def test_every_file_of_the_page_is_installed_with_the_package():
     patterns = pyproject["tool"]["setuptools"]["package-data"]["jaxpaged.trace_page"]
     package = ROOT / "jaxpaged" / "trace_page"
     data = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
-    assert data == {file for pattern in patterns for file in package.glob(pattern)} and len(data) == 9
+    assert data == {file for pattern in patterns for file in package.glob(pattern)} and len(data) == 14
 
 
 def test_a_trace_cannot_leave_its_place_in_the_page():
-    trace = example_trace("one-request") | {"note": "</script><script>{{style}}{{page}}{{trace}}"}
+    trace = example_trace("one-request") | {"note": "</script><script>{{style}}{{script}}{{trace}}"}
     page = make_page(trace)
     embedded = re.search(r'<script type="application/json" id="trace">(.*?)</script>', page, re.DOTALL)
     assert embedded is not None and json.loads(embedded[1]) == trace

@@ -1,7 +1,6 @@
 """One self-contained page that replays a trace (host/trace.py): no network, nothing to install. `jaxpaged trace`.
 
-The page is page.html with its style, its two scripts and the trace written into it; it may be mailed and opened as a
-file. replay.js rebuilds the pool's state at any frame, page.js draws it.
+The page is page.html with its style, its scripts and the trace written into it; it may be mailed and opened as a file.
 """
 
 from __future__ import annotations
@@ -10,14 +9,15 @@ import json
 from importlib.resources import files
 from typing import Any
 
-_PARTS = {"style": "page.css", "replay": "replay.js", "page": "page.js"}
+#: In the order in which they need each other: replay.js rebuilds the pool's state at any frame, the others draw it.
+SCRIPTS = ("replay.js", "common.js", "pool.js", "tables.js", "words.js", "account.js", "page.js")
 
 
 def make_page(trace: dict[str, Any]) -> str:
     """The page as text."""
     page = _read("page.html")
-    for place, name in _PARTS.items():
-        page = page.replace("{{" + place + "}}", _read(name).strip(), 1)
+    page = page.replace("{{style}}", _read("page.css").strip(), 1)
+    page = page.replace("{{script}}", "\n".join(map(_read, SCRIPTS)).strip(), 1)
     # Inside <script> only "<" could end the element early, and JSON may write it in another way. The trace goes in
     # last: what looks like a place in it is text.
     return page.replace("{{trace}}", dump_trace(trace).replace("<", "\\u003c"), 1)
