@@ -11,7 +11,8 @@ import pytest
 from chromium import find_chromium, visit
 from trace_replay import Replay, make_scheduler, record_random_load
 
-from jaxpaged.config import PreemptionConfig
+from jaxpaged.config import CacheConfig, PreemptionConfig
+from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.trace_page import dump_trace, example_names, example_trace, make_page
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +132,11 @@ def test_a_page_is_one_file_that_asks_for_nothing_else(name):
     assert not re.search(r"""https?:|\b(src|href)=|@import|url\(""", page)
     assert "default-src 'none'" in page
     assert len(page) < 60_000
+
+
+def test_a_trace_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no steps"):
+        make_page(TraceRecorder(CacheConfig(4, 9)).trace("nothing"))
 
 
 def test_every_file_of_the_page_is_installed_with_the_package():

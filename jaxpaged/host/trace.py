@@ -23,7 +23,7 @@ what changed, to be applied in this order (absent where nothing did):
     events    what it means, for people: ["admit", request], ["preempt", request, way], ["resume", request, way] with
               the way "swap" or "recompute"; ["append", sequence, page, ...]; ["copy", sequence, source, copy];
               ["fork", sequence, parent]; ["finish", sequence, reason] with "stop", "length", or for a beam "dropped" or
-              "done"; ["free", page, ...]
+              "done"; ["free", page, ...]. The pages to which a request returns are in "tables" alone
 
 Reference counts are not stored: they are the number of tables that name a page. A sequence that is swapped out, waits
 or has finished has an empty table.
@@ -59,7 +59,7 @@ class _Seen:
 
 
 class TraceRecorder:
-    """Give it to an engine (`engine.recorder`), or call `planned` and `committed` around each step."""
+    """Takes one run down: as `Engine.recorder`, or by calls of `planned` and `committed` around each step."""
 
     def __init__(self, cache: CacheConfig):
         self.frames: list[Frame] = []

@@ -14,7 +14,9 @@ SCRIPTS = ("replay.js", "common.js", "pool.js", "tables.js", "words.js", "accoun
 
 
 def make_page(trace: dict[str, Any]) -> str:
-    """The page as text."""
+    """The page as text. Raises ValueError for a trace without a step."""
+    if not trace["frames"]:
+        raise ValueError("the trace has no steps, so there is nothing to show: record a run first")
     page = _read("page.html")
     page = page.replace("{{style}}", _read("page.css").strip(), 1)
     page = page.replace("{{script}}", "\n".join(map(_read, SCRIPTS)).strip(), 1)
