@@ -1,5 +1,5 @@
-"""The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `simulate` replays lengths,
-`info` and `convert` look at and rewrite checkpoints.
+"""The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `trace` what the page pool
+did, `simulate` replays lengths, `info` and `convert` look at and rewrite checkpoints.
 
 Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
 one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
@@ -21,6 +21,9 @@ from jaxpaged.batch.parse import FORMATS
 from jaxpaged.beams_command import SEARCH_FLAGS, beams
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, add_flags
 from jaxpaged.generate_command import INTERRUPTED, UsageError, generate, reason, usage_errors
+from jaxpaged.trace_command import EPILOG as TRACE_EPILOG
+from jaxpaged.trace_command import TRACE_FLAGS, TRACE_MODEL_FLAGS, trace
+from jaxpaged.trace_page import example_names
 
 READER_GONE = 141
 
@@ -66,6 +69,7 @@ def make_parser() -> Parser:
         epilog=simulate_command.EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     simulate_command.add_arguments(simulate)
+    _add_trace(commands)
     info = _add_command(commands, "info", _info, "say what a checkpoint holds, without loading its weights")
     info.add_argument("path", metavar="PATH", help="checkpoint directory")
     convert = _add_command(commands, "convert", _convert, "rewrite a Hugging Face checkpoint in the native format")
@@ -122,6 +126,21 @@ def _add_beams(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of beams that are drawn (default 0)")
     add_flags(parser, "search (4 beams, unless --beam-width says otherwise)", SEARCH_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
+
+
+def _add_trace(commands: Any) -> None:
+    parser = _add_command(
+        commands, "trace", trace, "write a page that shows what the page pool did in a run",
+        epilog=TRACE_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint directory")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for more")
+    parser.add_argument("--example", choices=example_names(), help="a bundled run instead of a model's")
+    parser.add_argument("--html", metavar="FILE", help="the page: one file, to be opened in any browser")
+    parser.add_argument("--json", metavar="FILE", help="the trace as data (jaxpaged/host/trace.py has the format)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+    add_flags(parser, "sampling and search", TRACE_FLAGS)
+    add_flags(parser, "model and memory", TRACE_MODEL_FLAGS)
 
 
 def _make_llm(**options: Any) -> Any:

@@ -25,6 +25,7 @@ from jaxpaged.host.prefix_groups import PrefixSharing, measured_rule, share_noth
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.swap import Swap
+from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.step_io import (
     NULL_PAGE,
     DecodeBatch,
@@ -73,6 +74,7 @@ class Engine:
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)
+        self.recorder: TraceRecorder | None = None  # takes down the run, if someone sets it
         self._began = time.perf_counter()
         self._is_lent = False  # a tree plans the steps, not the scheduler
 
@@ -154,6 +156,7 @@ class Engine:
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.cache_config, self.limits)
         self._swapped.clear()
+        self.recorder = None
         if self.has_lost_pool:
             self.pool = make_paged_cache(self.model, self.cache_config, self.device)
 
@@ -163,6 +166,8 @@ class Engine:
         plan = self.scheduler.schedule()
         assert plan is not None, "step() without work"
         planned = time.perf_counter()
+        if self.recorder is not None:
+            self.recorder.planned(plan, self.scheduler)
         self.stats.record(plan, self.scheduler)
         shape = self.buckets.shape_of(plan, self.features)
         batch = make_batch(plan, shape, self.cache_config, self.model.vocab_size, self.features)
@@ -180,6 +185,8 @@ class Engine:
         arrived = time.perf_counter()
         collect_logprobs(plan, outputs)
         finished = self.scheduler.commit(plan, outputs)
+        if self.recorder is not None:
+            self.recorder.committed(self.scheduler)
         self._note_times(plan, finished, planned - self._began, arrived - self._began)
         self.stats.add_seconds(planned - began, arrived - launched, time.perf_counter() - began)
         self.stats.add_preemption_seconds(plan, swapped - launched, arrived - swapped)

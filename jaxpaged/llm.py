@@ -19,6 +19,7 @@ from jaxpaged.host.beam_logprobs import logprobs_of
 from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
 from jaxpaged.host.beam_watch import take_snapshot
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.progress import ProgressBar
@@ -108,6 +109,11 @@ class LLM:
     @property
     def last_run(self) -> RunStats:
         return self.engine.stats
+
+    def record_trace(self) -> TraceRecorder:
+        """Have the next run taken down, step by step; the recorder's `trace` then has what the page pool did."""
+        self.engine.recorder = TraceRecorder(self.engine.cache_config)
+        return self.engine.recorder
 
     def generate(
         self,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ABOVE_ENGINE = (
     "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.cli", "jaxpaged.cli_options", "jaxpaged.generate_command",
     "jaxpaged.beams_command", "jaxpaged.beam_plot", "jaxpaged.batch", "jaxpaged.tree", "jaxpaged.tree_steps",
-    "jaxpaged.toy", "jaxpaged.search",
+    "jaxpaged.toy", "jaxpaged.search", "jaxpaged.trace_command", "jaxpaged.trace_page",
 )  # fmt: skip
 ABOVE_STEPS = ("jaxpaged.engine", "jaxpaged.loading", *ABOVE_ENGINE)
 DEVICE_STACK = ("jax", "jaxlib", "flax", "orbax", "jaxpaged.device", "pallas_kernels")
@@ -38,6 +38,14 @@ FORBIDDEN = {
     "jaxpaged.simulate": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.progress": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.batch": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
+    "jaxpaged.trace_page": ("jaxpaged", *DEVICE_STACK),
+    "jaxpaged.trace_command": (
+        *DEVICE_STACK,
+        "jaxpaged.host",
+        "jaxpaged.checkpoint",
+        "jaxpaged.engine",
+        "jaxpaged.llm",
+    ),
     "jaxpaged.engine": ("jaxpaged.checkpoint", *ABOVE_ENGINE),
     "jaxpaged.pool_size": ("jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.loading", "jaxpaged.llm"),
     "jaxpaged.tree_outputs": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),

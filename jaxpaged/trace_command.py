@@ -1,0 +1,113 @@
+"""`jaxpaged trace`: runs a few prompts, or takes a bundled run, and writes the page that shows what the pool did.
+
+Small defaults of its own: pages of 4 tokens and 40 of them, so that every page can be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxpaged.batch.json_values import check_encodable
+from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, Flag, given
+from jaxpaged.generate_command import UsageError, usage_errors
+from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.trace_page import dump_trace, example_trace, make_page
+
+DEFAULTS = {"page_size": 4, "num_pages": 41}
+MAX_TOKENS = 24
+TRACE_FLAGS = (
+    *(flag for flag in SAMPLING_FLAGS if flag.name in ("n", "temperature", "top_p", "top_k", "stop", "ignore_eos")),
+    Flag("beam_width", int, "search with that many beams instead of sampling"),
+    Flag("max_tokens", int, f"tokens generated at most (default {MAX_TOKENS})"),
+)
+TRACE_MODEL_FLAGS = tuple(
+    flag._replace(help=f"{flag.help.split(' (default')[0]} (default {DEFAULTS[flag.name]})")
+    if flag.name in DEFAULTS
+    else flag
+    for flag in MODEL_FLAGS
+)
+EPILOG = """\
+examples:
+  jaxpaged trace --example beam-search --html pool.html
+  jaxpaged trace MODEL --prompt 'def f(x):' --n 4 --html pool.html
+  jaxpaged trace MODEL --prompt one --prompt two --beam-width 4 --num-pages 24 --preemption swap --html pool.html
+"""
+
+
+def trace(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+    _check_outputs(args)
+    made = _bundled(args) if args.example is not None else _run(args, make_llm)
+    with usage_errors("cannot write: ", (OSError,)):
+        if args.json is not None:
+            Path(args.json).write_text(dump_trace(made) + "\n", encoding="utf-8")
+        if args.html is not None:
+            Path(args.html).write_text(make_page(made), encoding="utf-8")
+    written = " and ".join(path for path in (args.html, args.json) if path is not None)
+    num_steps, num_sequences = made["frames"][-1]["step"], len(made["sequences"])
+    print(f"jaxpaged: {written}: {num_steps} steps, {num_sequences} sequence(s)", file=sys.stderr)
+    return 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    paths = [Path(path) for path in (args.html, args.json) if path is not None]
+    if not paths:
+        raise UsageError("say where the trace goes: --html FILE for the page, --json FILE for the data, or both")
+    for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory: name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path.parent} is not a directory: create it, or write elsewhere")
+    if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
+        raise UsageError(f"--html and --json both name {paths[0]}: give two files")
+
+
+def _bundled(args: argparse.Namespace) -> dict[str, Any]:
+    if args.model is not None or args.prompt or given(args, (*TRACE_FLAGS, *TRACE_MODEL_FLAGS)):
+        raise UsageError("--example replays a bundled run: it takes no model, no prompt and no options of either")
+    return example_trace(args.example)
+
+
+def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> dict[str, Any]:
+    if args.model is None or not args.prompt:
+        raise UsageError("give a MODEL with at least one --prompt, or --example NAME (see jaxpaged trace --help)")
+    with usage_errors("--prompt: "):
+        for prompt in args.prompt:
+            check_encodable(prompt, "the text")
+    with usage_errors():
+        params = _params(args)
+    with usage_errors(kinds=(ValueError, OSError, RuntimeError)):  # RuntimeError: jax without memory or device
+        llm = make_llm(model=args.model, seed=args.seed, **DEFAULTS | given(args, TRACE_MODEL_FLAGS))
+    for number, prompt in enumerate(args.prompt, start=1):
+        with usage_errors(f"prompt {number}: "):
+            llm.check_request(prompt, params)
+    recorder = llm.record_trace()
+    llm.generate(args.prompt, params)
+    tokenizer = llm.tokenizer
+    return recorder.trace(
+        f"{Path(args.model).resolve().name}: {_describe(params, len(args.prompt))}",
+        " | ".join(args.prompt),
+        piece=lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False),
+    )
+
+
+def _params(args: argparse.Namespace) -> SamplingParams | BeamSearchParams:
+    options: dict[str, Any] = {"max_tokens": MAX_TOKENS} | given(args, TRACE_FLAGS)
+    if "beam_width" not in options:
+        return SamplingParams(**options)
+    others = [name for name in ("n", "temperature", "top_p", "top_k") if name in options]
+    if others:
+        raise ValueError(f"--{others[0].replace('_', '-')} is of sampling, --beam-width of a search: give one of them")
+    return BeamSearchParams(**options)
+
+
+def _describe(params: SamplingParams | BeamSearchParams, num_prompts: int) -> str:
+    if isinstance(params, BeamSearchParams):
+        what = f"beam search of width {params.beam_width}"
+    else:
+        what = f"{params.num_samples} samples" if params.num_samples > 1 else "one sample"
+    return what if num_prompts == 1 else f"{num_prompts} prompts, {what} each"

@@ -1,0 +1,101 @@
+"""What a trace says is what happened: tables, counts, tokens and events, under preemption in either way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from trace_replay import Replay, make_scheduler, record_random_load
+
+from jaxpaged.config import PreemptionConfig
+from jaxpaged.host.sequence import SequenceStatus
+
+WAYS = {
+    "swap": PreemptionConfig("swap", swap_pages=1000),
+    "recompute": PreemptionConfig(),
+    "swap that overflows": PreemptionConfig("swap", swap_pages=10),
+}
+
+
+class Watch:
+    """What the scheduler and its allocator held at every look, taken from them and not from the trace."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.by_frame = {}  # number of frames at the look -> what was there
+
+    def look(self, recorder):
+        scheduler = self.scheduler
+        scheduler.check_invariants()
+        tables = {
+            recorder._live[s].index: (s.table.pages.tolist(), s.table.num_slots, s.token_ids[:])
+            for group in (*scheduler.running, *scheduler.waiting)
+            for s in group.unfinished
+            if s.status is SequenceStatus.RUNNING
+        }
+        counts = {
+            page: count
+            for page in range(1, scheduler.cache.num_pages)
+            if (count := scheduler.allocator.ref_count(page))
+        }
+        self.by_frame[len(recorder.frames)] = (tables, counts)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at_every_frame(way, seed):
+    scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS[way])
+    watch = Watch(scheduler)
+    recorder = record_random_load(seed, 30, scheduler, watch.look)
+    trace = json.loads(json.dumps(recorder.trace("load")))
+    replay = Replay(trace)
+    assert len(trace["frames"]) == max(watch.by_frame) > 40
+    for number, frame in enumerate(trace["frames"], start=1):
+        replay.apply(frame)
+        tables, counts = watch.by_frame[number]
+        assert dict(replay.ref_counts) == counts
+        assert {i: table for i, table in enumerate(replay.tables) if table} == {i: t for i, (t, _, _) in tables.items()}
+        for i, (_, num_slots, tokens) in tables.items():
+            assert (replay.num_slots[i], replay.tokens[i]) == (num_slots, tokens)
+    names = {event[0] for frame in trace["frames"] for event in frame.get("events", [])}
+    assert names == {"admit", "append", "fork", "copy", "preempt", "resume", "finish", "free"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_events_are_those_of_the_scheduler(way):
+    scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS[way])
+    copies, preempted = [], 0
+    schedule = scheduler.schedule
+
+    def counted():
+        nonlocal preempted
+        plan = schedule()
+        copies.extend(plan.copies)
+        preempted += plan.num_preempted
+        return plan
+
+    scheduler.schedule = counted
+    trace = record_random_load(3, 30, scheduler).trace("load")
+    events = [event for frame in trace["frames"] for event in frame.get("events", [])]
+    assert [(src, dst) for name, *rest in events if name == "copy" for _, src, dst in [rest]] == copies
+    assert sum(event[0] == "preempt" for event in events) == sum(event[0] == "resume" for event in events)
+    assert sum(event[0] == "preempt" for event in events) == preempted > 5
+    assert sum(event[0] == "admit" for event in events) == 30
+    assert sum(event[0] == "finish" for event in events) == len(trace["sequences"])
+    forked = {event[1] for event in events if event[0] == "fork"}
+    assert len(forked) == len(trace["sequences"]) - 30
+    ways = {event[2] for event in events if event[0] == "preempt"}
+    assert ways == {"swap": {"swap"}, "recompute": {"recompute"}, "swap that overflows": {"swap", "recompute"}}[way]
+
+
+def test_every_page_that_becomes_free_is_said_to():
+    scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS["recompute"])
+    trace = record_random_load(4, 20, scheduler).trace("load")
+    replay, before = Replay(trace), set()
+    for frame in trace["frames"]:
+        replay.apply(frame)
+        held = set(replay.ref_counts)
+        freed = [page for event in frame.get("events", []) if event[0] == "free" for page in event[1:]]
+        assert freed == sorted(before - held)
+        before = held
+    assert not before
