@@ -15,6 +15,7 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.host.accounting import RunStats
+from jaxpaged.host.arrivals import Arrivals
 from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies, split
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.id_check import check_copies, check_ids, check_pages
@@ -73,18 +74,27 @@ class Engine:
         self._began = time.perf_counter()
 
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
-        """Run the groups together; yields each when all its samples have ended. Leaving early drops the others."""
+        """Run the groups together; yields each when all its samples have ended. Leaving early drops the others.
+
+        A group is queued when its `arrival_time` has come; while nothing is there to run, the engine sleeps.
+        """
         if self.scheduler.has_work:
             raise RuntimeError("another run is in progress: take all its results, or close its iterator, first")
+        for group in groups:  # before any of them runs
+            self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len)
+        arrivals = Arrivals(groups)
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
         self.stats = stats = RunStats.for_cache(self.cache_config)
         stats.num_requests = len(groups)
         stats.num_prompt_tokens = sum(group.prompt_len for group in groups)
         compiled_before, self._began = steps.num_compiled(), time.perf_counter()
         try:
-            for group in groups:
-                self.scheduler.add(group)
-            while self.scheduler.has_work:
+            while arrivals or self.scheduler.has_work:
+                for group in arrivals.take(self._seconds_since_start):
+                    self.scheduler.add(group)
+                if not self.scheduler.has_work:
+                    time.sleep(arrivals.seconds_to_next(self._seconds_since_start))
+                    continue
                 finished = self.step()
                 stats.compilations = steps.num_compiled() - compiled_before
                 yield from finished
@@ -93,6 +103,10 @@ class Engine:
             self._swapped.clear()
             if any(pool.is_deleted() for pool in self.pool.k):  # an interrupted step had taken it by donation
                 self.pool = make_paged_cache(self.model, self.cache_config, self.device)
+
+    @property
+    def _seconds_since_start(self) -> float:
+        return time.perf_counter() - self._began
 
     def step(self) -> list[SequenceGroup]:
         """One step of the device for whatever the scheduler decides; returns the groups that it finished."""
@@ -119,7 +133,9 @@ class Engine:
         collect_logprobs(plan, outputs)
         finished = self.scheduler.commit(plan, outputs)
         self._note_times(plan, finished, planned - self._began, arrived - self._began)
-        self.stats.add_seconds(planned - began, arrived - launched, time.perf_counter() - began)
+        ended = time.perf_counter()
+        self.stats.add_seconds(planned - began, arrived - launched, ended - began)
+        self.stats.add_times(began - self._began, ended - self._began)
         self.stats.add_preemption_seconds(plan, swapped - launched, arrived - swapped)
         return finished
 
