@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +35,9 @@ from jaxpaged.progress import ProgressBar
 from jaxpaged.workloads import Workload, make_workload, read_workload
 
 DEFAULT_SYSTEMS = ("paged", "contiguous-oracle", "contiguous-pow2", "contiguous-max")
-#: Small enough that everything is compiled and run on a CPU in minutes; a large GPU takes more prompt tokens a step.
+# Small enough that a CPU compiles and runs it all in minutes, enough that requests wait in every system for a while.
 DEFAULT_LIMITS = {"page_size": 16, "max_num_seqs": 64, "max_num_batched_tokens": 512, "watermark": 0.01}
-DEFAULT_REQUESTS = 96
+DEFAULT_REQUESTS = 48
 
 EPILOG = f"""\
 systems: {", ".join(KV_CACHES)}
@@ -122,6 +123,8 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 def _run_system(
     llm: Any, system: str, requests: Requests, rates: list[float | None] | None, seed: int
 ) -> Iterator[Result]:
+    if sys.stderr.isatty():
+        print(f"{system}: compiling", file=sys.stderr)
     llm.warm_up(requests.params[:1])
     for rate in rates or [None]:
         timed = requests if rates is None else at_rate(requests, rate, seed)
