@@ -205,7 +205,7 @@ def figure_15(seeds: range, requests: int) -> Figure:
 def figure_18b(seeds: range, requests: int) -> Figure:
     """The memory half: what larger pages cost. (What they gain in time needs a GPU.)"""
     sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    known = dict(zip((1, 8, 16, 32, 64, 128, 256), (97.8, 96.8, 96.0, 94.4, 90.7, 84.8, 74.7), strict=True))
+    known: dict[int, float] = {1: 97.8, 8: 96.8, 16: 96.0, 32: 94.4, 64: 90.7, 128: 84.8, 256: 74.7}
     rows: list[Row] = []
     curves: dict[str, list[float]] = {}
     for workload in ("sharegpt", "alpaca"):
