@@ -54,6 +54,7 @@ class Result:
 
     system: str
     rate: float | None  # requests a second; None: all at once
+    attention: str  # which implementation read the cache
     stats: RunStats
     num_prompt_tokens: int
     num_output_tokens: int
@@ -94,6 +95,7 @@ class Result:
         return {
             "system": self.system,
             "rate": self.rate,
+            "attention": self.attention,
             "seconds": round(self.seconds, 4),
             "generated_tokens_per_second": round(self.generated_per_second, 2),
             "processed_tokens_per_second": round(self.processed_per_second, 2),
@@ -151,8 +153,15 @@ def find_refusals(
         except ValueError as error:
             reasons[name] = str(error)
     if len(reasons) == len(systems):
-        raise ValueError("no system can run this workload: " + "; ".join(f"{k}: {v}" for k, v in reasons.items()))
+        raise ValueError("no system can run this workload: " + join_reasons(reasons))
     return reasons
+
+
+def join_reasons(reasons: dict[str, str]) -> str:
+    """By system; one that is the same for all stands alone."""
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{system}: {reason}" for system, reason in reasons.items())
 
 
 def make_requests(
@@ -201,8 +210,11 @@ def measure(
         assert all(len(sample) == length for sample in samples), "an output has not the length that was forced"
     metrics = [output.metrics for output in ordered]
     return Result(
-        system, rate, llm.last_run, int(workload.prompt_lens.sum()), requests.num_output_tokens, workload.output_lens,
-        workload.arrivals,
+        system, rate, llm.engine.kernels.name, llm.last_run,
+        num_prompt_tokens=int(workload.prompt_lens.sum()),
+        num_output_tokens=requests.num_output_tokens,
+        output_lens=workload.output_lens,
+        arrivals=workload.arrivals,
         latencies=np.array([one.finished_time - one.arrival_time for one in metrics]),
         first_token_latencies=np.array([one.first_token_time - one.arrival_time for one in metrics]),
         seconds=max(one.finished_time for one in metrics),

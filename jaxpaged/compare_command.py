@@ -25,6 +25,7 @@ from jaxpaged.compare import (
     check_systems,
     default_num_pages,
     find_refusals,
+    join_reasons,
     make_requests,
     measure,
     num_equal_requests,
@@ -96,9 +97,9 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     _check_outputs(args)
     setting = _setting(args)
     llm: Any = None
+    facts: dict[str, Any] = {}
     results: list[Result] = []
     refusals = [Refusal(system, reason) for system, reason in setting.refusals.items()]
-    requests: Requests | None = None
     for system in setting.systems:
         if system in setting.refusals:
             continue
@@ -107,16 +108,15 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
                 llm = make_llm(model=args.model, seed=args.seed, **setting.options_of(system))
             else:
                 llm.rebuild(**_changes(setting.options_of(system)))
+            facts = facts or _facts(args, setting, llm.engine)
             requests = make_requests(setting.workload, llm.engine.model.vocab_size, args.seed, args.n, args.beam_width)
             results += _run_system(llm, system, requests, setting.rates, args.seed)
         except (ValueError, RuntimeError) as error:  # RuntimeError: what jax raises without memory
-            if llm is None:
-                raise ValueError(str(error)) from error
             results = [result for result in results if result.system != system]
             refusals.append(Refusal(system, " ".join(str(error).split())))
     if not results:
-        raise ValueError("; ".join(f"{refusal.system}: {refusal.reason}" for refusal in refusals))
-    _report(args, setting, llm, results, refusals)
+        raise ValueError("no system can run this workload: " + join_reasons({r.system: r.reason for r in refusals}))
+    _report(args, facts, results, refusals)
     return 0
 
 
@@ -177,10 +177,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
 
 
-def _report(
-    args: argparse.Namespace, setting: Setting, llm: Any, results: list[Result], refusals: list[Refusal]
-) -> None:
-    facts = _facts(args, setting, llm)
+def _report(args: argparse.Namespace, facts: dict[str, Any], results: list[Result], refusals: list[Refusal]) -> None:
     facts["requests_with_equal_tokens"] = num_equal_requests(results)
     print_table(facts, results, refusals)
     if args.plot is not None:
@@ -199,9 +196,9 @@ def _report(
         Path(args.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _facts(args: argparse.Namespace, setting: Setting, llm: Any) -> dict[str, Any]:
+def _facts(args: argparse.Namespace, setting: Setting, engine: Any) -> dict[str, Any]:
     """What is the same for all systems."""
-    engine, workload = llm.engine, setting.workload
+    workload = setting.workload
     dtype = engine.cache_config.dtype
     num_slots = setting.options["num_pages"] * setting.options["page_size"]
     return {
@@ -217,7 +214,6 @@ def _facts(args: argparse.Namespace, setting: Setting, llm: Any) -> dict[str, An
         **{name: setting.options[name] for name in ("max_model_len", "num_pages", *DEFAULT_LIMITS)},
         "kv_bytes": num_slots * engine.model.kv_bytes_per_token(4 if dtype == "float32" else 2),
         "dtype": dtype,
-        "attention": engine.kernels.name,
         "device": engine.device.device_kind,
         **{package: importlib.metadata.version(package) for package in ("jax", "jaxpaged")},
     }

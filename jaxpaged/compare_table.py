@@ -50,7 +50,7 @@ def print_table(facts: dict[str, Any], results: list[Result], refusals: list[Ref
         f"{facts['workload']}: {facts['requests']} requests, prompts of {facts['mean_prompt_len']:.0f} and outputs of "
         f"{facts['mean_output_len']:.0f} tokens on average, {facts['max_model_len']} together at most\n"
         f"{facts['model']} (weights {facts['weights']}, {facts['dtype']}) on {facts['device']}, JAX {facts['jax']}, "
-        f"attention {facts['attention']}\n"
+        f"attention {', '.join(dict.fromkeys(result.attention for result in results))}\n"
         f"the same for all: pool of {facts['num_pages'] - 1} pages of {facts['page_size']} tokens "
         f"({facts['kv_bytes'] / 2**20:,.0f} MiB), prompts, output lengths, arrivals, seed {facts['seed']}, "
         f"at most {facts['max_num_seqs']} sequences"

@@ -17,6 +17,7 @@ from jaxpaged.compare import (
     at_rate,
     default_num_pages,
     find_refusals,
+    join_reasons,
     make_requests,
     measure,
     num_equal_requests,
@@ -72,6 +73,11 @@ def test_the_systems_generate_the_same_tokens_and_differ_in_batch_and_memory(res
         assert sum(summary["percent_of_pool"][part] for part in parts) == pytest.approx(100, abs=0.01)
 
 
+def test_a_reason_that_all_systems_share_is_said_once():
+    assert join_reasons({"a": "no memory", "b": "no memory"}) == "no memory"
+    assert join_reasons({"a": "no memory", "b": "no room"}) == "a: no memory; b: no room"
+
+
 def test_figures_follow_from_lengths_and_times(results):
     result = results["contiguous-max"]
     assert (result.num_prompt_tokens, result.num_output_tokens) == (12 * 16, 12 * 16)
@@ -124,7 +130,7 @@ def test_what_cannot_hold_a_request_is_known_from_lengths_alone():
     reasons = find_refusals(("paged", *CONTIGUOUS), workload, 1, CacheConfig(4, 10), LIMITS)
     assert set(reasons) == {"contiguous-pow2", "contiguous-max"}  # 20 + 16 of the 36 slots are a chunk of 64
     assert "64 tokens each" in reasons["contiguous-max"] and "36 tokens each" in reasons["contiguous-pow2"]
-    with pytest.raises(ValueError, match="no system can run this workload: contiguous-max: "):
+    with pytest.raises(ValueError, match="no system can run this workload: prompt of 8 tokens"):
         find_refusals(["contiguous-max"], workload, 1, CacheConfig(4, 10), LIMITS)
     with pytest.raises(ValueError, match="20 and 10 tokens exceeds max_model_len=29"):
         find_refusals(["paged"], workload, 1, CacheConfig(4, 10), {**LIMITS, "max_model_len": 29})
@@ -169,6 +175,22 @@ def test_a_system_that_cannot_run_is_named_beside_those_that_ran(directory, tmp_
     document = json.loads(path.read_text())
     assert document["requests"] == 2 and set(document["not_run"]) == {"contiguous-max"}
     assert [one["system"] for one in document["results"]] == ["paged"]
+
+
+def test_a_system_that_fails_while_it_starts_is_named_and_the_others_run(directory, capfd):
+    """The engine of the last one cannot be made; no lengths could have told."""
+
+    class Failing(LLM):
+        def rebuild(self, **options):
+            super().rebuild(**options)
+            if options["kv_cache"] == "contiguous-max":
+                del self.engine
+                raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
+
+    arguments = [str(directory), "--systems", "paged,contiguous-max", "--workload", "fixed:8:4", "--requests", "2"]
+    sizes = [str(value) for value in (*SIZES, "--num-pages", 33)]
+    assert main(["compare", *arguments, *sizes], make_llm=Failing) == 0
+    assert "contiguous-max did not run: RESOURCE_EXHAUSTED: out of memory" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
