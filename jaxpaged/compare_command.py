@@ -96,6 +96,8 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     """Raises ValueError or OSError for what cannot run, before anything does."""
     _check_outputs(args)
     setting = _setting(args)
+    if args.plot is not None:
+        Path(args.plot).mkdir(parents=True, exist_ok=True)
     llm: Any = None
     facts: dict[str, Any] = {}
     results: list[Result] = []
@@ -174,7 +176,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.plot is not None:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install 'jaxpaged[plots]'")
-        Path(args.plot).mkdir(parents=True, exist_ok=True)
 
 
 def _report(args: argparse.Namespace, facts: dict[str, Any], results: list[Result], refusals: list[Refusal]) -> None:

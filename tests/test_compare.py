@@ -210,6 +210,7 @@ def test_a_system_that_fails_while_it_starts_is_named_and_the_others_run(directo
         (["--n", "2", "--beam-width", "2"], "--n"),
         (["--json", "missing/file.json"], "cannot be written"),
         (["--kv-cache", "paged"], "--kv-cache"),
+        (["--plot", "lengths"], "lengths: File exists"),
         (["--max-num-seqs", "0"], "max_num_seqs"),
     ],
 )  # fmt: skip
@@ -217,6 +218,7 @@ def test_what_is_known_to_be_impossible_is_one_line_before_any_work(
     directory, arguments, message, capfd, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "lengths").touch()
 
     def load(**options):
         raise AssertionError("the model was loaded")
