@@ -26,8 +26,6 @@ CATEGORY_COLORS = {
     "free": "#E9E9E9",
 }
 SYSTEM_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7A5C3E", "#555555")
-#: A pause between two steps that is longer than this, in seconds, is one in which no request was there.
-IDLE_SECONDS = 0.02
 DPI = 110
 FONT = {"title": 13, "label": 12, "tick": 11, "note": 10}
 
@@ -131,12 +129,12 @@ def latency_figure(results: list[Result]) -> Figure:
 def timeline(result: Result, values: np.ndarray, idle: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Corner points of a staircase: f64[points] seconds, f64[lines, points].
 
-    values [lines, steps] hold from the beginning of their step to that of the next, or, where nothing ran in between,
-    to its end; then, and behind the last step, the value is `idle`.
+    values [lines, steps] hold from the beginning of their step to that of the next, or, where nothing was there to
+    run in between, to its end; then, and behind the last step, the value is `idle`.
     """
     begins, ends = result.stats.step_times
     until = np.append(begins[1:], ends[-1])
-    is_idle = until - ends > IDLE_SECONDS
+    is_idle = np.isin(np.arange(1, len(ends) + 1), result.stats.steps_after_pauses)
     until = np.where(is_idle, ends, until)
     times = np.stack([begins, until], 1).ravel()
     lines = np.repeat(values.astype(np.float64), 2, axis=1)

@@ -93,6 +93,7 @@ class Engine:
                 for group in arrivals.take(self._seconds_since_start):
                     self.scheduler.add(group)
                 if not self.scheduler.has_work:
+                    stats.add_pause()
                     time.sleep(arrivals.seconds_to_next(self._seconds_since_start))
                     continue
                 finished = self.step()

@@ -57,6 +57,8 @@ def test_the_engine_starts_no_group_before_its_arrival_and_changes_no_token():
     begins, ends = engine.stats.step_times
     assert len(begins) == engine.stats.steps
     assert (begins <= ends).all() and (begins[1:] >= ends[:-1]).all()
+    (after_pause,) = engine.stats.steps_after_pauses
+    assert ends[after_pause - 1] < 0.3 <= begins[after_pause]
     assert begins[0] < 0.3 <= groups[0].first_scheduled_time
 
 

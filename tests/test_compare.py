@@ -138,13 +138,14 @@ def test_what_cannot_hold_a_request_is_known_from_lengths_alone():
 
 def test_a_staircase_falls_to_nothing_where_nothing_runs(results):
     class Stats:
-        step_times = np.array([[0.0, 1.0, 5.0], [1.0, 2.0, 6.0]])
+        step_times = np.array([[0.0, 1.5, 5.0], [1.0, 2.0, 6.0]])
+        steps_after_pauses = np.array([2])
 
     class Run:
         stats = Stats
 
     times, lines = timeline(Run, np.array([[3, 4, 5]]), idle=[0])
-    assert times.tolist() == [0, 1, 1, 2, 2, 5, 5, 6, 6]
+    assert times.tolist() == [0, 1.5, 1.5, 2, 2, 5, 5, 6, 6]
     assert lines.tolist() == [[3, 3, 4, 4, 0, 0, 5, 5, 0]]
 
 

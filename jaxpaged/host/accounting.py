@@ -48,6 +48,7 @@ class RunStats:
     )
     _series: dict[str, array] = field(default_factory=lambda: {name: array("i") for name in _SERIES})
     _times: tuple[array, array] = field(default_factory=lambda: (array("d"), array("d")))
+    _pauses: list[int] = field(default_factory=list)
     _policy: Policy | None = None  # of the scheduler that made the plans
 
     @classmethod
@@ -83,6 +84,11 @@ class RunStats:
     def step_times(self) -> np.ndarray:
         """When each step began and ended, in seconds since the run began, f64[2, steps]; a simulation has none."""
         return np.array(self._times, np.float64)
+
+    @property
+    def steps_after_pauses(self) -> np.ndarray:
+        """Steps i64[pauses] before which the engine had nothing to do but to wait for the next arrival."""
+        return np.unique(np.array(self._pauses, np.int64))
 
     @property
     def memory(self) -> MemoryAccount:
@@ -167,6 +173,10 @@ class RunStats:
         self.seconds["device"] += device
         self.seconds["host"] += step - schedule - device
         self.seconds["total"] += step
+
+    def add_pause(self) -> None:
+        """Nothing is there to run before the next step."""
+        self._pauses.append(self.steps)
 
     def add_times(self, began: float, ended: float) -> None:
         """Of the latest step, in seconds since the run began."""
