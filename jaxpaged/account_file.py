@@ -63,3 +63,10 @@ def summarise(stats: RunStats, steps: np.ndarray | None = None) -> dict[str, Any
         "swapped_out_pages": int(memory.swapped_out_pages.sum()),
         "swapped_in_pages": int(memory.swapped_in_pages.sum()),
     }
+
+
+def saturated_steps(waiting: np.ndarray) -> np.ndarray:
+    """bool[steps]: while requests wait, the first tenth of the run left out; all steps, where that leaves none."""
+    steps = waiting > 0
+    steps[: len(steps) // 10] = False
+    return steps if steps.any() else np.ones(len(steps), bool)

@@ -1,5 +1,6 @@
 """The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `trace` what the page pool
-did, `simulate` replays lengths, `info` and `convert` look at and rewrite checkpoints.
+did, `compare` measures ways to keep KV memory, `simulate` replays lengths, `info` and `convert` look at and rewrite
+checkpoints.
 
 Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
 one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jaxpaged
-from jaxpaged import simulate_command
+from jaxpaged import compare_command, simulate_command
 from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.beams_command import SEARCH_FLAGS, beams
@@ -64,6 +65,11 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_generate(commands)
     _add_beams(commands)
+    compare = _add_command(
+        commands, "compare", _compare, "run one workload on every way to keep KV memory; table, JSON and pictures",
+        epilog=compare_command.EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    compare_command.add_arguments(compare)
     simulate = _add_command(
         commands, "simulate", _simulate, "say where KV memory would go, from lengths alone; needs no model",
         epilog=simulate_command.EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -150,6 +156,11 @@ def _make_llm(**options: Any) -> Any:
     from jaxpaged.llm import LLM  # imports jax: seconds that --help and a mistyped flag need not cost
 
     return LLM(**options)
+
+
+def _compare(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+    with usage_errors():
+        return compare_command.run(args, make_llm)
 
 
 def _simulate(args: argparse.Namespace, _make_llm: object) -> int:

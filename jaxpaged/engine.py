@@ -16,6 +16,7 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.host.accounting import RunStats
+from jaxpaged.host.arrivals import Arrivals
 from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies, split
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.id_check import check_copies, check_ids, check_pages
@@ -79,7 +80,10 @@ class Engine:
         self._is_lent = False  # a tree plans the steps, not the scheduler
 
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
-        """Run the groups together; yields each when all its samples have ended. Leaving early drops the others."""
+        """Run the groups together; yields each when all its samples have ended. Leaving early drops the others.
+
+        A group is queued when its `arrival_time` has come; while nothing is there to run, the engine sleeps.
+        """
         with contextlib.closing(self.run_steps(groups)) as steps_taken:
             for finished in steps_taken:
                 yield from finished
@@ -87,15 +91,22 @@ class Engine:
     def run_steps(self, groups: list[SequenceGroup]) -> Generator[list[SequenceGroup], None, None]:
         """As `run`, but yields after every step: the groups that it finished, often none."""
         self._check_idle()
+        for group in groups:  # before any of them runs
+            self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len)
+        arrivals = Arrivals(groups)
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
         self.stats = stats = RunStats.for_cache(self.cache_config)
         stats.num_requests = len(groups)
         stats.num_prompt_tokens = sum(group.prompt_len for group in groups)
         compiled_before, self._began = steps.num_compiled(), time.perf_counter()
         try:
-            for group in groups:
-                self.scheduler.add(group)
-            while self.scheduler.has_work:
+            while arrivals or self.scheduler.has_work:
+                for group in arrivals.take(self._seconds_since_start):
+                    self.scheduler.add(group)
+                if not self.scheduler.has_work:
+                    stats.add_pause()
+                    time.sleep(arrivals.seconds_to_next(self._seconds_since_start))
+                    continue
                 finished = self.step()
                 stats.compilations = steps.num_compiled() - compiled_before
                 yield finished
@@ -160,6 +171,10 @@ class Engine:
         if self.has_lost_pool:
             self.pool = make_paged_cache(self.model, self.cache_config, self.device)
 
+    @property
+    def _seconds_since_start(self) -> float:
+        return time.perf_counter() - self._began
+
     def step(self) -> list[SequenceGroup]:
         """One step of the device for whatever the scheduler decides; returns the groups that it finished."""
         began = time.perf_counter()
@@ -188,7 +203,9 @@ class Engine:
         if self.recorder is not None:
             self.recorder.committed(self.scheduler)
         self._note_times(plan, finished, planned - self._began, arrived - self._began)
-        self.stats.add_seconds(planned - began, arrived - launched, time.perf_counter() - began)
+        ended = time.perf_counter()
+        self.stats.add_seconds(planned - began, arrived - launched, ended - began)
+        self.stats.add_times(began - self._began, ended - self._began)
         self.stats.add_preemption_seconds(plan, swapped - launched, arrived - swapped)
         return finished
 

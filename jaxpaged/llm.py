@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import closing
@@ -15,6 +16,7 @@ from jaxpaged.beam_snapshot import BeamSnapshot
 from jaxpaged.beam_text import BeamText
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
+from jaxpaged.host.arrivals import set_arrivals
 from jaxpaged.host.beam_logprobs import logprobs_of
 from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
 from jaxpaged.host.beam_watch import take_snapshot
@@ -99,9 +101,11 @@ class LLM:
             max_num_batched_tokens, attention, shared_prefixes, preemption,
             swap_space_gib, kv_cache, watermark,
         )  # fmt: skip
-        checkpoint = open_checkpoint(model)
+        self._options = options
+        self._checkpoint = checkpoint = open_checkpoint(model)
         self.tokenizer = _find_tokenizer(tokenizer, checkpoint.tokenizer_file)
         self.engine = build_engine(checkpoint, options)
+        self._weights = self.engine.params
         self._directory = checkpoint.directory
         self._seed = seed
         self._num_requests = 0
@@ -139,12 +143,16 @@ class LLM:
         prompts: Prompts,
         sampling_params: Params | SequenceOf[Params] | None = None,
         request_ids: SequenceOf[str] | None = None,
+        arrival_times: SequenceOf[float] | None = None,
     ) -> Iterator[RequestOutput]:
         """As `generate`, but yields each result as it finishes; `request_id` tells which it is (by default its index).
 
-        Requests are checked when this is called, not at the first result. Leaving the loop early drops the others.
+        `arrival_times`: seconds after the first result is asked for at which each request comes, as from users of a
+        service; by default all are there. Requests are checked when this is called, not at the first result. Leaving
+        the loop early drops the others.
         """
         groups = self._make_groups(prompts, sampling_params, request_ids)
+        set_arrivals(groups, arrival_times)
         return (output for _, output in self._run(groups))
 
     def beam_search(
@@ -197,6 +205,20 @@ class LLM:
             [sampling_params or SamplingParams()] if not isinstance(sampling_params, SequenceOf) else sampling_params
         )
         self.engine.warm_up([self._make_group(Prompt(None, [0]), one, "", seed=0) for one in params])
+
+    def rebuild(self, **options: Any) -> None:
+        """Make the engine anew with other options, the weights kept: `llm.rebuild(kv_cache="contiguous-max")`.
+
+        Takes the constructor's arguments, except those that choose the weights. The old pool is freed before the new
+        one is made. Raises ValueError as the constructor does; after one, the LLM can only be rebuilt.
+        """
+        if fixed := sorted({"model", "tokenizer", "dtype", "load_format", "seed"} & set(options)):
+            raise ValueError(
+                f"{', '.join(fixed)} cannot change without another LLM; rebuild takes the engine's options"
+            )
+        self._options = dataclasses.replace(self._options, **options)
+        self.__dict__.pop("engine", None)  # and with it the pool
+        self.engine = build_engine(self._checkpoint, self._options, self._weights)
 
     def check_request(self, prompt: Any, params: Params) -> None:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
@@ -314,7 +336,7 @@ class LLM:
             outputs=self._completions(group),
             finished=True,
             metrics=RequestMetrics(
-                0.0, group.first_scheduled_time, group.first_token_time, group.finished_time
+                group.arrival_time, group.first_scheduled_time, group.first_token_time, group.finished_time
             ),
             kv=KVUsage(
                 pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,

@@ -24,6 +24,7 @@ from jaxpaged.config import (
 )
 from jaxpaged.device.attention import resolve_attention
 from jaxpaged.device.memory import device_memory
+from jaxpaged.device.params import Params
 from jaxpaged.engine import Engine
 from jaxpaged.pool_size import PoolSizer
 from jaxpaged.preemption import reserve_swap_space, resolve_preemption
@@ -84,8 +85,9 @@ class EngineOptions:
             )
 
 
-def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
-    """Load the weights and make the page pool; ValueError, with the numbers, for what cannot run on this device."""
+def build_engine(checkpoint: Checkpoint, options: EngineOptions, params: Params | None = None) -> Engine:
+    """Load the weights, or take those given, and make the page pool; ValueError, with the numbers, for what cannot run
+    on this device."""
     device = jax.devices()[0]
     model = checkpoint.config
     dtype = resolve_dtype(options.dtype, model, device)
@@ -110,7 +112,8 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     memory, _ = device_memory(device)
     sizer = PoolSizer(model, dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory)
     sizer.check(options.num_pages)
-    params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
+    if params is None:
+        params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
     num_pages = sizer.choose(params) if options.num_pages is None else options.num_pages
     cache = CacheConfig(options.page_size, num_pages, dtype)
     limits = reserve_swap_space(limits, cache, model, device)

@@ -47,7 +47,7 @@ class KVUsage:
 class RequestMetrics:
     """Seconds since the run began."""
 
-    arrival_time: float  # 0: a run takes all its requests when it begins
+    arrival_time: float  # 0 unless the request came with an arrival time: it is there when the run begins
     first_scheduled_time: float
     first_token_time: float
     finished_time: float

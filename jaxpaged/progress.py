@@ -22,15 +22,18 @@ class Stats(Protocol):
 class ProgressBar:
     """Requests done, tokens per second and the pool's use, on standard error; use as a context manager.
 
-    `stats` is asked whenever the bar is drawn anew, so tokens and pool move while long requests run.
+    `stats` is asked whenever the bar is drawn anew, so tokens and pool move while long requests run. `label` says
+    which run it is, where there are several.
     """
 
-    def __init__(self, total_requests: int, stats: Callable[[], Stats], done: int = 0, enabled: bool = True):
+    def __init__(
+        self, total_requests: int, stats: Callable[[], Stats], done: int = 0, enabled: bool = True, label: str = ""
+    ):
         self._bar: Any = None
         self._done_before = done  # by an earlier run that this one resumes
         if enabled and total_requests > 0 and sys.stderr.isatty():
-            self._bar = _make_bar(stats)
-            self._task = self._bar.add_task("", total=total_requests, completed=done)
+            self._bar = _make_bar(stats, label)
+            self._task = self._bar.add_task(label, total=total_requests, completed=done)
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
@@ -47,7 +50,7 @@ class ProgressBar:
             self._bar.update(self._task, completed=self._done_before + finished)
 
 
-def _make_bar(stats: Callable[[], Stats]) -> Any:
+def _make_bar(stats: Callable[[], Stats], label: str) -> Any:
     from rich.console import Console  # only where a bar is shown: it takes as long to import as `--help` to print
     from rich.progress import (
         BarColumn,
@@ -55,6 +58,7 @@ def _make_bar(stats: Callable[[], Stats]) -> Any:
         Progress,
         ProgressColumn,
         Task,
+        TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
@@ -67,6 +71,7 @@ def _make_bar(stats: Callable[[], Stats]) -> Any:
             return Text(f"{tokens}  pool {run.pool_used:.0%}")
 
     return Progress(
+        *([TextColumn("{task.description}")] if label else []),
         BarColumn(),
         MofNCompleteColumn(),
         RunColumn(),

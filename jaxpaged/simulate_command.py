@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxpaged.account_file import check_account_path, summarise, write_account
+from jaxpaged.account_file import check_account_path, saturated_steps, summarise, write_account
 from jaxpaged.config import KV_CACHES, CacheConfig, PreemptionConfig
 from jaxpaged.host.memory_account import CATEGORIES
 from jaxpaged.progress import ProgressBar
@@ -74,13 +72,6 @@ def run(args: argparse.Namespace) -> int:
             write_account(stats, args.account)
     print(json.dumps({"workload": args.workload, "requests": len(workload.prompt_lens), "results": results}))
     return 0
-
-
-def saturated_steps(waiting: np.ndarray) -> np.ndarray:
-    """bool[steps]: while requests wait, the first tenth of the run left out; all steps, where that leaves none."""
-    steps = waiting > 0
-    steps[: len(steps) // 10] = False
-    return steps if steps.any() else np.ones(len(steps), bool)
 
 
 def _workload(args: argparse.Namespace) -> Workload:

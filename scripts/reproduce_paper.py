@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpaged.account_file import saturated_steps
 from jaxpaged.config import KV_CACHES, CacheConfig, PreemptionConfig
 from jaxpaged.host.memory_account import CATEGORIES
 from jaxpaged.simulate import PAPER_POOL, Simulation, paper_limits
-from jaxpaged.simulate_command import saturated_steps
 from jaxpaged.workloads import make_workload
 
 SYSTEMS = {

@@ -41,7 +41,7 @@ def test_a_chunk_of_one_token_is_decoded_though_nothing_is_sampled():
 @pytest.mark.parametrize(
     ("prompts", "params", "features"),
     [
-        pytest.param([[5], [6, 7]], GREEDY, PLAIN, id="a row of two tokens"),
+        pytest.param([[6, 7], [5]], GREEDY, PLAIN, id="a row of two tokens"),
         pytest.param([[5], [6]], SamplingParams(n=2), PLAIN, id="two samples of a row"),
         pytest.param([[5], [6]], GREEDY, SamplingFeatures(num_prompt_logprobs=0), id="prompt log-probabilities"),
     ],
@@ -51,17 +51,17 @@ def test_other_prefills_stay_prefills(prompts, params, features):
 
 
 def test_tokens_are_the_same_by_either_step():
-    """Prompts of one token: alone they are decoded, with a longer one beside them they are prefilled."""
+    """Prompts of one token are decoded; with log-probabilities of some prompt they are prefilled."""
     params = [GREEDY, SamplingParams(temperature=0.8, max_tokens=7)]
 
-    def groups(extra):
-        prompts = [[5], [6], [7], *extra]
-        return [make_group(prompt, params[i % 2], str(i), seed=i) for i, prompt in enumerate(prompts)]
+    def groups():
+        return [make_group([5 + i], params[i % 2], str(i), seed=i) for i in range(3)]
 
     engine = toy_engine()
-    decoded = run_tokens(engine, groups([]))
+    decoded = run_tokens(engine, groups())
     assert engine.stats.prefill_steps == 1
-    prefilled = run_tokens(engine, groups([[8, 9, 10]]))
+    longer = make_group([8, 9, 10], SamplingParams(temperature=0, max_tokens=7, prompt_logprobs=0), "longer")
+    prefilled = run_tokens(engine, [*groups(), longer])
     assert {name: prefilled[name] for name in decoded} == decoded
 
 

@@ -36,6 +36,7 @@ FORBIDDEN = {
     "jaxpaged.tokenizer": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.workloads": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.simulate": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.compare": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.progress": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.batch": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
     "jaxpaged.trace_page": ("jaxpaged", *DEVICE_STACK),

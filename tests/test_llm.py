@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +50,29 @@ def test_results_come_in_input_order_and_iterate_as_they_finish(llm):
         "b",
         "c",
     }
+
+
+def test_requests_that_come_later_are_timed_from_their_arrival(llm):
+    outputs = list(llm.generate_iter(["one", "two"], GREEDY, arrival_times=[0.2, 0.0]))
+    metrics = {output.request_id: output.metrics for output in outputs}
+    assert metrics["0"].arrival_time == 0.2 <= metrics["0"].first_scheduled_time
+    assert metrics["1"].arrival_time == 0.0
+    with pytest.raises(ValueError, match="1 arrival_times for 2 prompts"):
+        llm.generate_iter(["one", "two"], GREEDY, arrival_times=[0.2])
+
+
+def test_a_rebuilt_engine_keeps_the_weights_and_frees_the_old_pool(directory):
+    llm = LLM(directory, page_size=4, num_pages=100, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128)
+    before = [output.outputs[0].token_ids for output in llm.generate(["one", "two"], GREEDY)]
+    weights, old_pool = llm.engine.params, weakref.ref(llm.engine.pool.k[0])
+    llm.rebuild(kv_cache="contiguous-max", num_pages=80)
+    assert llm.engine.params is weights and old_pool() is None
+    assert (llm.engine.limits.kv_cache, llm.engine.cache_config.num_pages) == ("contiguous-max", 80)
+    assert [output.outputs[0].token_ids for output in llm.generate(["one", "two"], GREEDY)] == before
+    with pytest.raises(ValueError, match="dtype cannot change"):
+        llm.rebuild(dtype="bfloat16")
+    with pytest.raises(ValueError, match="choose one of paged"):
+        llm.rebuild(kv_cache="buddy")
 
 
 def test_no_prompts_no_outputs(llm):

@@ -34,3 +34,7 @@ def test_a_pipe_sees_nothing(monkeypatch):
 
 def test_a_bar_that_is_switched_off_shows_nothing(monkeypatch):
     assert shown(monkeypatch, Terminal(), enabled=False) == ""
+
+
+def test_a_label_says_which_run_it_is(monkeypatch):
+    assert "contiguous-max" in shown(monkeypatch, Terminal(), label="contiguous-max")

@@ -47,6 +47,8 @@ class RunStats:
         default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total", "swap", "recompute"), 0.0)
     )
     _series: dict[str, array] = field(default_factory=lambda: {name: array("i") for name in _SERIES})
+    _times: tuple[array, array] = field(default_factory=lambda: (array("d"), array("d")))
+    _pauses: list[int] = field(default_factory=list)
     _policy: Policy | None = None  # of the scheduler that made the plans
 
     @classmethod
@@ -77,6 +79,16 @@ class RunStats:
     def batch_tokens(self) -> np.ndarray:
         """Tokens that the step computed, i64[steps]."""
         return np.array(self._series["batch_tokens"], np.int64)
+
+    @property
+    def step_times(self) -> np.ndarray:
+        """When each step began and ended, in seconds since the run began, f64[2, steps]; a simulation has none."""
+        return np.array(self._times, np.float64)
+
+    @property
+    def steps_after_pauses(self) -> np.ndarray:
+        """Steps i64[pauses] before which the engine had nothing to do but to wait for the next arrival."""
+        return np.unique(np.array(self._pauses, np.int64))
 
     @property
     def memory(self) -> MemoryAccount:
@@ -161,6 +173,15 @@ class RunStats:
         self.seconds["device"] += device
         self.seconds["host"] += step - schedule - device
         self.seconds["total"] += step
+
+    def add_pause(self) -> None:
+        """Nothing is there to run before the next step."""
+        self._pauses.append(self.steps)
+
+    def add_times(self, began: float, ended: float) -> None:
+        """Of the latest step, in seconds since the run began."""
+        for times, time in zip(self._times, (began, ended), strict=True):
+            times.append(time)
 
     def add_swap(self, swap: Swap, num_bytes: int) -> None:
         if swap.is_out:

@@ -109,6 +109,7 @@ class SequenceGroup:
     num_preemptions: int = 0
     num_swaps: int = 0  # preemptions that kept the pages in swap space
     recomputed_tokens: int = 0
+    arrival_time: float = 0.0  # seconds since the run began, as the times below; 0: it is there from the start
     first_scheduled_time: float = -1.0
     first_token_time: float = -1.0
     finished_time: float = -1.0
