@@ -8,9 +8,8 @@ kernels, batches and the engine know nothing of it.
 
 A policy is asked in this order: `try_place` when a request is admitted; `fork` for a further sample or beam; `append`
 before tokens are written; `release` when a sequence has ended; `settle` when forks and releases of a group are over.
-Other ways to keep KV fit the same questions. Slots of `max_model_len` tokens (continuous batching over a dense cache)
-are `Contiguous` over an allocator that has chunks of that size alone. Static batching, where a batch ends as a whole,
-is slots whose `try_place` refuses while an earlier batch runs, and whose `settle` keeps chunks until its last one ends.
+`leave` says which finished groups go. Other ways to keep KV answer the same questions: slots of a dense cache, static
+batches (slots.py), and no cache at all (no_cache.py).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.config import CacheConfig
 from jaxpaged.host.block_table import (
     BlockTable,
     PageCopy,
@@ -39,11 +38,37 @@ from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.token_tree import Branch, num_pages_of
 
 
+class ChunkAllocator(Protocol):
+    """Chunks of consecutive pages: BuddyAllocator has powers of two, SlotAllocator (slots.py) one size."""
+
+    num_pages: int
+    page_size: int
+    max_chunk: int
+
+    @property
+    def num_used(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    @property
+    def largest_free(self) -> int: ...
+    def chunk_pages_for(self, num_pages: int) -> int: ...
+    def capacity(self, size: int) -> int: ...
+    def allocate_chunk(self, size: int) -> int: ...
+    def release_chunk(self, first_page: int) -> None: ...
+    def check_invariants(self) -> None: ...
+
+
 class Policy(Protocol):
     """What the scheduler asks of a way to keep KV memory."""
 
+    is_cached: bool  # whether a step finds the keys and values of earlier ones; else it computes all of them
+
     @property
-    def allocator(self) -> PageAllocator | BuddyAllocator: ...
+    def allocator(self) -> PageAllocator | ChunkAllocator: ...
+
+    def expect(self, output_len: int) -> None:
+        """A request that may generate so many tokens is part of the run."""
+        ...
 
     def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
         """ValueError, with the numbers, for a request that the empty pool could not hold."""
@@ -67,6 +92,15 @@ class Policy(Protocol):
 
     def settle(self, group: SequenceGroup) -> None:
         """The group's forks and releases of this step are over."""
+        ...
+
+    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
+        """These groups have no more to compute; returns the groups, of them and of earlier ones, that leave now."""
+        ...
+
+    @property
+    def num_idle_rows(self) -> int:
+        """Rows of a decode step that compute for sequences which have ended, but not left."""
         ...
 
     def take_copies(self) -> list[PageCopy]:
@@ -94,14 +128,11 @@ class Policy(Protocol):
         ...
 
 
-def make_policy(cache: CacheConfig, limits: EngineConfig) -> Paged | Contiguous:
-    if limits.kv_cache == "paged":
-        return Paged(cache)
-    return Contiguous(cache, limits.max_model_len, _ESTIMATES[limits.kv_cache])
-
-
 class Paged:
     """Pages as they are needed, shared by reference count."""
+
+    is_cached = True
+    num_idle_rows = 0
 
     def __init__(self, cache: CacheConfig):
         self.page_size = cache.page_size
@@ -136,8 +167,14 @@ class Paged:
     def release(self, table: BlockTable) -> None:
         release(table, self.allocator)
 
+    def expect(self, output_len: int) -> None:
+        """Nothing depends on requests that have not come."""
+
     def settle(self, group: SequenceGroup) -> None:
         """Nothing is left over: pages went back one by one."""
+
+    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
+        return finished
 
     def take_copies(self) -> list[PageCopy]:
         return []
@@ -184,7 +221,7 @@ def estimate_oracle(prompt_len: int, max_len: int, max_model_len: int) -> int:
     return max_len
 
 
-_ESTIMATES = {
+ESTIMATES = {
     "contiguous-max": estimate_max,
     "contiguous-pow2": estimate_pow2,
     "contiguous-oracle": estimate_oracle,
@@ -225,15 +262,24 @@ class Contiguous:
     A fork copies the parent's pages into a chunk of its group: a reserved one, or one that a dropped beam leaves.
     """
 
-    def __init__(self, cache: CacheConfig, max_model_len: int, estimate: Callable[[int, int, int], int]):
+    is_cached = True
+
+    def __init__(
+        self,
+        cache: CacheConfig,
+        max_model_len: int,
+        estimate: Callable[[int, int, int], int],
+        allocator: ChunkAllocator | None = None,
+    ):
+        """`allocator`: None for the buddy allocator."""
         self.page_size = cache.page_size
         self.max_model_len = max_model_len
         self.estimate = estimate
         largest = chunk_pages_for(num_pages_for(max_model_len, cache.page_size))
-        self.allocator = BuddyAllocator(cache.num_pages, cache.page_size, largest)
+        self.allocator = allocator or BuddyAllocator(cache.num_pages, cache.page_size, largest)
         self.requested_slots = 0
         self._clock = 0  # steps that were taken down
-        # Of chunks that went back: first step, step of return, positions filled. Flat, since there may be millions.
+        # Of chunks that are done: first step, step after the last, positions filled. Flat, since there may be millions.
         self._lives = array("q")
         self._reservations: dict[SequenceGroup, _Reservation] = {}
         self._owners: dict[ChunkTable, _Reservation] = {}
@@ -244,7 +290,7 @@ class Contiguous:
 
     def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
         requested = self.num_requested_for(prompt_len, max_len)
-        size = chunk_pages_for(num_pages_for(requested, self.page_size))
+        size = self.allocator.chunk_pages_for(num_pages_for(requested, self.page_size))
         fitting = self.allocator.capacity(size) if size <= self.allocator.max_chunk else 0
         if num_samples > fitting:
             raise ValueError(
@@ -256,7 +302,7 @@ class Contiguous:
 
     def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
         requested = self.num_requested_for(group.prompt_len, group.max_len)
-        size = chunk_pages_for(num_pages_for(requested, self.page_size))
+        size = self.allocator.chunk_pages_for(num_pages_for(requested, self.page_size))
         chunks: list[Chunk] = []
         try:
             while len(chunks) < group.num_rows:
@@ -318,12 +364,25 @@ class Contiguous:
         reservation.forks.clear()
         while reservation.free and reservation.num_chunks > group.num_rows:
             chunk = reservation.free.pop()
-            self.allocator.release_chunk(chunk.first_page)
-            self.requested_slots -= chunk.num_requested
             reservation.num_chunks -= 1
             self._lives.extend((chunk.born, self._clock, chunk.num_filled))
+            self._give_back(chunk)
         if not reservation.num_chunks:
             del self._reservations[group]
+
+    def _give_back(self, chunk: Chunk) -> None:
+        self.allocator.release_chunk(chunk.first_page)
+        self.requested_slots -= chunk.num_requested
+
+    def expect(self, output_len: int) -> None:
+        """Nothing depends on requests that have not come."""
+
+    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
+        return finished
+
+    @property
+    def num_idle_rows(self) -> int:
+        return 0
 
     def take_copies(self) -> list[PageCopy]:
         copies: list[PageCopy] = []
@@ -339,7 +398,7 @@ class Contiguous:
         self.allocator.check_invariants()
         held = [table for table in tables if table.num_slots]
         assert set(held) == set(self._owners), "a table has no reservation, or a reservation no table"
-        chunks = self._living()
+        chunks = self._held_chunks()
         assert sum(chunk.num_pages for chunk in chunks) == self.allocator.num_used
         assert len({chunk.first_page for chunk in chunks}) == len(chunks), "a chunk has two owners"
         assert sum(chunk.num_requested for chunk in chunks) == self.requested_slots
@@ -362,7 +421,11 @@ class Contiguous:
         np.subtract.at(change, gone, slots)
         return np.cumsum(change[:-1])
 
+    def _held_chunks(self) -> list[Chunk]:
+        """Chunks that the allocator has given."""
+        return self._living()
+
     def _living(self) -> list[Chunk]:
-        """Chunks in use."""
+        """Chunks of sequences that have not ended, or may yet come."""
         held = [table.chunk for table in self._owners if table.chunk is not None]
         return held + [chunk for reservation in self._reservations.values() for chunk in reservation.free]
