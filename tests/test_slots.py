@@ -1,4 +1,4 @@
-"""Dense systems by their schedules: slots that are taken one by one, batches that begin and end as a whole, no cache."""
+"""Dense systems by their schedules: slots taken one by one, batches that begin and end as a whole, and no cache."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_without_a_cache_every_step_computes_all_tokens_of_all_that_run():
 
 def test_what_no_slot_or_step_holds_is_refused_with_the_numbers():
     with pytest.raises(
-        ValueError, match="keeps max_model_len=40 tokens for each sequence, 10 pages of 4, and the pool"
+        ValueError, match="keeps max_model_len=40 tokens for each sequence, 10 pages of 4"
     ):
         make_scheduler("dense-slots", max_model_len=40)
     for kv_cache in DENSE_CACHES:
