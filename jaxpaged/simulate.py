@@ -114,8 +114,9 @@ class Simulation:
                 continue
             stats.record(plan, scheduler, num_unqueued)
             clock += 1 + self._look_ahead(plan, clock)
-            num_finished += len(scheduler.commit(plan, self._run(plan)))
-            if on_finished is not None:
+            finished = scheduler.commit(plan, self._run(plan))
+            num_finished += len(finished)
+            if finished and on_finished is not None:
                 on_finished(num_finished)
             if max_steps is not None and stats.steps >= max_steps:
                 break

@@ -118,9 +118,7 @@ def test_without_a_cache_every_step_computes_all_tokens_of_all_that_run():
 
 
 def test_what_no_slot_or_step_holds_is_refused_with_the_numbers():
-    with pytest.raises(
-        ValueError, match="keeps max_model_len=40 tokens for each sequence, 10 pages of 4"
-    ):
+    with pytest.raises(ValueError, match="keeps max_model_len=40 tokens for each sequence, 10 pages of 4"):
         make_scheduler("dense-slots", max_model_len=40)
     for kv_cache in DENSE_CACHES:
         with pytest.raises(ValueError, match=r"reserves 3 chunk\(s\) of 4 pages in a row \(16 tokens each\).*holds 2"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.contiguous import ESTIMATES, Contiguous, estimate_max
 from jaxpaged.host.no_cache import NoCache
-from jaxpaged.host.reservation import ESTIMATES, Contiguous, Paged, Policy, estimate_max
+from jaxpaged.host.reservation import Paged, Policy
 from jaxpaged.host.slots import SlotAllocator, StaticBatches
 
 

@@ -140,4 +140,5 @@ class SequenceGroup:
         """Rows of a decode step that the group fills: its unfinished samples or beams, forked or not."""
         if self.beams:
             return sum(state.width for state in self.running_beams)
-        return len(self.unfinished) if self.is_forked else self.params.num_samples
+        num_samples = self.params.num_samples
+        return num_samples if len(self.sequences) < num_samples else len(self.unfinished)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from jaxpaged.config import CacheConfig, EngineConfig, num_slots
 from jaxpaged.host.block_table import BlockTable, PageCopy, num_pages_for
+from jaxpaged.host.contiguous import Chunk, Contiguous, estimate_max
 from jaxpaged.host.page_allocator import OutOfPagesError
-from jaxpaged.host.reservation import Chunk, Contiguous, estimate_max
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.token_tree import Branch
 from jaxpaged.step_io import NULL_PAGE
