@@ -10,7 +10,6 @@ from jaxpaged import LLM, SamplingParams
 from jaxpaged.config import DENSE_CACHES, KV_CACHES, CacheConfig, EngineConfig
 from jaxpaged.device.dense_cache import make_cache
 
-
 #: Greedy tokens by recomputation without jaxpaged's engine (helpers.greedy_tokens).
 EXPECTED = [[15, 1, 75, 63, 34, 66], [31, 31, 51, 31, 9, 11]]
 
