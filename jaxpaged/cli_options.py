@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxpaged.config import KV_CACHES
+
 
 class Flag(NamedTuple):
     name: str  # of the field or argument; the flag is --name-with-dashes
@@ -93,7 +95,7 @@ MODEL_FLAGS = (
     Flag("shared_prefixes", True, "read the pages that samples of a prompt share once a step (pallas only)"),
     Flag("preemption", str, "how a request gives way when pages run out: swap, recompute or auto (default)"),
     Flag("swap_space_gib", float, "host memory for the pages of requests that gave way by swapping (default 4)"),
-    Flag("kv_cache", str, "paged (default), or reserved: contiguous-max, contiguous-pow2, contiguous-oracle"),
+    Flag("kv_cache", str, f"how KV memory is kept: {', '.join(KV_CACHES)} (default paged)"),
     Flag("watermark", float, "share of the pool that admission leaves free, so that sequences can grow (default 0.01)"),
 )  # fmt: skip
 

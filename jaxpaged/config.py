@@ -12,8 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 DTYPES = ("float32", "bfloat16", "float16")
 PREEMPTION_MODES = ("auto", "swap", "recompute")
-#: How KV memory is kept: paged, or reserved in one piece for each sequence (host/reservation.py).
-KV_CACHES = ("paged", "contiguous-max", "contiguous-pow2", "contiguous-oracle")
+#: Rows of `max_model_len` in one array: with continuous batching, and with batches that end as a whole (host/slots.py).
+DENSE_CACHES = ("dense-slots", "dense-static", "dense-static-global")
+#: How KV memory is kept: paged, reserved in one piece for each sequence (host/reservation.py), dense, or not at all.
+KV_CACHES = ("paged", "contiguous-max", "contiguous-pow2", "contiguous-oracle", *DENSE_CACHES, "none")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,18 @@ class CacheConfig:
     @property
     def num_usable_tokens(self) -> int:
         return self.num_usable_pages * self.page_size
+
+
+def num_slots(cache: CacheConfig, max_model_len: int) -> int:
+    """Slots of `max_model_len` tokens, in whole pages, that the usable pages hold; ValueError if they hold none."""
+    slot_pages = -(-max_model_len // cache.page_size)
+    count = cache.num_usable_pages // slot_pages
+    if not count:
+        raise ValueError(
+            f"a dense cache keeps max_model_len={max_model_len} tokens for each sequence, {slot_pages} pages of "
+            f"{cache.page_size}, and the pool has {cache.num_usable_pages}: raise num_pages, or lower max_model_len"
+        )
+    return count
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device import steps, swap
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.device.cache import PagedCache, make_paged_cache
+from jaxpaged.device.cache import PagedCache
+from jaxpaged.device.dense_cache import make_cache
 from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.arrivals import Arrivals
@@ -62,7 +63,7 @@ class Engine:
         self.kernels = kernels
         self.device = device
         self.params = params
-        self.pool: PagedCache = make_paged_cache(model, cache, device)
+        self.pool: PagedCache = make_cache(model, cache, limits, device)
         self.buckets = Buckets.for_limits(limits, cache)
         self.sharing: PrefixSharing | None = None
         if limits.shares_prefixes:
@@ -71,7 +72,7 @@ class Engine:
             token_bytes = self.pool.k[0].nbytes * 2 // (cache.num_pages * cache.page_size)
             self.sharing = PrefixSharing(most, measured_rule(token_bytes))
         self.scheduler = Scheduler(cache, limits)
-        self._page_bytes = cache.page_size * model.kv_bytes_per_token(np.dtype(self.pool.k[0].dtype).itemsize)
+        self._page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
         self.features = SamplingFeatures()
         self.stats = RunStats.for_cache(cache)
@@ -169,7 +170,7 @@ class Engine:
         self._swapped.clear()
         self.recorder = None
         if self.has_lost_pool:
-            self.pool = make_paged_cache(self.model, self.cache_config, self.device)
+            self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
 
     @property
     def _seconds_since_start(self) -> float:
@@ -286,7 +287,7 @@ def lower_largest_steps(
         StepShape(buckets.decode_rows[-1], width),
         StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1]),
     ):
-        yield lower_step(shape, model, cache, kernels, features, jax.sharding.SingleDeviceSharding(device))
+        yield lower_step(shape, model, cache, kernels, features, jax.sharding.SingleDeviceSharding(device), limits)
 
 
 def lower_step(
@@ -296,14 +297,15 @@ def lower_step(
     kernels: AttentionKernels,
     features: SamplingFeatures,
     sharding: jax.sharding.Sharding,
+    limits: EngineConfig | None = None,
 ) -> jax.stages.Lowered:
     """The program of a step of this shape, before there are weights or a pool: to learn what it takes, or to keep it.
 
-    `sharding` names the device that it is for.
+    `sharding` names the device that it is for, `limits` the system that keeps KV memory, by default pages.
     """
     nothing = StepPlan(is_prefill=shape.num_tokens is not None)
     packed, layout = pack(make_batch(nothing, shape, cache, model.vocab_size, features))
-    pool = jax.eval_shape(lambda: make_paged_cache(model, cache))
+    pool = jax.eval_shape(lambda: make_cache(model, cache, limits or EngineConfig(model.max_position_embeddings)))
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         (param_shapes(model, cache.dtype), pool, packed),

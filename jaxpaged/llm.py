@@ -86,12 +86,16 @@ class LLM:
                 "recompute" (they are computed again), or "auto", for each request what costs less.
             swap_space_gib: host memory for swapped pages; on a GPU it is pinned, when the engine starts. A request for
                 which there is no room is computed again.
-            kv_cache: "paged", or a baseline that reserves consecutive pages for every sequence when its request is
-                admitted, with the same kernels and the same tokens: "contiguous-max" (`max_model_len`),
-                "contiguous-pow2" (prompt and `max_tokens` rounded up to a power of two) or "contiguous-oracle"
-                (prompt and `max_tokens`).
+            kv_cache: "paged", or a baseline with the same model, sampler and scheduler and the same tokens. They take
+                what a request needs when it is admitted. Consecutive pages, read by the same kernels:
+                "contiguous-max" (`max_model_len`), "contiguous-pow2" (prompt and `max_tokens` rounded up to a power of
+                two), "contiguous-oracle" (prompt and `max_tokens`). Dense rows of `max_model_len`, as many as
+                `num_pages` pages hold, read by cuDNN or XLA: "dense-slots" (continuous batching), "dense-static"
+                (batches that run until their longest ends), "dense-static-global" (until the longest of all would).
+                "none": all tokens are computed again for every token. With dense rows and "none", `attention` is
+                "auto" (cuDNN where it runs) or "reference" (XLA).
             watermark: share of the pool that admission leaves free for running sequences to grow, besides what their
-                next step takes; 0 leaves only that.
+                next step takes; 0 leaves only that. Of paging alone.
 
         Raises:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.

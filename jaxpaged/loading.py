@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxpaged.checkpoint import Checkpoint, load_params
 from jaxpaged.config import (
+    DENSE_CACHES,
     DTYPES,
     KV_CACHES,
     PREEMPTION_MODES,
@@ -21,8 +22,9 @@ from jaxpaged.config import (
     EngineConfig,
     ModelConfig,
     PreemptionConfig,
+    num_slots,
 )
-from jaxpaged.device.attention import resolve_attention
+from jaxpaged.device.attention import AttentionKernels, resolve_attention, resolve_dense_attention
 from jaxpaged.device.memory import device_memory
 from jaxpaged.device.params import Params
 from jaxpaged.engine import Engine
@@ -61,9 +63,11 @@ class EngineOptions:
             raise ValueError(f"kv_cache={self.kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
         if self.kv_cache != "paged" and self.preemption == "swap":
             raise ValueError(
-                f"kv_cache={self.kv_cache!r} reserves all memory of a request beforehand, so none gives way: "
+                f"kv_cache={self.kv_cache!r} reserves all that a request needs beforehand, so none gives way: "
                 "preemption='swap' needs kv_cache='paged'"
             )
+        if self.kv_cache != "paged" and self.shared_prefixes:
+            raise ValueError(f"kv_cache={self.kv_cache!r} shares nothing: shared_prefixes=True needs kv_cache='paged'")
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens", "num_pages", "max_model_len"):
             value = getattr(self, name)
             if value is None and name in ("num_pages", "max_model_len"):
@@ -91,9 +95,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, params: Params 
     device = jax.devices()[0]
     model = checkpoint.config
     dtype = resolve_dtype(options.dtype, model, device)
-    kernels = resolve_attention(
-        options.attention, device, head_dim=model.head_dim, page_size=options.page_size, dtype=dtype
-    )
+    kernels = _resolve_kernels(options, model, device, dtype)
     if options.shared_prefixes and kernels.shared_prefix_decode is None:
         raise ValueError(
             f"shared_prefixes=True needs attention='pallas', but attention={options.attention!r} is {kernels.name!r} "
@@ -111,13 +113,24 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, params: Params 
     )  # fmt: skip
     memory, _ = device_memory(device)
     sizer = PoolSizer(model, dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory)
-    sizer.check(options.num_pages)
+    num_pages = 2 if options.kv_cache == "none" and options.num_pages is None else options.num_pages  # it has no pool
+    sizer.check(num_pages)
+    if num_pages is not None and options.kv_cache in DENSE_CACHES:
+        num_slots(CacheConfig(options.page_size, num_pages, dtype), limits.max_model_len)
     if params is None:
         params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
-    num_pages = sizer.choose(params) if options.num_pages is None else options.num_pages
+    num_pages = sizer.choose(params) if num_pages is None else num_pages
     cache = CacheConfig(options.page_size, num_pages, dtype)
     limits = reserve_swap_space(limits, cache, model, device)
     return Engine(params, model, cache, limits, kernels, device)
+
+
+def _resolve_kernels(options: EngineOptions, model: ModelConfig, device: jax.Device, dtype: str) -> AttentionKernels:
+    if options.kv_cache in (*DENSE_CACHES, "none"):
+        return resolve_dense_attention(options.attention, device, model, dtype)
+    return resolve_attention(
+        options.attention, device, head_dim=model.head_dim, page_size=options.page_size, dtype=dtype
+    )
 
 
 def resolve_dtype(requested: str, model: ModelConfig, device: jax.Device) -> str:

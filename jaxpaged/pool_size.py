@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.config import DENSE_CACHES, CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.memory import bytes_in_use
 from jaxpaged.device.params import Params, param_shapes
@@ -90,13 +90,23 @@ class PoolSizer:
     def measured_step_bytes(self) -> int:
         """What the largest step allocates while it runs, as the compiler says."""
         began = time.perf_counter()
-        cache = CacheConfig(self.page_size, NOMINAL_PAGES, self.dtype)
-        persistent = self.weight_bytes + NOMINAL_PAGES * self.page_bytes
+        cache = CacheConfig(self.page_size, self._nominal_pages, self.dtype)
+        persistent = self.weight_bytes + self._nominal_pages * self.page_bytes
         largest = self._moved_bytes()
         for lowered in lower_largest_steps(self.model, cache, self.limits, self.kernels, self.device):
             largest = max(largest, transient_bytes(lowered.compile(), persistent))
         logger.info("the largest steps were compiled in %.1f s", time.perf_counter() - began)
         return largest
+
+    @property
+    def _nominal_pages(self) -> int:
+        """At least one slot of a dense cache."""
+        slot_pages = -(-self.limits.max_model_len // self.page_size)
+        return max(NOMINAL_PAGES, slot_pages + 1) if self._is_dense else NOMINAL_PAGES
+
+    @property
+    def _is_dense(self) -> bool:
+        return self.limits.kv_cache in DENSE_CACHES
 
     @property
     def _itemsize(self) -> int:
@@ -141,6 +151,9 @@ class PoolSizer:
         heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
         token = (model.num_layers + 8) * model.hidden_size + 8 * (2 * model.intermediate_size + heads)
         attention = 8 * limits.max_num_seqs * 256 * model.num_heads * model.head_dim * 4
+        if self._is_dense:  # XLA's attention copies the rows of a layer
+            rows = limits.max_num_seqs * limits.max_model_len
+            attention += 4 * rows * model.kv_bytes_per_token(4) // model.num_layers
         return sampling + attention + limits.max_num_batched_tokens * token * self._itemsize + self._moved_bytes()
 
 

@@ -87,6 +87,7 @@ class Simulation:
         self._num_queued = 0
         self.stats = RunStats.for_cache(cache)
         self._check()
+        self.scheduler.policy.expect(int(workload.output_lens.max(initial=0)))
 
     def _check(self) -> None:
         pairs = np.unique(np.stack([self.workload.prompt_lens, self.workload.output_lens]), axis=1).T.tolist()

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beam-width", type=int, default=0, metavar="N", help="beams of each request, by random scores")
     add(
         "--kv-cache", action="append", metavar="NAME",
-        help=f"one of {', '.join(KV_CACHES)}; repeat for more (default: all)",
+        help=f"one of {', '.join(KV_CACHES)}; repeat for more (default: all that keep KV)",
     )  # fmt: skip
     add("--num-pages", type=int, default=PAPER_POOL.num_pages, metavar="N", help="page 0 included (default 984)")
     add("--page-size", type=int, default=16, metavar="N", help="token positions in a page (default 16)")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError or OSError for what cannot run, before anything does."""
-    systems = args.kv_cache or list(KV_CACHES)
+    systems = args.kv_cache or [name for name in KV_CACHES if name != "none"]
     if args.account is not None:
         check_account_path(args.account)
         if len(systems) != 1:

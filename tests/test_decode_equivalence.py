@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from toy import TOY, random_prompts, toy_params
 
 from jaxpaged.config import CacheConfig, RopeConfig
 from jaxpaged.device.attention import REFERENCE
-from jaxpaged.device.cache import DenseCache, PagedCache, make_dense_cache, make_paged_cache
+from jaxpaged.device.cache import PagedCache, make_paged_cache
+from jaxpaged.device.dense_cache import DenseCache, make_dense_cache
 from jaxpaged.device.steps import decode_step, prefill_step
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, SamplingInputs, pack
 
@@ -66,7 +68,12 @@ def poisoned(cache, tables):
         named = np.isin(np.arange(pool.shape[0]), tables)
         return jnp.where(jnp.asarray(named)[:, None, None, None], pool, jnp.nan).at[0].set(jnp.nan)
 
-    return type(cache)(tuple(map(spoil, cache.k)), tuple(map(spoil, cache.v)))
+    return dataclasses.replace(cache, k=tuple(map(spoil, cache.k)), v=tuple(map(spoil, cache.v)))
+
+
+def poisoned_rows(cache):
+    """NaN in every row of a dense cache: none of them is NULL_PAGE's."""
+    return jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), cache)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -75,9 +82,11 @@ def test_dense_paged_and_recomputation_agree(name):
     prompts = random_prompts(4, low=1, high=19, seed=3)
     expected = [recompute(config, prompt) for prompt in prompts]
 
-    dense: DenseCache = make_dense_cache(config, num_rows=6, max_len=32, dtype="float32")
-    rows = np.array([[4], [1], [5], [2]], np.int32)
-    assert decode(config, poisoned(dense, rows), rows, 32, prompts) == expected
+    for page_size, num_rows in [(32, 5), (8, 5), (8, 9)]:  # as many rows as the step has with its padding, and more
+        pages = 32 // page_size
+        dense: DenseCache = make_dense_cache(config, CacheConfig(page_size, num_rows * pages + 1, "float32"), 32)
+        tables = 1 + (np.array([[4], [1], [3], [2]]) * pages + np.arange(pages)).astype(np.int32)
+        assert decode(config, poisoned_rows(dense), tables, page_size, prompts) == expected
 
     for page_size, seed in [(4, 0), (4, 1), (16, 2), (5, 3)]:
         width = -(-32 // page_size)

@@ -15,7 +15,7 @@ from jaxpaged.host.scheduler import Scheduler
 
 def run_counting(scheduler: Scheduler, groups) -> tuple[RunStats, dict[str, list[int]]]:
     """Run to the end, and count in every step, from the tables alone, what the account should say of it."""
-    stats, pool = RunStats.for_cache(scheduler.cache), PoolModel(scheduler.cache.page_size)
+    stats, pool = RunStats.for_cache(scheduler.cache), PoolModel(scheduler.cache.page_size, scheduler.policy.is_cached)
     counted: dict[str, list[int]] = {name: [] for name in ("used", "physical", "logical")}
     for group in groups:
         scheduler.add(group)
@@ -88,7 +88,7 @@ def test_every_slot_is_in_one_category_at_every_step(kv_cache, requests, page_si
     largest = 4 * (1 << (-(-32 // page_size) - 1).bit_length())
     scheduler = Scheduler(
         CacheConfig(page_size, largest + 1 + spare),
-        EngineConfig(32, 6, budget, preemption=preemption, kv_cache=kv_cache),
+        EngineConfig(32, 6, budget if kv_cache != "none" else 100, preemption=preemption, kv_cache=kv_cache),
     )
     stats, counted = run_counting(scheduler, groups)
     memory = stats.memory

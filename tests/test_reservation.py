@@ -15,12 +15,13 @@ from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.config import KV_CACHES, CacheConfig, EngineConfig
 from jaxpaged.host.beam_state import best_hypotheses
 from jaxpaged.host.buddy_allocator import BuddyAllocator, chunk_pages_for
+from jaxpaged.host.memory_account import CATEGORIES
 from jaxpaged.host.page_allocator import OutOfPagesError
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.loading import EngineOptions
 from jaxpaged.sampling_params import SamplingParams
 
-CONTIGUOUS = KV_CACHES[1:]
+CONTIGUOUS = [name for name in KV_CACHES if name.startswith("contiguous")]
 
 
 def make_scheduler(kv_cache, num_pages=65, page_size=2, max_model_len=32, **limits) -> Scheduler:
@@ -143,7 +144,8 @@ def toy_groups():
 
 
 def toy_results(kv_cache):
-    engine = toy_engine(num_pages=150, page_size=4, max_model_len=64, kv_cache=kv_cache)
+    budget = 512 if kv_cache == "none" else 64  # without a cache a step has all tokens of its sequences, uncut
+    engine = toy_engine(num_pages=150, page_size=4, max_num_batched_tokens=budget, max_model_len=64, kv_cache=kv_cache)
     results = {}
     for group in engine.run(toy_groups()):
         results[group.request_id] = (
@@ -157,14 +159,22 @@ def toy_results(kv_cache):
 
 def test_all_systems_give_the_same_tokens_samples_and_beams_included():
     expected, paged = toy_results("paged")
-    for kv_cache in CONTIGUOUS:
+    assert paged.preemptions == 0
+    for kv_cache in KV_CACHES[1:]:
         results, stats = toy_results(kv_cache)
         assert results == expected, kv_cache
-        assert stats.page_copies > paged.page_copies and stats.preemptions == 0
+        assert stats.preemptions == 0
+        assert stats.page_copies > paged.page_copies or kv_cache == "none"
+        memory = stats.memory
+        assert (sum(getattr(memory, name) for name in CATEGORIES) == memory.num_slots).all(), kv_cache
+        assert memory.used.any() == (kv_cache != "none")
 
 
 def test_unknown_systems_are_refused_with_the_list_of_known_ones(tmp_path):
-    known = "choose one of paged, contiguous-max, contiguous-pow2, contiguous-oracle"
+    known = (
+        "choose one of paged, contiguous-max, contiguous-pow2, contiguous-oracle, dense-slots, dense-static, "
+        "dense-static-global, none"
+    )
     with pytest.raises(ValueError, match=f"kv_cache='dense'; {known}"):
         LLM(tmp_path, kv_cache="dense")
     with pytest.raises(ValueError, match=f"kv_cache is 'dense'; {known}"):

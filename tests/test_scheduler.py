@@ -44,8 +44,8 @@ def script(sample) -> int:
 class PoolModel:
     """Checks what the device would read: every sequence's KV must be its own tokens."""
 
-    def __init__(self, page_size):
-        self.page_size = page_size
+    def __init__(self, page_size, is_cached=True):
+        self.page_size, self.is_cached = page_size, is_cached
         self.tokens: dict[tuple[int, int], int] = {}
         self.swapped: dict[SequenceGroup, list[list[int]]] = {}
 
@@ -66,6 +66,9 @@ class PoolModel:
         for src, dst in plan.copies:
             for offset in range(self.page_size):
                 self.tokens[dst, offset] = before.get((src, offset), -1)
+        if not self.is_cached:
+            assert all((row.start, row.count) == (0, row.sequence.num_tokens) for row in plan.rows)
+            return self.choose(plan)
         for row in plan.rows:
             for position in range(row.start, row.start + row.count):
                 page, offset = divmod(position, self.page_size)
@@ -74,6 +77,9 @@ class PoolModel:
             pages, known = row.sequence.table.pages, row.start + row.count
             read = [self.tokens[pages[p // self.page_size], p % self.page_size] for p in range(known)]
             assert read == row.sequence.token_ids[:known]
+        return self.choose(plan)
+
+    def choose(self, plan: StepPlan) -> StepOutputs:
         tokens = np.array([script(sample) for sample in plan.samples], np.int32)
         return StepOutputs(tokens, TokenLogprobs(np.full(len(tokens), -1.0, np.float32)))
 
@@ -81,7 +87,7 @@ class PoolModel:
 def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
     for group in groups:
         scheduler.add(group)
-    pool, plans, done = PoolModel(scheduler.cache.page_size), [], {}
+    pool, plans, done = PoolModel(scheduler.cache.page_size, scheduler.policy.is_cached), [], {}
     while (plan := scheduler.schedule()) is not None:
         plans.append(plan)
         for group in scheduler.commit(plan, pool.run(plan)):

@@ -24,6 +24,7 @@ def test_all_systems_run_one_workload_and_the_last_line_is_json(capsys):
     *table, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[1:]] == [
         "paged", "contiguous-max", "contiguous-pow2", "contiguous-oracle",
+        "dense-slots", "dense-static", "dense-static-global",
     ]  # fmt: skip
     results = json.loads(last)["results"]
     for result in results.values():
@@ -48,7 +49,7 @@ def test_the_account_has_a_row_a_step_that_adds_up(tmp_path):
         (["--kv-cache", "dense"], "kv_cache is 'dense'; choose one of paged, contiguous-max"),
         (["--workload", "novels"], "unknown workload 'novels'"),
         (["--workload", "no.jsonl"], "no.jsonl: No such file"),
-        (["--account", "a.csv"], "--account writes one run, but 4 systems are to run"),
+        (["--account", "a.csv"], "--account writes one run, but 7 systems are to run"),
         (["--account", "a.txt", "--kv-cache", "paged"], "written as .csv or .json"),
         (["--num-pages", "50"], "raise num_pages"),
         (["--rate", "0"], "rate must be above 0"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
+from jaxpaged.config import ModelConfig
 from pallas_kernels import reference
 from pallas_kernels.checks import unsupported_cache
 
@@ -27,6 +28,7 @@ class AttentionKernels(NamedTuple):
     shared_prefix_decode: Callable[..., jax.Array] | None = None
     max_members: Callable[[int, int, int], int] | None = None
     copy_pages: Callable[..., tuple[jax.Array, ...]] = reference.copy_pages  # for all pools at once
+    dense: Literal["cudnn", "xla"] = "xla"  # what reads the dense caches that paging is compared with
 
 
 REFERENCE = AttentionKernels("reference", reference.paged_decode, reference.paged_prefill)
@@ -52,6 +54,43 @@ def resolve_attention(
         )
     logger.info("attention: 'auto' is 'reference' on %s: %s", device.device_kind, obstacle)
     return REFERENCE
+
+
+def resolve_dense_attention(requested: str, device: jax.Device, model: ModelConfig, dtype: str) -> AttentionKernels:
+    """What attends over dense rows: cuDNN where it can for "auto", XLA elsewhere and for "reference".
+
+    ValueError for "pallas", whose kernels read pages alone.
+    """
+    if requested == "pallas":
+        raise ValueError(
+            "attention='pallas' reads pages, which dense caches and systems without a cache have not: choose "
+            "attention='auto' (cuDNN on a GPU that has it) or 'reference' (XLA), or kv_cache='paged'"
+        )
+    if requested not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={requested!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    obstacle = "attention='reference' is XLA's" if requested == "reference" else cudnn_obstacle(device, model, dtype)
+    if obstacle is None:
+        logger.info("dense attention: cuDNN on %s", device.device_kind)
+        return REFERENCE._replace(name="dense-cudnn", dense="cudnn")
+    logger.info("dense attention: XLA on %s: %s", device.device_kind, obstacle)
+    return REFERENCE._replace(name="dense-xla")
+
+
+def cudnn_obstacle(device: jax.Device, model: ModelConfig, dtype: str) -> str | None:
+    """Why cuDNN's attention cannot run, None if it can: the conditions of jax.nn.dot_product_attention, and of ours."""
+    capability = str(getattr(device, "compute_capability", "0.0"))
+    if device.platform != "gpu" or not capability.replace(".", "").isdigit() or float(capability) < 8:
+        return f"cuDNN's needs an NVIDIA GPU of compute capability 8.0 or more, this is {device.device_kind}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"cuDNN's needs 16-bit floats, this is {dtype}"
+    most = 256 if float(capability) >= 9 else 128
+    if model.head_dim > most or model.head_dim % 8:
+        return f"cuDNN's needs a head_dim of at most {most} and a multiple of 8, this is {model.head_dim}"
+    if model.attention_soft_cap is not None:
+        return "cuDNN's has no soft cap"
+    if model.sliding_window is not None:
+        return "cuDNN's has no sliding window in decoding"
+    return None
 
 
 def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str) -> str | None:

@@ -1,8 +1,7 @@
-"""Where keys and values live: a pool of pages, or rows as long as a sequence.
+"""Where keys and values live: a pool of pages. Other ways to keep them are in dense_cache.py.
 
-Both are pytrees with one array a layer for K and one for V, replaced by every step (and donated to it, so updated in
-place). A dense cache is a paged one whose page is as long as a sequence: the same fields, the same write; only the read
-differs.
+A cache is a pytree with one array a layer for K and one for V, replaced by every step (and donated to it, so updated in
+place).
 """
 
 from __future__ import annotations
@@ -42,6 +41,10 @@ class KVCache(Protocol):
         """Copy whole pages src i32[C] to dst i32[C], in every layer."""
         ...
 
+    def kept(self) -> Self:
+        """What is left for the next step."""
+        ...
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,9 @@ class PagedCache:
                 inputs.context_lens, **options._asdict(),
             )  # fmt: skip
 
+    def kept(self) -> Self:
+        return self
+
     def copy_pages(self, src: Array, dst: Array, kernels: AttentionKernels) -> Self:
         pools, num_layers = kernels.copy_pages((*self.k, *self.v), src, dst), len(self.k)
         return dataclasses.replace(self, k=pools[:num_layers], v=pools[num_layers:])
@@ -93,41 +99,6 @@ class PagedCache:
             for i, pool in enumerate((*self.k, *self.v))
         ]
         return dataclasses.replace(self, k=tuple(leaves[: len(self.k)]), v=tuple(leaves[len(self.k) :]))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DenseCache(PagedCache):
-    """One row a sequence: k and v are tuples over layers of [rows, max_len, K, D]. Decodes only.
-
-    A row's "block table" has the one entry that names it.
-    """
-
-    def attend(
-        self,
-        layer: int,
-        q: Array,
-        inputs: DecodeInputs | PrefillInputs,
-        options: AttentionOptions,
-        kernels: AttentionKernels,
-    ) -> Array:
-        del kernels  # the read is XLA's own
-        assert isinstance(inputs, DecodeInputs), "a dense cache decodes only"
-        k, v = self.k[layer][inputs.block_tables[:, 0]], self.v[layer][inputs.block_tables[:, 0]]
-        rows, length, kv_heads, head_dim = k.shape
-        keys_at = jnp.arange(length)
-        readable = keys_at < inputs.context_lens[:, None]
-        v = jnp.where(readable[:, :, None, None], v, 0)
-        if options.sliding_window is not None:
-            readable &= keys_at >= inputs.context_lens[:, None] - options.sliding_window
-        grouped = q.reshape(rows, kv_heads, -1, head_dim)
-        scores = jnp.einsum("bkgd,bskd->bkgs", grouped, k, precision="highest", preferred_element_type=jnp.float32)
-        scores = scores * options.scale
-        if options.soft_cap is not None:
-            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-        weights = jax.nn.softmax(jnp.where(readable[:, None, None], scores, -1e30), axis=-1)
-        out = jnp.einsum("bkgs,bskd->bkgd", weights, v.astype(jnp.float32), precision="highest")
-        return out.reshape(q.shape).astype(q.dtype)
 
 
 def _written(pools: tuple[Array, ...], layer: int, values: Array, slots: Array) -> tuple[Array, ...]:
@@ -152,10 +123,3 @@ def make_paged_cache(model: ModelConfig, cache: CacheConfig, device: jax.Device 
         return tuple(jnp.zeros(shape, cache.dtype, device=device) for _ in range(model.num_layers))
 
     return PagedCache(pools(), pools())
-
-
-def make_dense_cache(model: ModelConfig, num_rows: int, max_len: int, dtype: str) -> DenseCache:
-    """An empty dense cache of `num_rows` sequences."""
-    shape = (num_rows, max_len, model.num_kv_heads, model.head_dim)
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(model.num_layers)) for _ in "kv")
-    return DenseCache(k, v)

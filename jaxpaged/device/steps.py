@@ -133,7 +133,8 @@ def _run_model(params: Params, cache: KVCache, inputs: Any, config: ModelConfig,
         cache = cache.write(layer, k, v, inputs.slot_mapping)
         return cache.attend(layer, q, inputs, config.attention_options(layer), kernels), cache
 
-    return forward(params, config, inputs.tokens, inputs.positions, cache, attend)
+    hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend)
+    return hidden, cache.kept()
 
 
 def _choose(

@@ -77,7 +77,7 @@ class RunStats:
 
     @property
     def batch_tokens(self) -> np.ndarray:
-        """Tokens that the step computed, i64[steps]."""
+        """Tokens that the step computed, those of idle rows of a static batch included, i64[steps]."""
         return np.array(self._series["batch_tokens"], np.int64)
 
     @property
@@ -112,12 +112,13 @@ class RunStats:
         tables, allocator, policy = scheduler.tables, scheduler.allocator, scheduler.policy
         logical = sum([len(table.pages) for table in tables])
         is_shared = logical > allocator.num_used
+        num_decoded = len(plan.rows) + plan.num_idle_rows
         entries = {
             "pages_used": allocator.num_used,
             "logical_pages": logical,
             "running": len(tables),
             "waiting": len(scheduler.waiting) + num_unqueued,
-            "batch_tokens": sum([row.count for row in plan.rows]) if plan.is_prefill else len(plan.rows),
+            "batch_tokens": sum([row.count for row in plan.rows]) if plan.is_prefill else num_decoded,
             "used_slots": self._num_filled(tables, allocator.num_used)
             if is_shared
             else sum([table.num_slots for table in tables]),

@@ -46,7 +46,8 @@ class Buckets:
             decode_rows=_geometric(1, limits.max_num_seqs, 2),
             prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
             prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
-            table_widths=_geometric(32, widest, 4),
+            # Without a cache tables are empty, and tell nothing of how long sequences are.
+            table_widths=(widest,) if limits.kv_cache == "none" else _geometric(32, widest, 4),
             copies=_geometric(8, limits.max_num_seqs, 8),
             swaps=_geometric(1, min(limits.preemption.transfer_pages, cache.num_usable_pages), 4)
             if limits.preemption.can_swap
@@ -65,9 +66,9 @@ class Buckets:
         return decode + prefill
 
     def shape_of(self, plan: StepPlan, features: SamplingFeatures) -> StepShape:
-        width = fit(max(len(row.sequence.table.pages) for row in plan.rows), self.table_widths)
+        width = fit(max((len(row.sequence.table.pages) for row in plan.rows), default=0), self.table_widths)
         if not plan.is_prefill or _can_decode(plan, features):
-            return StepShape(fit(len(plan.rows), self.decode_rows), width)
+            return StepShape(fit(len(plan.rows) + plan.num_idle_rows, self.decode_rows), width)
         # As many rows to sample from as table rows, so that one list serves both.
         rows = fit(max(len(plan.rows), len(plan.samples)), self.prefill_rows)
         return StepShape(rows, width, fit(sum(row.count for row in plan.rows), self.prefill_tokens))

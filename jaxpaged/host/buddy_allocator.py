@@ -47,6 +47,9 @@ class BuddyAllocator:
         """Pages of the largest free chunk."""
         return max((size for size, places in self._free.items() if places), default=0)
 
+    def chunk_pages_for(self, num_pages: int) -> int:
+        return chunk_pages_for(num_pages)
+
     def capacity(self, size: int) -> int:
         """How many chunks of `size` pages the pool holds when it is empty."""
         return sum(count * (larger // size) for larger, count in self._initial.items() if larger >= size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -43,6 +44,26 @@ ESTIMATES = {
     "contiguous-pow2": estimate_pow2,
     "contiguous-oracle": estimate_oracle,
 }
+
+
+class ChunkAllocator(Protocol):
+    """Chunks of consecutive pages: BuddyAllocator has powers of two, SlotAllocator (slots.py) one size."""
+
+    num_pages: int
+    page_size: int
+    max_chunk: int
+
+    @property
+    def num_used(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    @property
+    def largest_free(self) -> int: ...
+    def chunk_pages_for(self, num_pages: int) -> int: ...
+    def capacity(self, size: int) -> int: ...
+    def allocate_chunk(self, size: int) -> int: ...
+    def release_chunk(self, first_page: int) -> None: ...
+    def check_invariants(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -80,16 +101,24 @@ class Contiguous:
     """
 
     shares_pages = False
+    is_cached = True
 
-    def __init__(self, cache: CacheConfig, max_model_len: int, estimate: Callable[[int, int, int], int]):
+    def __init__(
+        self,
+        cache: CacheConfig,
+        max_model_len: int,
+        estimate: Callable[[int, int, int], int],
+        allocator: ChunkAllocator | None = None,
+    ):
+        """`allocator`: None for the buddy allocator."""
         self.page_size = cache.page_size
         self.max_model_len = max_model_len
         self.estimate = estimate
         largest = chunk_pages_for(num_pages_for(max_model_len, cache.page_size))
-        self.allocator = BuddyAllocator(cache.num_pages, cache.page_size, largest)
+        self.allocator = allocator or BuddyAllocator(cache.num_pages, cache.page_size, largest)
         self.requested_slots = 0
         self._clock = 0  # steps that were taken down
-        # Of chunks that went back: first step, step of return, positions filled. Flat, since there may be millions.
+        # Of chunks that are done: first step, step after the last, positions filled. Flat, since there may be millions.
         self._lives = array("q")
         self._reservations: dict[SequenceGroup, _Reservation] = {}
         self._owners: dict[ChunkTable, _Reservation] = {}
@@ -100,7 +129,7 @@ class Contiguous:
 
     def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
         requested = self.num_requested_for(prompt_len, max_len)
-        size = chunk_pages_for(num_pages_for(requested, self.page_size))
+        size = self.allocator.chunk_pages_for(num_pages_for(requested, self.page_size))
         fitting = self.allocator.capacity(size) if size <= self.allocator.max_chunk else 0
         if num_samples > fitting:
             raise ValueError(
@@ -112,7 +141,7 @@ class Contiguous:
 
     def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
         requested = self.num_requested_for(group.prompt_len, group.max_len)
-        size = chunk_pages_for(num_pages_for(requested, self.page_size))
+        size = self.allocator.chunk_pages_for(num_pages_for(requested, self.page_size))
         chunks: list[Chunk] = []
         try:
             while len(chunks) < group.num_rows:
@@ -186,12 +215,25 @@ class Contiguous:
         reservation.forks.clear()
         while reservation.free and reservation.num_chunks > group.num_rows:
             chunk = reservation.free.pop()
-            self.allocator.release_chunk(chunk.first_page)
-            self.requested_slots -= chunk.num_requested
             reservation.num_chunks -= 1
             self._lives.extend((chunk.born, self._clock, chunk.num_filled))
+            self._give_back(chunk)
         if not reservation.num_chunks:
             del self._reservations[group]
+
+    def _give_back(self, chunk: Chunk) -> None:
+        self.allocator.release_chunk(chunk.first_page)
+        self.requested_slots -= chunk.num_requested
+
+    def expect(self, output_len: int) -> None:
+        """Nothing depends on requests that have not come."""
+
+    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
+        return finished
+
+    @property
+    def num_idle_rows(self) -> int:
+        return 0
 
     def take_copies(self) -> list[PageCopy]:
         copies: list[PageCopy] = []
@@ -207,7 +249,7 @@ class Contiguous:
         self.allocator.check_invariants()
         held = [table for table in tables if table.num_slots]
         assert set(held) == set(self._owners), "a table has no reservation, or a reservation no table"
-        chunks = self._living()
+        chunks = self._held_chunks()
         assert sum(chunk.num_pages for chunk in chunks) == self.allocator.num_used
         assert len({chunk.first_page for chunk in chunks}) == len(chunks), "a chunk has two owners"
         assert sum(chunk.num_requested for chunk in chunks) == self.requested_slots
@@ -230,7 +272,11 @@ class Contiguous:
         np.subtract.at(change, gone, slots)
         return np.cumsum(change[:-1])
 
+    def _held_chunks(self) -> list[Chunk]:
+        """Chunks that the allocator has given."""
+        return self._living()
+
     def _living(self) -> list[Chunk]:
-        """Chunks in use."""
+        """Chunks of sequences that have not ended, or may yet come."""
         held = [table.chunk for table in self._owners if table.chunk is not None]
         return held + [chunk for reservation in self._reservations.values() for chunk in reservation.free]

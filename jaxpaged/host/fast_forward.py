@@ -24,7 +24,7 @@ def num_quiet_steps(plan: StepPlan, scheduler: Scheduler) -> int:
 
     Only for requests that end by length. The last of these steps may be one in which sequences end.
     """
-    if plan.is_prefill or plan.num_preempted or any(group.beams for group in scheduler.running):
+    if plan.is_prefill or not plan.samples or plan.num_preempted or any(group.beams for group in scheduler.running):
         return 0
     most = min(group.max_len - sequence.num_tokens for group, sequence, _ in plan.samples) - 1
     if most < 1 or not isinstance(scheduler.policy, Paged):

@@ -8,9 +8,8 @@ kernels, batches and the engine know nothing of it.
 
 A policy is asked in this order: `try_place` when a request is admitted; `fork` for a further sample or beam; `append`
 before tokens are written; `release` when a sequence has ended; `settle` when forks and releases of a group are over.
-Other ways to keep KV fit the same questions. Slots of `max_model_len` tokens (continuous batching over a dense cache)
-are `Contiguous` over an allocator that has chunks of that size alone. Static batching, where a batch ends as a whole,
-is slots whose `try_place` refuses while an earlier batch runs, and whose `settle` keeps chunks until its last one ends.
+`leave` says which finished groups go. Other ways to keep KV answer the same questions: slots of a dense cache, static
+batches (slots.py), and no cache at all (no_cache.py).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.config import CacheConfig
 from jaxpaged.host.block_table import (
     BlockTable,
     PageCopy,
@@ -32,8 +31,7 @@ from jaxpaged.host.block_table import (
     release,
     truncate,
 )
-from jaxpaged.host.buddy_allocator import BuddyAllocator
-from jaxpaged.host.contiguous import ESTIMATES, Contiguous
+from jaxpaged.host.contiguous import ChunkAllocator
 from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.token_tree import Branch, num_pages_of
@@ -42,8 +40,14 @@ from jaxpaged.host.token_tree import Branch, num_pages_of
 class Policy(Protocol):
     """What the scheduler asks of a way to keep KV memory."""
 
+    is_cached: bool  # whether a step finds the keys and values of earlier ones; else it computes all of them
+
     @property
-    def allocator(self) -> PageAllocator | BuddyAllocator: ...
+    def allocator(self) -> PageAllocator | ChunkAllocator: ...
+
+    def expect(self, output_len: int) -> None:
+        """A request that may generate so many tokens is part of the run."""
+        ...
 
     @property
     def page_size(self) -> int: ...
@@ -81,6 +85,15 @@ class Policy(Protocol):
         """The group's forks and releases of this step are over."""
         ...
 
+    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
+        """These groups have no more to compute; returns the groups, of them and of earlier ones, that leave now."""
+        ...
+
+    @property
+    def num_idle_rows(self) -> int:
+        """Rows of a decode step that compute for sequences which have ended, but not left."""
+        ...
+
     def take_copies(self) -> list[PageCopy]:
         """Copies that forks asked for since the last step, to be carried out before the next one writes."""
         ...
@@ -106,16 +119,12 @@ class Policy(Protocol):
         ...
 
 
-def make_policy(cache: CacheConfig, limits: EngineConfig) -> Paged | Contiguous:
-    if limits.kv_cache == "paged":
-        return Paged(cache)
-    return Contiguous(cache, limits.max_model_len, ESTIMATES[limits.kv_cache])
-
-
 class Paged:
     """Pages as they are needed, shared by reference count."""
 
     shares_pages = True
+    is_cached = True
+    num_idle_rows = 0
 
     def __init__(self, cache: CacheConfig):
         self.page_size = cache.page_size
@@ -154,8 +163,14 @@ class Paged:
     def release(self, table: BlockTable) -> int:
         return release(table, self.allocator)
 
+    def expect(self, output_len: int) -> None:
+        """Nothing depends on requests that have not come."""
+
     def settle(self, group: SequenceGroup) -> None:
         """Nothing is left over: pages went back one by one."""
+
+    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
+        return finished
 
     def take_copies(self) -> list[PageCopy]:
         return []

@@ -24,7 +24,8 @@ from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beam_groups import advance_groups
 from jaxpaged.host.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
-from jaxpaged.host.reservation import make_policy, most_pages
+from jaxpaged.host.policies import make_policy
+from jaxpaged.host.reservation import most_pages
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.swap import Swap, SwapSpace
@@ -62,6 +63,7 @@ class StepPlan:
     num_preempted: int = 0
     num_swap_overflows: int = 0  # of those preempted, the ones that swap space had no room for
     num_recomputed: int = 0  # of the rows' tokens, those that were computed before
+    num_idle_rows: int = 0  # rows behind these, whose sequences have ended while their batch goes on
 
 
 class Scheduler:
@@ -109,6 +111,7 @@ class Scheduler:
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
         self.check(group.prompt_len, group.params.num_samples, group.max_len)
+        self.policy.expect(group.max_len - group.prompt_len)
         self.waiting.append(group)
 
     def schedule(self) -> StepPlan | None:
@@ -119,7 +122,10 @@ class Scheduler:
             self.waiting.popleft()
         if not self.running:
             return None
-        plan = self._plan_prefill() if self._prefilling else self._plan_decode()
+        if self._prefilling:
+            plan = self._plan_prefill()
+        else:
+            plan = self._plan_decode() if self.policy.is_cached else self._plan_recompute()
         plan.swaps = self._swaps
         plan.copies += copies
         return plan
@@ -239,6 +245,7 @@ class Scheduler:
             samples = self._decoding()
             try:
                 plan.copies = self.policy.append(self.tables, [1] * len(samples))
+                plan.num_idle_rows = self.policy.num_idle_rows
                 break
             except OutOfPagesError:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
@@ -255,6 +262,12 @@ class Scheduler:
                 if sequence.table.pages[-1] in copied_pages:
                     group.pages.copied += 1
         return plan
+
+    def _plan_recompute(self) -> StepPlan:
+        """The decode step of a system without a cache: all tokens of every running sequence, for one more each."""
+        samples = self._decoding()
+        rows = [PlanRow(group, sequence, 0, sequence.num_tokens) for group, sequence, _ in samples]
+        return StepPlan(True, rows, samples)
 
     def _preempt(self, group: SequenceGroup, plan: StepPlan) -> None:
         group.record_pages()
@@ -303,7 +316,7 @@ class Scheduler:
             self.policy.settle(group)
         if ended or (searches and is_changed):
             self._batch = None
-        finished = [group for group in dict.fromkeys(ended) if not group.unfinished]
+        finished = self.policy.leave([group for group in dict.fromkeys(ended) if not group.unfinished])
         if finished:
             self.running = [group for group in self.running if group.unfinished]
         return finished
