@@ -63,9 +63,9 @@ class Setting(NamedTuple):
     refusals: dict[str, str]  # systems that cannot run it, and why
 
     def options_of(self, system: str) -> dict[str, Any]:
-        """Only pages give way to others, so how they do is a setting of theirs."""
+        """Only pages give way to others and are shared, so how they are is a setting of theirs."""
         options = {**self.options, "kv_cache": system}
-        return options if system == "paged" else {**options, "preemption": "auto"}
+        return options if system == "paged" else {**options, "preemption": "auto", "shared_prefixes": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
