@@ -65,7 +65,9 @@ class DenseCache(PagedCache):
                 inputs.query_lens, inputs.context_lens, **options._asdict(),
             )  # fmt: skip
 
-    def copy_pages(self, src: Array, dst: Array) -> Self:
+    def copy_pages(self, src: Array, dst: Array, kernels: AttentionKernels) -> Self:
+        del kernels  # the copy is XLA's own
+
         def copied(pool: Array) -> Array:
             pages = self._as_pages(pool)
             target = jnp.where(dst > 0, dst - 1, pages.shape[0])
