@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,21 @@ if not HAS_CUDA_PLUGIN:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Most of the time goes into compiling toy models; unoptimised code is as right, and compiled in half of it.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
+#: Linux gives a process 65,530 memory maps, and XLA takes several for each program that it compiles and keeps: without
+#: them it aborts. From this many on, a file begins without the programs of those before it.
+MANY_MEMORY_MAPS = 25_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists():
+        with maps.open() as lines:
+            count = sum(1 for _ in lines)
+        if count > MANY_MEMORY_MAPS:
+            sys.modules["jax"].clear_caches()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -99,7 +99,7 @@ TestEngineProgram.settings = settings(max_examples=12, stateful_step_count=20, *
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [EngineProgram, WindowedProgram])
 def test_long_programs_on_the_engine_equal_recomputation(program):
-    run_state_machine_as_test(program, settings=settings(max_examples=100, stateful_step_count=40, **SETTINGS))
+    run_state_machine_as_test(program, settings=settings(max_examples=40, stateful_step_count=40, **SETTINGS))
 
 
 @pytest.mark.parametrize("program", [ToyProgram, EngineProgram])
