@@ -21,9 +21,9 @@ CUDA_INSTALLED = $(CUDA)/.installed
 
 help:
 	@echo 'make demo         complete a few prompts with the bundled checkpoint'
-	@echo 'make test         lint, types and all tests'
-	@echo 'make test-short   the tests without those marked slow'
-	@echo 'make test-slow    the slow ones alone'
+	@echo 'make test         lint, types and the tests'
+	@echo 'make test-slow    the tests that take long, which make test leaves out'
+	@echo 'make test-short   what make test runs, without lint and types'
 	@echo 'make lint         ruff and pyright'
 	@echo 'make compile-check  compile the kernels for an H200; needs JAX 0.11 and 265 MB of wheels, no GPU'
 	@echo 'make venv         only the environment: PYTHON=$(PYTHON) VENV=$(VENV) REQUIRE=$(REQUIRE)'
@@ -45,8 +45,7 @@ $(INSTALLED): pyproject.toml $(ASKED_FOR)
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
-test: lint
-	$(PYTEST) $(ARGS)
+test: lint test-short
 
 test-short: $(INSTALLED)
 	$(PYTEST) -m 'not slow' $(ARGS)
