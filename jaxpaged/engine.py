@@ -136,10 +136,7 @@ class Engine:
     def compute(self, batch: DecodeBatch | PrefillBatch, features: SamplingFeatures) -> StepOutputs:
         """Run one step for the borrower of the pool; `features` are those that `batch` was made for."""
         self.features = features
-        check_ids(batch.inputs, self.cache_config)
-        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
-            batch = share_prefixes(batch, self.cache_config.page_size, sharing)
-        return self._launch(*pack(batch))
+        return self._launch(*pack(self._ready(batch)))
 
     def compile_step(self, batch: DecodeBatch | PrefillBatch, features: SamplingFeatures) -> None:
         """Run an empty batch, with and without shared prefixes, so that the programs for such batches are there."""
@@ -187,10 +184,7 @@ class Engine:
         self.stats.record(plan, self.scheduler)
         shape = self.buckets.shape_of(plan, self.features)
         batch = make_batch(plan, shape, self.cache_config, self.model.vocab_size, self.features)
-        check_ids(batch.inputs, self.cache_config)
-        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
-            batch = share_prefixes(batch, self.cache_config.page_size, sharing)
-        packed, layout = pack(batch)
+        packed, layout = pack(self._ready(batch))
         launched = time.perf_counter()
         for one in plan.swaps:
             self._swap(one)
@@ -235,6 +229,13 @@ class Engine:
     def _fetch(self, page_ids: np.ndarray) -> list[jax.Array]:
         sizes = split(len(page_ids), self.buckets.swaps)
         return swap.fetch_pages(self.pool, page_ids, sizes, swap.host_memory(self.device), self.device)
+
+    def _ready(self, batch: DecodeBatch | PrefillBatch) -> DecodeBatch | PrefillBatch:
+        """The batch, its ids checked, with the prefixes that it is to read once."""
+        check_ids(batch.inputs, self.cache_config)
+        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
+            return share_prefixes(batch, self.cache_config.page_size, sharing)
+        return batch
 
     @property
     def _sharing_in_use(self) -> PrefixSharing | None:
