@@ -11,8 +11,9 @@ MAX_COLUMNS = 32
 #: Keys and values that a multiprocessor asks for ahead of their use: four times what covers the latency of memory at
 #: full speed. With more, requests wait in memory's queues and it gets slower (up to 3 % with 192 KB).
 RING_BYTES = 128 * 1024
-#: Scores and outputs are in registers: with more columns than this, two programs have too few of them.
-MAX_RESIDENT_COLUMNS = 32
+#: Scores and outputs are in registers, and so are 8-bit tiles as they are converted: with more columns than this, or
+#: with pages of 8 bits, two programs need more registers than a multiprocessor has (`make compile-check` prints them).
+MAX_RESIDENT_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def choose_tile(columns: int, head_dim: int, itemsize: int) -> DecodeTile:
     """
     for keys, programs in ((128, 2), (128, 1), (64, 1)):
         stages = _stages(keys, programs, columns, head_dim, itemsize)
-        if stages >= 2 and (programs == 1 or programs * columns <= MAX_RESIDENT_COLUMNS):
+        if stages >= 2 and (programs == 1 or (columns <= MAX_RESIDENT_COLUMNS and itemsize > 1)):
             return DecodeTile(keys, stages, programs)
     raise ValueError(f"no tile of {columns} query columns and head_dim {head_dim} fits into shared memory")
 
