@@ -124,7 +124,7 @@ def default_num_pages(page_size: int, max_model_len: int) -> int:
 def check_systems(systems: Sequence[str]) -> None:
     for name in systems:
         if name not in KV_CACHES:
-            raise ValueError(f"unknown system {name!r}; choose of {', '.join(KV_CACHES)}")
+            raise ValueError(f"unknown system {name!r}; choose from {', '.join(KV_CACHES)}")
     if not systems or len(set(systems)) < len(systems):
         raise ValueError(f"systems must be named once each, got {', '.join(systems) or 'none'}")
 
