@@ -18,7 +18,8 @@ from jaxpaged.device.dense_cache import make_cache
 from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.arrivals import Arrivals
-from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies, split
+from jaxpaged.host.batching import Buckets, StepShape, make_batch, make_copies, split, with_copies
+from jaxpaged.host.block_table import PageCopy
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.id_check import check_copies, check_ids, check_pages
 from jaxpaged.host.logprobs import collect_logprobs
@@ -154,7 +155,7 @@ class Engine:
     def copy_pages(self, copies: np.ndarray) -> None:
         """copies i32[2, C] as `make_copies` pads them: source and destination pages."""
         check_copies(copies, self.cache_config)
-        self.pool = steps.copy_pages(self.pool, self._upload(copies), kernels=self.kernels)
+        self.pool = steps.copy_pages(self.pool, copies, kernels=self.kernels)
 
     def _check_idle(self) -> None:
         if self._is_lent:
@@ -184,12 +185,13 @@ class Engine:
         self.stats.record(plan, self.scheduler)
         shape = self.buckets.shape_of(plan, self.features)
         batch = make_batch(plan, shape, self.cache_config, self.model.vocab_size, self.features)
-        packed, layout = pack(self._ready(batch))
+        batch, copies_before = self._with_copies(self._ready(batch), plan.copies)
+        packed, layout = pack(batch)
         launched = time.perf_counter()
         for one in plan.swaps:
             self._swap(one)
         swapped = time.perf_counter()
-        for copies in make_copies(plan, self.buckets):
+        for copies in make_copies(copies_before, self.buckets):
             self.copy_pages(copies)
         outputs = self._launch(packed, layout)
         arrived = time.perf_counter()
@@ -210,7 +212,7 @@ class Engine:
         for shape in self.buckets.shapes():
             nothing = StepPlan(is_prefill=shape.num_tokens is not None)
             batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, self.features)
-            self.compile_step(batch, self.features)
+            self.compile_step(self._with_copies(batch, [])[0], self.features)
         self.compile_copies()
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
@@ -237,6 +239,23 @@ class Engine:
             return share_prefixes(batch, self.cache_config.page_size, sharing)
         return batch
 
+    def _with_copies(
+        self, batch: DecodeBatch | PrefillBatch, copies: list[PageCopy]
+    ) -> tuple[DecodeBatch | PrefillBatch, list[PageCopy]]:
+        """The batch with these copies in its step, which spares their launch, where it takes such a list; and those
+        that are to be made before it.
+
+        In a run whose requests have samples every decode step takes one, so that there is one program, not two.
+        """
+        takes_list = self.features.has_samples and self.kernels.copies_in_steps
+        if not (takes_list and isinstance(batch, DecodeBatch)):
+            return batch, copies
+        if len(copies) > len(batch.inputs.tokens):  # forks between chunks copy whole sequences
+            return with_copies(batch, []), copies
+        batch = with_copies(batch, copies)
+        check_copies(batch.inputs.copies, self.cache_config)
+        return batch, []
+
     @property
     def _sharing_in_use(self) -> PrefixSharing | None:
         """How decode steps share prefixes: not at all where no request has samples or beams that could."""
@@ -248,19 +267,14 @@ class Engine:
         static = static_arguments(self.model, self.kernels, layout, features)
         prompt_columns = None
         if layout[0] is PrefillBatch:
-            columns, prompt_columns, self.pool = steps.prefill_step(
-                self.params, self.pool, self._upload(packed), **static
-            )
+            columns, prompt_columns, self.pool = steps.prefill_step(self.params, self.pool, packed, **static)
         else:
-            columns, self.pool = steps.decode_step(self.params, self.pool, self._upload(packed), **static)
+            columns, self.pool = steps.decode_step(self.params, self.pool, packed, **static)
         outputs = unpack_outputs(np.asarray(columns), features.wanted, num_merged_groups(layout))
         if prompt_columns is None:
             return outputs
         prompt = unpack_logprobs(np.asarray(prompt_columns), features.num_prompt_logprobs)
         return outputs._replace(prompt_logprobs=prompt)
-
-    def _upload(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self.device)
 
     def _note_times(self, plan: StepPlan, finished: list[SequenceGroup], planned: float, done: float) -> None:
         if plan.is_prefill:

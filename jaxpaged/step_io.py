@@ -42,6 +42,7 @@ class DecodeInputs(NamedTuple):
     slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset
     block_tables: Any  # i32[B, P]
     context_lens: Any  # i32[B] tokens readable in this step, the new one included
+    copies: Any = None  # i32[2, B] source and destination pages, copied before anything is written; None: no list
     prefix_groups: PrefixGroups | None = None  # what is read once for several rows; None: nothing
 
 

@@ -36,7 +36,7 @@ class EngineSteps:
         return self._engine.has_lost_pool
 
     def copy_pages(self, copies: SequenceOf[PageCopy]) -> None:
-        for part in make_copies(StepPlan(is_prefill=False, copies=list(copies)), self._engine.buckets):
+        for part in make_copies(copies, self._engine.buckets):
             self._engine.copy_pages(part)
 
     def run(self, spans: SequenceOf[Span], top: int | None, wants_targets: bool) -> SpanOutputs:

@@ -46,6 +46,26 @@ def test_copies_are_carried_out_in_every_layer():
         np.testing.assert_array_equal(pool[:, 0, 0, 0], [0, 1, 2, 3, 1, 2])
 
 
+def test_a_step_begins_with_its_copies(monkeypatch):
+    """In a run with samples every decode step takes its list of copies along, and nothing is launched to copy."""
+    expected = run_tokens(toy_engine(), workload(seed=1))
+    engine = toy_engine(kernels=REFERENCE._replace(copies_in_steps=True))
+    monkeypatch.setattr(engine, "copy_pages", lambda copies: pytest.fail("copies were launched alone"))
+    assert run_tokens(engine, workload(seed=1)) == expected
+    assert engine.stats.page_copies > 0
+
+
+def test_more_copies_than_rows_are_made_before_the_step():
+    """Sequences in chunks are copied whole when they fork, which is more than the step's list holds."""
+    kernels = REFERENCE._replace(copies_in_steps=True)
+    expected = run_tokens(toy_engine(num_pages=400), workload(seed=1))
+    engine = toy_engine(num_pages=400, kv_cache="contiguous-max", kernels=kernels)
+    launched = []
+    engine.copy_pages, copy_pages = lambda copies: launched.append(copy_pages(copies)), engine.copy_pages
+    assert run_tokens(engine, workload(seed=1)) == expected
+    assert launched
+
+
 def test_packing_loses_nothing():
     batch = decode_batch()
     batch = batch._replace(sampling=batch.sampling._replace(temperatures=np.float32([0.5, np.nan, -np.inf, 1e-40])))
@@ -67,9 +87,11 @@ def workload(seed):
     return [make_group(prompt, params[i % 2], str(i), seed=i) for i, prompt in enumerate(prompts)]
 
 
-def test_nothing_is_compiled_after_warm_up():
+@pytest.mark.parametrize("copies_in_steps", [False, True])
+def test_nothing_is_compiled_after_warm_up(copies_in_steps):
     """Any number of prompts of any length, greedy and sampled, with preemptions: the programs are there."""
-    engine = toy_engine(num_pages=60, page_size=4, max_num_seqs=8, max_num_batched_tokens=64)
+    kernels = REFERENCE._replace(copies_in_steps=copies_in_steps)
+    engine = toy_engine(num_pages=60, page_size=4, max_num_seqs=8, max_num_batched_tokens=64, kernels=kernels)
     engine.warm_up(workload(seed=0))
     for seed in range(4):
         run_tokens(engine, workload(seed))

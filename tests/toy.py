@@ -47,6 +47,7 @@ def toy_engine(
     max_model_len=128,
     preemption=None,
     kv_cache="paged",
+    kernels=REFERENCE,
 ) -> Engine:
     return Engine(
         toy_params(), TOY, CacheConfig(page_size, num_pages, "float32"),
@@ -54,7 +55,7 @@ def toy_engine(
             max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
             kv_cache=kv_cache,
         ),
-        REFERENCE, jax.devices()[0],
+        kernels, jax.devices()[0],
     )  # fmt: skip
 
 

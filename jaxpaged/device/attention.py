@@ -28,6 +28,7 @@ class AttentionKernels(NamedTuple):
     shared_prefix_decode: Callable[..., jax.Array] | None = None
     max_members: Callable[[int, int, int], int] | None = None
     copy_pages: Callable[..., tuple[jax.Array, ...]] = reference.copy_pages  # for all pools at once
+    copies_in_steps: bool = False  # whether padding in a list of copies costs nothing, so that every step may have one
     dense: Literal["cudnn", "xla"] = "xla"  # what reads the dense caches that paging is compared with
 
 
@@ -108,4 +109,6 @@ def _pallas() -> AttentionKernels:
     from pallas_kernels.paged_prefill import paged_prefill
     from pallas_kernels.shared_prefix import shared_prefix_decode
 
-    return AttentionKernels("pallas", paged_decode, paged_prefill, shared_prefix_decode, max_members, copy_pages)
+    return AttentionKernels(
+        "pallas", paged_decode, paged_prefill, shared_prefix_decode, max_members, copy_pages, copies_in_steps=True
+    )

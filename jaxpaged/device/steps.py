@@ -46,12 +46,14 @@ def decode_step(
 ) -> tuple[Array, KVCache]:
     """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
 
-    `packed` is a packed `DecodeBatch` -> i32[B, columns], which `step_io.unpack_outputs` takes apart: tokens, their
-    log-probabilities, the likeliest continuations of beams, as far as they are `wanted`; the new cache.
+    `packed` is a packed `DecodeBatch` -> i32[B, columns] in host memory, which `step_io.unpack_outputs` takes apart:
+    tokens, their log-probabilities, the likeliest continuations of beams, as far as they are `wanted`; the new cache.
     """
     batch: DecodeBatch = unpack(packed, layout)
+    if (copies := batch.inputs.copies) is not None:
+        cache = cache.copy_pages(copies[0], copies[1], kernels)
     hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
-    return _choose(params, config, hidden, batch.sampling, wanted, processors), cache
+    return _for_host(_choose(params, config, hidden, batch.sampling, wanted, processors)), cache
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
@@ -74,11 +76,11 @@ def prefill_step(
     batch: PrefillBatch = unpack(packed, layout)
     hidden, cache = _run_model(params, cache, batch.inputs, config, kernels)
     hidden_last = hidden[batch.inputs.sample_from]
-    outputs = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
+    outputs = _for_host(_choose(params, config, hidden_last, batch.sampling, wanted, processors))
     if batch.inputs.next_tokens is None:
         return outputs, None, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
-    return outputs, prompt, cache
+    return outputs, _for_host(prompt), cache
 
 
 @functools.partial(jax.jit, static_argnames="kernels", donate_argnames="cache")
@@ -126,6 +128,11 @@ def unpack(packed: Array, layout: Layout) -> Any:
         return kind(*values), start
 
     return take(layout, 0)[0]
+
+
+def _for_host(columns: Array) -> Array:
+    """In pinned memory of the host when the step ends, so that reading them takes no further transfer."""
+    return jax.device_put(columns, jax.memory.Space.Host)
 
 
 def _run_model(params: Params, cache: KVCache, inputs: Any, config: ModelConfig, kernels: AttentionKernels):

@@ -7,13 +7,14 @@ powers of two. Table width costs only its upload and padded prefill rows little 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxpaged.config import CacheConfig, EngineConfig
-from jaxpaged.host.block_table import num_pages_for
+from jaxpaged.host.block_table import PageCopy, num_pages_for
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.sampling_batch import make_beam_rows, make_sampling_inputs
 from jaxpaged.host.scheduler import PlanRow, StepPlan
@@ -160,16 +161,25 @@ def _prefill_inputs(
     )
 
 
-def make_copies(plan: StepPlan, buckets: Buckets) -> Iterator[np.ndarray]:
-    """i32[2, copies]: source and destination pages, padded with NULL_PAGE copied onto itself.
+def with_copies(batch: DecodeBatch, copies: SequenceOf[PageCopy]) -> DecodeBatch:
+    """The batch with a list of copies, at most one a row, for its step to begin with."""
+    padded = _padded_copies(copies, len(batch.inputs.tokens))
+    return batch._replace(inputs=batch.inputs._replace(copies=padded))
 
-    A paged step copies at most a page a row, which is one array; forks between chunks copy whole sequences.
-    """
-    for start in range(0, len(plan.copies), buckets.copies[-1]):
-        part = plan.copies[start : start + buckets.copies[-1]]
-        copies = np.full((2, fit(len(part), buckets.copies)), NULL_PAGE, np.int32)
-        copies[:, : len(part)] = np.array(part, np.int32).T
-        yield copies
+
+def make_copies(copies: SequenceOf[PageCopy], buckets: Buckets) -> Iterator[np.ndarray]:
+    """i32[2, C]: source and destination pages, for launches that do nothing but copy."""
+    for start in range(0, len(copies), buckets.copies[-1]):
+        part = copies[start : start + buckets.copies[-1]]
+        yield _padded_copies(part, fit(len(part), buckets.copies))
+
+
+def _padded_copies(copies: SequenceOf[PageCopy], size: int) -> np.ndarray:
+    """i32[2, size], padded with NULL_PAGE copied onto itself."""
+    padded = np.full((2, size), NULL_PAGE, np.int32)
+    if copies:
+        padded[:, : len(copies)] = np.array(copies, np.int32).T
+    return padded
 
 
 def _block_tables(rows: list[PlanRow], shape: StepShape) -> np.ndarray:
