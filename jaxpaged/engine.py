@@ -24,8 +24,9 @@ from jaxpaged.host.id_check import check_copies, check_ids, check_pages
 from jaxpaged.host.logprobs import collect_logprobs
 from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.swap import Swap
 from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.step_io import (

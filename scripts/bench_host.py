@@ -24,8 +24,9 @@ from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.batching import Buckets, make_batch
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import GroupCandidates, RowCandidates, StepOutputs, TokenLogprobs, pack
 

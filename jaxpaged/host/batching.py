@@ -16,7 +16,7 @@ from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.block_table import num_pages_for
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.sampling_batch import make_beam_rows, make_sampling_inputs
-from jaxpaged.host.scheduler import PlanRow, StepPlan
+from jaxpaged.host.step_plan import PlanRow, StepPlan
 from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs
 
 

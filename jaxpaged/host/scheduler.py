@@ -17,53 +17,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beam_groups import advance_groups
-from jaxpaged.host.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
+from jaxpaged.host.block_table import BlockTable, num_pages_for, num_pages_needed
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.policies import make_policy
 from jaxpaged.host.reservation import most_pages
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.swap import Swap, SwapSpace
 from jaxpaged.host.token_tree import build_branches
 from jaxpaged.step_io import StepOutputs
-
-
-class PlanRow(NamedTuple):
-    """Compute the KV of `count` tokens of `sequence` from position `start` on."""
-
-    group: SequenceGroup
-    sequence: Sequence
-    start: int
-    count: int
-
-
-class Sample(NamedTuple):
-    """Choose the next token of `sequence` from the logits behind the last token of plan row `row`."""
-
-    group: SequenceGroup
-    sequence: Sequence
-    row: int
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: all of it prefill (several tokens a row) or all of it decode (one token a row)."""
-
-    is_prefill: bool
-    rows: list[PlanRow] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    # To be carried out in this order before the step writes: swaps, then copies. What is taken out may be overwritten.
-    swaps: list[Swap] = field(default_factory=list)
-    copies: list[PageCopy] = field(default_factory=list)
-    num_preempted: int = 0
-    num_swap_overflows: int = 0  # of those preempted, the ones that swap space had no room for
-    num_recomputed: int = 0  # of the rows' tokens, those that were computed before
-    num_idle_rows: int = 0  # rows behind these, whose sequences have ended while their batch goes on
 
 
 class Scheduler:

@@ -17,8 +17,8 @@ import numpy as np
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.batching import Buckets, make_batch
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.scheduler import PlanRow, Sample, StepPlan
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.step_io import NULL_PAGE, DecodeBatch, PrefillBatch
 
 
