@@ -25,9 +25,9 @@ from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.progress import ProgressBar
-from jaxpaged.prompts import Prompt, read_prompt, read_prompts
+from jaxpaged.prompts import Prompt, prompt_token_ids, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation, load_tokenizer
+from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation, find_tokenizer, need_tokenizer
 from jaxpaged.tree import Tree
 from jaxpaged.tree_steps import EngineSteps
 
@@ -107,10 +107,10 @@ class LLM:
         )  # fmt: skip
         self._options = options
         self._checkpoint = checkpoint = open_checkpoint(model)
-        self.tokenizer = _find_tokenizer(tokenizer, checkpoint.tokenizer_file)
+        self.tokenizer = find_tokenizer(tokenizer, checkpoint.tokenizer_file)
         self.engine = build_engine(checkpoint, options)
         self._weights = self.engine.params
-        self._directory = checkpoint.directory
+        self._missing = f"{checkpoint.directory} has no tokenizer.json or tokenizer.model"
         self._seed = seed
         self._num_requests = 0
 
@@ -288,23 +288,10 @@ class LLM:
             group.ends_text = lambda output_ids: text.find_stop(output_ids) is not None
 
     def _token_ids(self, prompt: Prompt, params: Params) -> list[int]:
-        if prompt.token_ids is not None:
-            if params.stop_strings or params.bad_words:
-                self._need_tokenizer("stop strings and bad_words need")
-            return prompt.token_ids
-        assert prompt.text is not None
-        token_ids = self._need_tokenizer("a text prompt needs").encode(prompt.text)
-        if not token_ids:
-            raise ValueError(f"the prompt {prompt.text!r} has no tokens")
+        token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing)
+        if params.stop_strings or params.bad_words:
+            need_tokenizer(self.tokenizer, "stop strings and bad_words need", self._missing)
         return token_ids
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{what} a tokenizer, and {self._directory} has no tokenizer.json or tokenizer.model: "
-                "give token ids, or name a tokenizer"
-            )
-        return self.tokenizer
 
     def _stream_maker(self, params: SamplingParams, prompt_ids: list[int]):
         if not params.stop_strings or self.tokenizer is None:
@@ -406,16 +393,6 @@ class LLM:
             token_id: Logprob(logprob, rank, self.tokenizer.decode([token_id], False) if self.tokenizer else None)
             for token_id, (logprob, rank) in entry.items()
         }
-
-
-def _find_tokenizer(given: str | Path | Tokenizer | None, found: Path | None) -> Tokenizer | None:
-    if isinstance(given, str | Path):
-        return load_tokenizer(given)
-    if given is not None:
-        if not (hasattr(given, "encode") and hasattr(given, "decode")):
-            raise ValueError(f"tokenizer must be a path or have encode and decode, got {type(given).__name__}")
-        return given
-    return None if found is None else load_tokenizer(found)
 
 
 def _one_for_each(params: Params | SequenceOf[Params] | None, count: int) -> list[Params]:
