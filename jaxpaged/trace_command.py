@@ -35,7 +35,7 @@ EPILOG = """\
 examples:
   jaxpaged trace --example beam-search --html pool.html
   jaxpaged trace MODEL --prompt 'def f(x):' --n 4 --html pool.html
-  jaxpaged trace MODEL --prompt one --prompt two --beam-width 4 --num-pages 24 --preemption swap --html pool.html
+  jaxpaged trace MODEL --prompt one --prompt two --beam-width 4 --num-pages 30 --preemption swap --html pool.html
 """
 
 
