@@ -18,7 +18,7 @@ from jaxpaged.param_checks import (
     check_token_ids,
     stop_strings,
 )
-from jaxpaged.sampling_params import LogitsProcessor
+from jaxpaged.sampling_params import LogitsProcessor, SamplingParams
 
 #: A generated length raised to a power beyond this could leave the range of float32.
 LENGTH_PENALTY_LIMIT = 5.0
@@ -160,3 +160,7 @@ class BeamSearchParams:
     def check_token_ids(self, vocab_size: int) -> None:
         """Raise ValueError where a token id is outside the vocabulary of the model that is about to run."""
         check_token_ids(self, vocab_size)
+
+
+#: What one request may be asked with.
+RequestParams = SamplingParams | BeamSearchParams

@@ -24,11 +24,23 @@ from jaxpaged.generate_command import UsageError, usage_errors
 from jaxpaged.outputs import RequestOutput
 
 DEFAULT_WIDTH = 4
+MAX_DELAY = 3600
 PLOT_FORMATS = (".png", ".pdf", ".svg")
+#: What flags of sampling mean for a search, where it is something else.
+HELP = {
+    "n": "hypotheses returned, best first (default: as many as beams)",
+    "temperature": "of beams that are drawn, with --do-sample (default 1)",
+    "stop": "a string that ends a beam; repeat for more",
+    "stop_token_ids": "token ids that end a beam, as 1,2,3",
+}
 #: What this command shows is fixed, so it has no flags for log-probabilities of tokens.
 SEARCH_FLAGS = (
     *BEAM_FLAGS,
-    *(f for f in SAMPLING_FLAGS if f.name in BEAM_NAMES and f.name not in ("logprobs", "prompt_logprobs")),
+    *(
+        flag._replace(help=HELP.get(flag.name, flag.help))
+        for flag in SAMPLING_FLAGS
+        if flag.name in BEAM_NAMES and flag.name not in ("logprobs", "prompt_logprobs")
+    ),
 )
 
 
@@ -36,8 +48,8 @@ def beams(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     with usage_errors():
         check_encodable(args.prompt, "--prompt: the text")
         params = BeamSearchParams(**{"beam_width": DEFAULT_WIDTH, "seed": args.seed, **given(args, SEARCH_FLAGS)})
-        if args.delay < 0:
-            raise ValueError(f"--delay must be 0 or more, got {args.delay}")
+        if not 0 <= args.delay <= MAX_DELAY:
+            raise ValueError(f"--delay must be from 0 to {MAX_DELAY} seconds, got {args.delay}")
     if args.plot is not None:
         check_plot(Path(args.plot))
     with usage_errors(kinds=(ValueError, OSError, RuntimeError)):
@@ -67,6 +79,8 @@ def check_plot(path: Path) -> None:
         raise UsageError("--plot draws with matplotlib, which is not installed: pip install 'jaxpaged[plots]'")
     if path.suffix.lower() not in PLOT_FORMATS:
         raise UsageError(f"--plot {path}: name a file that ends in one of {', '.join(PLOT_FORMATS)}")
+    if path.is_dir():
+        raise UsageError(f"--plot {path} is a directory: name a file in it")
     if not path.parent.is_dir():
         raise UsageError(f"--plot {path}: {path.parent} is not a directory: create it, or choose another file")
 

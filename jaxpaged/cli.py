@@ -80,7 +80,7 @@ def make_parser() -> Parser:
     info.add_argument("path", metavar="PATH", help="checkpoint directory")
     convert = _add_command(commands, "convert", _convert, "rewrite a Hugging Face checkpoint in the native format")
     convert.add_argument("source", metavar="SRC", help="checkpoint directory, native or Hugging Face")
-    convert.add_argument("destination", metavar="DST", help="directory that does not exist yet")
+    convert.add_argument("destination", metavar="DST", help="directory to write: a new or an empty one")
     return parser
 
 

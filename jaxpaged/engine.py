@@ -25,8 +25,9 @@ from jaxpaged.host.id_check import check_copies, check_ids, check_pages
 from jaxpaged.host.logprobs import collect_logprobs
 from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.swap import Swap
 from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.step_io import (
@@ -34,6 +35,7 @@ from jaxpaged.step_io import (
     DecodeBatch,
     Layout,
     PrefillBatch,
+    StepBatch,
     StepOutputs,
     num_merged_groups,
     pack,
@@ -134,12 +136,12 @@ class Engine:
         """Whether a step that was interrupted had taken the pool by donation and never gave it back."""
         return any(pool.is_deleted() for pool in self.pool.k)
 
-    def compute(self, batch: DecodeBatch | PrefillBatch, features: SamplingFeatures) -> StepOutputs:
+    def compute(self, batch: StepBatch, features: SamplingFeatures) -> StepOutputs:
         """Run one step for the borrower of the pool; `features` are those that `batch` was made for."""
         self.features = features
         return self._launch(*pack(self._ready(batch)))
 
-    def compile_step(self, batch: DecodeBatch | PrefillBatch, features: SamplingFeatures) -> None:
+    def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
         """Run an empty batch, with and without shared prefixes, so that the programs for such batches are there."""
         self.features = features
         self._launch(*pack(batch))
@@ -232,7 +234,7 @@ class Engine:
         sizes = split(len(page_ids), self.buckets.swaps)
         return swap.fetch_pages(self.pool, page_ids, sizes, swap.host_memory(self.device), self.device)
 
-    def _ready(self, batch: DecodeBatch | PrefillBatch) -> DecodeBatch | PrefillBatch:
+    def _ready(self, batch: StepBatch) -> StepBatch:
         """The batch, its ids checked, with the prefixes that it is to read once."""
         check_ids(batch.inputs, self.cache_config)
         if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:

@@ -9,29 +9,25 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.beam_snapshot import BeamSnapshot
-from jaxpaged.beam_text import BeamText
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.arrivals import set_arrivals
-from jaxpaged.host.beam_logprobs import logprobs_of
-from jaxpaged.host.beam_state import BeamState, Hypothesis, best_hypotheses
 from jaxpaged.host.beam_watch import take_snapshot
-from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.loading import EngineOptions, build_engine
-from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
-from jaxpaged.prompts import Prompt, read_prompt, read_prompts
+from jaxpaged.prompts import Prompt, read_prompt
+from jaxpaged.request_input import RequestReader
+from jaxpaged.request_output import make_output
 from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation, load_tokenizer
+from jaxpaged.tokenizer import Tokenizer, find_tokenizer
 from jaxpaged.tree import Tree
 from jaxpaged.tree_steps import EngineSteps
 
-Params = SamplingParams | BeamSearchParams
 Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
 
 
@@ -107,12 +103,13 @@ class LLM:
         )  # fmt: skip
         self._options = options
         self._checkpoint = checkpoint = open_checkpoint(model)
-        self.tokenizer = _find_tokenizer(tokenizer, checkpoint.tokenizer_file)
+        self._requests = RequestReader(find_tokenizer(tokenizer, checkpoint.tokenizer_file), checkpoint.directory, seed)
         self.engine = build_engine(checkpoint, options)
         self._weights = self.engine.params
-        self._directory = checkpoint.directory
-        self._seed = seed
-        self._num_requests = 0
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._requests.tokenizer
 
     @property
     def last_run(self) -> RunStats:
@@ -126,14 +123,14 @@ class LLM:
     def generate(
         self,
         prompts: Prompts,
-        sampling_params: Params | SequenceOf[Params] | None = None,
+        sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Complete every prompt; results in input order. `progress` shows a bar where stderr is a terminal.
 
         Raises ValueError for a request that cannot run, before any request runs.
         """
-        groups = self._make_groups(prompts, sampling_params, None)
+        groups = self._requests.read_all(prompts, sampling_params, None, self.engine)
         order = {group: i for i, group in enumerate(groups)}
         outputs: list[RequestOutput | None] = [None] * len(groups)
         with ProgressBar(len(groups), lambda: self.last_run, enabled=progress) as bar:
@@ -145,7 +142,7 @@ class LLM:
     def generate_iter(
         self,
         prompts: Prompts,
-        sampling_params: Params | SequenceOf[Params] | None = None,
+        sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
         request_ids: SequenceOf[str] | None = None,
         arrival_times: SequenceOf[float] | None = None,
     ) -> Iterator[RequestOutput]:
@@ -155,7 +152,7 @@ class LLM:
         service; by default all are there. Requests are checked when this is called, not at the first result. Leaving
         the loop early drops the others.
         """
-        groups = self._make_groups(prompts, sampling_params, request_ids)
+        groups = self._requests.read_all(prompts, sampling_params, request_ids, self.engine)
         set_arrivals(groups, arrival_times)
         return (output for _, output in self._run(groups))
 
@@ -178,7 +175,7 @@ class LLM:
         """
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"watch_beams takes a BeamSearchParams, got {params!r}")
-        groups = self._make_groups(prompt, params, None)
+        groups = self._requests.read_all(prompt, params, None, self.engine)
         if len(groups) != 1:
             raise ValueError(f"watch_beams takes one prompt, got {len(groups)}")
         return self._watch(groups[0])
@@ -189,7 +186,7 @@ class LLM:
             for finished in steps:
                 if max(state.num_generated for state in group.beams) > step:
                     step += 1
-                    yield take_snapshot(group, step, self._request_output(group) if finished else None)
+                    yield take_snapshot(group, step, make_output(group, self.tokenizer) if finished else None)
 
     def tree(self) -> Tree:
         """Sequences that you fork, append to and free yourself (tree.py): for searches that `generate` does not have.
@@ -199,7 +196,7 @@ class LLM:
         """
         return Tree(EngineSteps(self.engine), self.tokenizer)
 
-    def warm_up(self, sampling_params: Params | SequenceOf[Params] | None = None) -> None:
+    def warm_up(self, sampling_params: RequestParams | SequenceOf[RequestParams] | None = None) -> None:
         """Compile everything that requests with such parameters can need; no later run of them compiles anything.
 
         Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set
@@ -208,7 +205,7 @@ class LLM:
         params = (
             [sampling_params or SamplingParams()] if not isinstance(sampling_params, SequenceOf) else sampling_params
         )
-        self.engine.warm_up([self._make_group(Prompt(None, [0]), one, "", seed=0) for one in params])
+        self.engine.warm_up([self._requests.read(Prompt(None, [0]), one, "", 0, self.engine) for one in params])
 
     def rebuild(self, **options: Any) -> None:
         """Make the engine anew with other options, the weights kept: `llm.rebuild(kv_cache="contiguous-max")`.
@@ -224,209 +221,10 @@ class LLM:
         self.__dict__.pop("engine", None)  # and with it the pool
         self.engine = build_engine(self._checkpoint, self._options, self._weights)
 
-    def check_request(self, prompt: Any, params: Params) -> None:
+    def check_request(self, prompt: Any, params: RequestParams) -> None:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
-        self._make_group(read_prompt(prompt), params, "", seed=0)
-
-    def _make_groups(
-        self,
-        prompts: Prompts,
-        params: Params | SequenceOf[Params] | None,
-        request_ids: SequenceOf[str] | None,
-    ) -> list[SequenceGroup]:
-        """Every request, checked; nothing has run yet."""
-        read = read_prompts(prompts)
-        all_params = _one_for_each(params, len(read))
-        ids = [str(i) for i in range(len(read))] if request_ids is None else list(request_ids)
-        if len(ids) != len(read):
-            raise ValueError(f"{len(ids)} request_ids for {len(read)} prompts")
-        groups = []
-        for i, (prompt, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
-            try:
-                groups.append(self._make_group(prompt, one_params, request_id, self._request_seed(one_params, i)))
-            except ValueError as error:
-                raise ValueError(f"prompt {i}: {error}" if len(read) > 1 else str(error)) from None
-        self._num_requests += len(groups)
-        return groups
-
-    def _request_seed(self, params: Params, index: int) -> int:
-        """The request's own seed, or one that follows from the LLM's and the number of requests before it."""
-        if params.seed is not None:
-            return params.seed
-        return int(np.random.SeedSequence([self._seed, self._num_requests + index]).generate_state(1, np.uint64)[0])
-
-    def _make_group(self, prompt: Prompt, params: Params, request_id: str, seed: int) -> SequenceGroup:
-        model, limits = self.engine.model, self.engine.limits
-        params.check_token_ids(model.vocab_size)
-        token_ids = self._token_ids(prompt, params)
-        for token_id in token_ids:
-            if not 0 <= token_id < model.vocab_size:
-                raise ValueError(
-                    f"token id {token_id} is outside the vocabulary, which has ids 0 to {model.vocab_size - 1}"
-                )
-        budget = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
-        group = SequenceGroup(
-            request_id, prompt.text, params, seed,
-            sequences=[Sequence(0, token_ids, len(token_ids))],
-            max_len=min(budget, limits.max_model_len),
-            eos_ids=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
-            stop_ids=frozenset(params.stop_token_ids or ()),
-            make_stream=None if isinstance(params, BeamSearchParams) else self._stream_maker(params, token_ids),
-            banned_words=self._banned_words(params),
-        )  # fmt: skip
-        if group.make_stream:
-            group.sequences[0].stream = group.make_stream()
-        if isinstance(params, BeamSearchParams):
-            self._prepare_search(group, params)
-        self.engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len)
-        return group
-
-    def _prepare_search(self, group: SequenceGroup, params: BeamSearchParams) -> None:
-        group.beams = BeamState.of(params, group.eos_ids | group.stop_ids, group.max_len - group.prompt_len)
-        if params.stop_strings and self.tokenizer is not None:
-            text = BeamText(self.tokenizer, group.sequences[0].token_ids[:], params)
-            group.ends_text = lambda output_ids: text.find_stop(output_ids) is not None
-
-    def _token_ids(self, prompt: Prompt, params: Params) -> list[int]:
-        if prompt.token_ids is not None:
-            if params.stop_strings or params.bad_words:
-                self._need_tokenizer("stop strings and bad_words need")
-            return prompt.token_ids
-        assert prompt.text is not None
-        token_ids = self._need_tokenizer("a text prompt needs").encode(prompt.text)
-        if not token_ids:
-            raise ValueError(f"the prompt {prompt.text!r} has no tokens")
-        return token_ids
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{what} a tokenizer, and {self._directory} has no tokenizer.json or tokenizer.model: "
-                "give token ids, or name a tokenizer"
-            )
-        return self.tokenizer
-
-    def _stream_maker(self, params: SamplingParams, prompt_ids: list[int]):
-        if not params.stop_strings or self.tokenizer is None:
-            return None
-        tokenizer, stop = self.tokenizer, params.stop_strings
-        include, skip = params.include_stop_str_in_output, params.skip_special_tokens
-        return lambda: StopStringStream(tokenizer, prompt_ids, stop, include, skip)
-
-    def _banned_words(self, params: Params) -> tuple[tuple[int, ...], ...]:
-        """Token ids of `bad_words`, each as it is written at the start of a text and behind a space."""
-        if not params.bad_words or self.tokenizer is None:
-            return ()
-        words = {}
-        for word in params.bad_words:
-            for text in (word, " " + word.lstrip()):
-                words[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
-        return tuple(word for word in words if word)
+        self._requests.read(read_prompt(prompt), params, "", 0, self.engine)
 
     def _run(self, groups: list[SequenceGroup]) -> Iterator[tuple[SequenceGroup, RequestOutput]]:
         for group in self.engine.run(groups):
-            yield group, self._request_output(group)
-
-    def _request_output(self, group: SequenceGroup) -> RequestOutput:
-        params = group.params
-        pages = group.pages
-        return RequestOutput(
-            request_id=group.request_id,
-            prompt=group.prompt,
-            prompt_token_ids=group.sequences[0].token_ids[: group.prompt_len],
-            prompt_logprobs=None
-            if params.prompt_logprobs is None
-            else [None, *map(self._logprobs, group.prompt_logprobs)],
-            outputs=self._completions(group),
-            finished=True,
-            metrics=RequestMetrics(
-                group.arrival_time, group.first_scheduled_time, group.first_token_time, group.finished_time
-            ),
-            kv=KVUsage(
-                pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,
-                group.num_preemptions, group.recomputed_tokens, group.num_swaps,
-            ),
-        )  # fmt: skip
-
-    def _completions(self, group: SequenceGroup) -> list[CompletionOutput]:
-        params = group.params
-        if isinstance(params, BeamSearchParams):
-            best = best_hypotheses(group.beams, params.num_returned)
-            return [self._beam(group, params, hypothesis, i) for i, hypothesis in enumerate(best)]
-        chosen = group.sequences
-        if params.num_samples > params.n:
-            chosen = sorted(chosen, key=lambda sequence: -sequence.cumulative_logprob)[: params.n]
-        return [self._completion(group, sequence, i) for i, sequence in enumerate(chosen)]
-
-    def _beam(self, group: SequenceGroup, params: BeamSearchParams, found: Hypothesis, index: int) -> CompletionOutput:
-        last = found.token_ids[-1]
-        ended_by_token = last in group.eos_ids | group.stop_ids
-        text, stop = "", None
-        if self.tokenizer is not None and params.detokenize:
-            beam_text = BeamText(self.tokenizer, group.sequences[0].token_ids[: group.prompt_len], params)
-            text, stop = beam_text.of_output(found.token_ids, ended_by_token)
-        if last in group.stop_ids - group.eos_ids:
-            stop = last
-        logprobs = None
-        if params.logprobs is not None:
-            entries = logprobs_of(found, group.beams[found.search].logprobs, params.logprobs)
-            logprobs = [self._logprobs(entry) for entry in entries]
-        return CompletionOutput(
-            index, text, found.token_ids, found.cumulative_logprob, logprobs,
-            "length" if stop is None and not ended_by_token else "stop", stop, found.score,
-        )  # fmt: skip
-
-    def _completion(self, group: SequenceGroup, sequence: Sequence, index: int) -> CompletionOutput:
-        assert sequence.finish_reason is not None
-        wants_logprobs = group.params.logprobs is not None
-        return CompletionOutput(
-            index=index,
-            text=self._text(group, sequence),
-            token_ids=sequence.output_ids,
-            cumulative_logprob=sequence.cumulative_logprob,
-            logprobs=[self._logprobs(entry) for entry in sequence.logprobs] if wants_logprobs else None,
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-        )
-
-    def _text(self, group: SequenceGroup, sequence: Sequence) -> str:
-        params = group.params
-        if self.tokenizer is None or not params.detokenize:
-            return ""
-        if isinstance(sequence.stop_reason, str) and isinstance(sequence.stream, StopStringStream):
-            return sequence.stream.text
-        output = sequence.output_ids
-        if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
-            output = output[:-1]  # the token that ended it
-        prompt = sequence.token_ids[: sequence.prompt_len]
-        return decode_continuation(self.tokenizer, prompt, output, params.skip_special_tokens)
-
-    def _logprobs(self, entry: dict[int, tuple[float, int]]) -> dict[int, Logprob]:
-        return {
-            token_id: Logprob(logprob, rank, self.tokenizer.decode([token_id], False) if self.tokenizer else None)
-            for token_id, (logprob, rank) in entry.items()
-        }
-
-
-def _find_tokenizer(given: str | Path | Tokenizer | None, found: Path | None) -> Tokenizer | None:
-    if isinstance(given, str | Path):
-        return load_tokenizer(given)
-    if given is not None:
-        if not (hasattr(given, "encode") and hasattr(given, "decode")):
-            raise ValueError(f"tokenizer must be a path or have encode and decode, got {type(given).__name__}")
-        return given
-    return None if found is None else load_tokenizer(found)
-
-
-def _one_for_each(params: Params | SequenceOf[Params] | None, count: int) -> list[Params]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, Params):
-        return [params] * count
-    if isinstance(params, str) or not isinstance(params, SequenceOf) or any(not isinstance(p, Params) for p in params):
-        raise ValueError(
-            f"sampling_params must be a SamplingParams or BeamSearchParams or a list of them, got {params!r}"
-        )
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")
-    return list(params)
+            yield group, make_output(group, self.tokenizer)

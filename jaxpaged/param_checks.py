@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxpaged.beam_params import BeamSearchParams
-    from jaxpaged.sampling_params import SamplingParams
-
-    Params = SamplingParams | BeamSearchParams
+    from jaxpaged.beam_params import RequestParams
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
@@ -37,13 +34,13 @@ def check_list(name: str, values: object, kind: type, what: str) -> None:
             raise ValueError(f"{name} must be a list of {what}, but has {value!r}")
 
 
-def check_flags(params: Params, *names: str) -> None:
+def check_flags(params: RequestParams, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(params, name), bool):
             raise ValueError(f"{name} must be True or False, got {getattr(params, name)!r}")
 
 
-def check_counts(params: Params) -> None:
+def check_counts(params: RequestParams) -> None:
     """max_tokens, min_tokens, seed, logprobs, prompt_logprobs."""
     if params.max_tokens is not None:
         check_int("max_tokens", params.max_tokens, 1)
@@ -57,7 +54,7 @@ def check_counts(params: Params) -> None:
             check_int(name, getattr(params, name), -1)
 
 
-def check_penalties(params: Params) -> None:
+def check_penalties(params: RequestParams) -> None:
     """repetition_penalty, presence_penalty, frequency_penalty."""
     check_number("repetition_penalty", params.repetition_penalty, 0.0, math.inf, "above 0, and finite")
     if params.repetition_penalty == 0:
@@ -66,7 +63,7 @@ def check_penalties(params: Params) -> None:
         check_number(name, getattr(params, name), -2.0, 2.0, "in [-2, 2]")
 
 
-def check_lists(params: Params, what: str) -> None:
+def check_lists(params: RequestParams, what: str) -> None:
     """What ends the output and which tokens may be in it; `what` is the plain word for one output, in messages."""
     if params.stop is not None and not isinstance(params.stop, str):
         check_list("stop", params.stop, str, "strings")
@@ -90,7 +87,7 @@ def check_lists(params: Params, what: str) -> None:
             raise ValueError(f"logits_processors must be callables, got {processor!r}")
 
 
-def check_text(params: Params) -> None:
+def check_text(params: RequestParams) -> None:
     check_flags(params, "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens")
     if not params.detokenize and params.stop_strings:
         raise ValueError("stop strings are looked for in the text: they need detokenize=True")
@@ -103,7 +100,7 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def check_token_ids(params: Params, vocab_size: int) -> None:
+def check_token_ids(params: RequestParams, vocab_size: int) -> None:
     """Raise ValueError where a token id is outside the vocabulary of the model that is about to run."""
     named = {
         "stop_token_ids": params.stop_token_ids or (),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxpaged.tokenizer import Tokenizer, need_tokenizer
+
 
 class Prompt(NamedTuple):
     """Text, or token ids; exactly one of them."""
@@ -78,3 +80,14 @@ def read_prompt(prompt: Any) -> Prompt:
     if not _are_token_ids(prompt):
         raise ValueError(f"a prompt must be text, a list of token ids or a dict, got {prompt!r}")
     return Prompt(None, [int(token_id) for token_id in prompt])
+
+
+def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, missing: str) -> list[int]:
+    """The ids of a prompt, of which there is at least one; `missing` says why there may be no tokenizer for text."""
+    if prompt.token_ids is not None:
+        return prompt.token_ids
+    assert prompt.text is not None
+    token_ids = need_tokenizer(tokenizer, "a text prompt needs", missing).encode(prompt.text)
+    if not token_ids:
+        raise ValueError(f"the prompt {prompt.text!r} has no tokens")
+    return token_ids

@@ -60,6 +60,9 @@ class PrefillInputs(NamedTuple):
     next_tokens: Any = None  # i32[T] the token after each one; only when prompt log-probabilities are wanted
 
 
+StepInputs = DecodeInputs | PrefillInputs
+
+
 class SamplingInputs(NamedTuple):
     """How each of the R rows chooses its token, or a beam its candidates. All-None but the first three is greedy."""
 
@@ -98,6 +101,9 @@ class DecodeBatch(NamedTuple):
 class PrefillBatch(NamedTuple):
     inputs: PrefillInputs
     sampling: SamplingInputs
+
+
+StepBatch = DecodeBatch | PrefillBatch
 
 
 class TokenLogprobs(NamedTuple):

@@ -61,6 +61,24 @@ class JsonTokenizer:
         return self._model.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
+def find_tokenizer(given: str | Path | Tokenizer | None, found: Path | None) -> Tokenizer | None:
+    """What the user gave, a path or an object, or else the file that was `found` with the model, if any."""
+    if isinstance(given, str | Path):
+        return load_tokenizer(given)
+    if given is not None:
+        if not (hasattr(given, "encode") and hasattr(given, "decode")):
+            raise ValueError(f"tokenizer must be a path or have encode and decode, got {type(given).__name__}")
+        return given
+    return None if found is None else load_tokenizer(found)
+
+
+def need_tokenizer(tokenizer: Tokenizer | None, what: str, missing: str) -> Tokenizer:
+    """The tokenizer, or ValueError where there is none: what it is needed for ("text needs"), and what is missing."""
+    if tokenizer is None:
+        raise ValueError(f"{what} a tokenizer, and {missing}: give token ids, or name a tokenizer")
+    return tokenizer
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """From a `tokenizer.json` or `tokenizer.model` file, or a directory that holds one."""
     path = Path(path)

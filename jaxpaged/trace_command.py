@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.batch.json_values import check_encodable
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, Flag, given
 from jaxpaged.generate_command import UsageError, usage_errors
 from jaxpaged.sampling_params import SamplingParams
@@ -35,7 +35,7 @@ EPILOG = """\
 examples:
   jaxpaged trace --example beam-search --html pool.html
   jaxpaged trace MODEL --prompt 'def f(x):' --n 4 --html pool.html
-  jaxpaged trace MODEL --prompt one --prompt two --beam-width 4 --num-pages 24 --preemption swap --html pool.html
+  jaxpaged trace MODEL --prompt one --prompt two --beam-width 4 --num-pages 30 --preemption swap --html pool.html
 """
 
 
@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> dict[str, An
     )
 
 
-def _params(args: argparse.Namespace) -> SamplingParams | BeamSearchParams:
+def _params(args: argparse.Namespace) -> RequestParams:
     options: dict[str, Any] = {"max_tokens": MAX_TOKENS} | given(args, TRACE_FLAGS)
     if "beam_width" not in options:
         return SamplingParams(**options)
@@ -105,7 +105,7 @@ def _params(args: argparse.Namespace) -> SamplingParams | BeamSearchParams:
     return BeamSearchParams(**options)
 
 
-def _describe(params: SamplingParams | BeamSearchParams, num_prompts: int) -> str:
+def _describe(params: RequestParams, num_prompts: int) -> str:
     if isinstance(params, BeamSearchParams):
         what = f"beam search of width {params.beam_width}"
     else:

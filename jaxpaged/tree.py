@@ -20,14 +20,15 @@ import numpy as np
 from jaxpaged.host.page_allocator import OutOfPagesError
 from jaxpaged.host.tree_compute import TreeComputer, TreeModel
 from jaxpaged.host.tree_state import Node, TreeStats
-from jaxpaged.prompts import Prompt, is_one_prompt, read_prompts
-from jaxpaged.tokenizer import Tokenizer, decode_continuation, encode_continuation
+from jaxpaged.prompts import is_one_prompt, prompt_token_ids, read_prompts
+from jaxpaged.tokenizer import Tokenizer, decode_continuation, encode_continuation, need_tokenizer
 from jaxpaged.tree_input import read_continuations, read_tokens
 from jaxpaged.tree_outputs import Appended, NextTokens, Scores
 
 __all__ = ["Appended", "NextTokens", "Node", "OutOfPagesError", "Scores", "Tree", "TreeStats"]
 
 Nodes = Node | SequenceOf[Node]
+NO_TOKENIZER = "this model has none"
 
 
 class Tree:
@@ -99,7 +100,7 @@ class Tree:
         self._check_open()
         read = read_prompts(prompts)
         self._check_top(top)
-        token_ids = [self._prompt_tokens(prompt) for prompt in read]
+        token_ids = [prompt_token_ids(prompt, self.tokenizer, NO_TOKENIZER) for prompt in read]
         for tokens in token_ids:
             self._state.check_tokens("open", tokens)
             self._state.check_length("open", 0, len(tokens))
@@ -242,7 +243,7 @@ class Tree:
     def text(self, node: Node, tokens: SequenceOf[int] | None = None) -> str:
         """The text of a node, or the text that `tokens` add behind it."""
         self._state.check_nodes("text", [node])
-        tokenizer = self._need_tokenizer("text needs")
+        tokenizer = need_tokenizer(self.tokenizer, "text needs", NO_TOKENIZER)
         if tokens is None:
             return tokenizer.decode(node.tokens)
         return decode_continuation(tokenizer, node.tokens, tokens)
@@ -250,7 +251,8 @@ class Tree:
     def encode(self, node: Node, text: str) -> list[int]:
         """The token ids that add `text` behind a node, to be appended or scored; ValueError where there are none."""
         self._state.check_nodes("encode", [node])
-        return encode_continuation(self._need_tokenizer("encode needs"), node.tokens, text)
+        tokenizer = need_tokenizer(self.tokenizer, "encode needs", NO_TOKENIZER)
+        return encode_continuation(tokenizer, node.tokens, text)
 
     def stats(self) -> TreeStats:
         """Pages now (logical, physical, shared, free) and what was spent so far (peak, copies, computed tokens)."""
@@ -276,20 +278,6 @@ class Tree:
             return
         if isinstance(top, bool) or not hasattr(top, "__index__") or not 1 <= top <= self.vocab_size:
             raise ValueError(f"top must be None (all) or an integer from 1 to {self.vocab_size}, got {top!r}")
-
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
-        if prompt.token_ids is not None:
-            return prompt.token_ids
-        assert prompt.text is not None
-        token_ids = self._need_tokenizer("a text prompt needs").encode(prompt.text)
-        if not token_ids:
-            raise ValueError(f"the prompt {prompt.text!r} has no tokens")
-        return token_ids
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(f"{what} a tokenizer, and this model has none: give token ids, or name a tokenizer")
-        return self.tokenizer
 
 
 def _listed(nodes: Nodes) -> list[Node]:

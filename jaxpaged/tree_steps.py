@@ -10,8 +10,8 @@ from jaxpaged.engine import Engine
 from jaxpaged.host.batching import make_batch, make_copies
 from jaxpaged.host.block_table import PageCopy
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.tree_batching import Span, SpanOutputs, SpanStep, likeliest, make_span_batch, plan_spans
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import WHOLE_VOCABULARY, TokenLogprobs

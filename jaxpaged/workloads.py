@@ -133,6 +133,8 @@ def make_workload(
     draw = _find(name)
     if count < 1:
         raise ValueError(f"a workload has at least 1 request, got {count}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     lengths, arrivals = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(2))
     prompts, outputs = _draw_below(draw, lengths, count, max_len, name)
     return Workload(prompts, outputs, arrival_times(count, rate, arrivals))

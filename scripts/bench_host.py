@@ -18,14 +18,15 @@ import time
 
 import numpy as np
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.batching import Buckets, make_batch
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import GroupCandidates, RowCandidates, StepOutputs, TokenLogprobs, pack
 
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def _request(index: int, prompt: list[int], args: argparse.Namespace) -> SequenceGroup:
-    params: BeamSearchParams | SamplingParams
+    params: RequestParams
     if args.beam_width:
         params = BeamSearchParams(args.beam_width, max_tokens=args.steps, ignore_eos=True)
     else:

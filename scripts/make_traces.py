@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.page_allocator import PageAllocator
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs
@@ -29,8 +30,6 @@ from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs
 DIRECTORY = Path(__file__).resolve().parent.parent / "jaxpaged" / "trace_page" / "examples"
 PAGE_SIZE = 4
 IMPOSSIBLE = -1000.0
-
-Params = SamplingParams | BeamSearchParams
 
 
 class Story:
@@ -58,7 +57,7 @@ class Story:
                 self.words.append(word)
         return [self.words.index(word) for word in text.split()]
 
-    def add(self, prompt: str, params: Params, name: str) -> SequenceGroup:
+    def add(self, prompt: str, params: RequestParams, name: str) -> SequenceGroup:
         ids = self.ids(prompt)
         assert params.max_tokens is not None
         group = SequenceGroup(name, prompt, params, 0, [Sequence(0, ids, len(ids))], len(ids) + params.max_tokens)

@@ -144,7 +144,9 @@ def test_a_picture_is_drawn(run, tmp_path, capfd):
     [
         (("--plot", "tree.gif"), "name a file that ends in one of .png, .pdf, .svg"),
         (("--plot", "nowhere/tree.png"), "nowhere is not a directory"),
-        (("--delay", "-1"), "--delay must be 0 or more"),
+        (("--delay", "-1"), "--delay must be from 0 to 3600 seconds, got -1.0"),
+        (("--delay", "nan"), "--delay must be from 0 to 3600 seconds, got nan"),
+        (("--delay", "inf"), "--delay must be from 0 to 3600 seconds, got inf"),
         (("--beam-width", "0"), "beam_width must be at least 1"),
         (("--beam-width", "17"), "exceed max_num_seqs=16"),
         (("--temperature", "2"), "set do_sample=True"),
@@ -154,6 +156,20 @@ def test_a_picture_is_drawn(run, tmp_path, capfd):
 def test_what_cannot_be_shown_is_refused_in_one_line(run, capfd, options, words):
     assert run(*options) == 2
     assert words in error_line(capfd)
+
+
+def test_a_picture_that_would_replace_a_directory_is_refused_before_any_work(run, capfd, tmp_path):
+    (directory := tmp_path / "tree.png").mkdir()
+    assert run("--plot", directory) == 2
+    assert "tree.png is a directory: name a file in it" in error_line(capfd)
+
+
+def test_help_says_what_the_flags_mean_for_a_search(capsys):
+    with pytest.raises(SystemExit):
+        main(["beams", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "hypotheses returned, best first (default: as many as beams)" in out
+    assert "samples for each prompt" not in out and "0 is greedy" not in out and "ends a sample" not in out
 
 
 def test_a_picture_without_matplotlib_is_refused_before_any_work(run, capfd, monkeypatch):

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ABOVE_ENGINE = (
-    "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.cli", "jaxpaged.cli_options", "jaxpaged.generate_command",
+    "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.request_input", "jaxpaged.request_output", "jaxpaged.cli",
+    "jaxpaged.cli_options", "jaxpaged.generate_command",
     "jaxpaged.beams_command", "jaxpaged.beam_plot", "jaxpaged.batch", "jaxpaged.tree", "jaxpaged.tree_steps",
     "jaxpaged.toy", "jaxpaged.search", "jaxpaged.trace_command", "jaxpaged.trace_page",
 )  # fmt: skip
@@ -62,6 +63,8 @@ FORBIDDEN = {
         "jaxpaged.beams_command",
         "jaxpaged.batch",
     ),
+    "jaxpaged.request_input": (*DEVICE_STACK, "jaxpaged.checkpoint", "jaxpaged.loading", "jaxpaged.llm"),
+    "jaxpaged.request_output": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged": ("scripts", "tests"),
     "pallas_kernels": ("jaxpaged", "flax", "scripts", "tests"),
 }

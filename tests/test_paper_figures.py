@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beam_state import BeamState
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs
 
@@ -33,7 +34,7 @@ def script(scheduler: Scheduler, first: list[int]) -> None:
     scheduler.allocator._free = others + first[::-1]
 
 
-def add(scheduler: Scheduler, prompt: list[int], params: SamplingParams | BeamSearchParams) -> SequenceGroup:
+def add(scheduler: Scheduler, prompt: list[int], params: RequestParams) -> SequenceGroup:
     group = SequenceGroup("0", None, params, 0, [Sequence(0, list(prompt), len(prompt))], len(prompt) + 12)
     if isinstance(params, BeamSearchParams):
         group.beams = BeamState.of(params, (), 12)

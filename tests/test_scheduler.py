@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import StepOutputs, TokenLogprobs
 

@@ -243,7 +243,31 @@ def test_visits_follow_puct():
     assert [mean for _, _, mean in found.visits] == pytest.approx([values[token] for token, _, _ in found.visits])
 
 
-def test_the_search_finds_what_the_policy_does_not_expect_and_computes_no_token_twice():
+def test_paths_of_one_round_count_as_visits_of_no_worth_until_they_are_valued():
+    """As above, four at a time."""
+    priors, values = np.array([0.5, 0.3, 0.2]), [0.2, 0.6, 0.9]
+    visits, totals = np.zeros(3, int), np.zeros(3)
+    spreads = []
+    for start in range(0, 30, 4):
+        round_ = []
+        for n in range(start, min(start + 4, 30)):
+            means = np.divide(totals, visits, out=np.zeros(3), where=visits > 0)
+            round_.append(int(np.argmax(means + 0.7 * math.sqrt(n + 1) * priors / (1 + visits))))
+            visits[round_[-1]] += 1
+        for chosen in round_:
+            totals[chosen] += values[chosen]
+        spreads.append(len(set(round_)))
+    assert max(spreads) == 3
+    with ToyLM(lambda prefix: np.log(priors), 3).tree() as tree:
+        found = monte_carlo_tree_search(
+            tree, tree.open([0]), lambda tokens: values[tokens[0]], 30, max_tokens=1, exploration=0.7, num_parallel=4
+        )
+    assert {token: count for token, count, _ in found.visits} == dict(enumerate(visits.tolist()))
+    assert [mean for _, _, mean in found.visits] == pytest.approx([values[token] for token, _, _ in found.visits])
+
+
+@pytest.mark.parametrize("num_parallel", [1, 8])
+def test_the_search_finds_what_the_policy_does_not_expect_and_computes_no_token_twice(num_parallel, monkeypatch):
     hidden = (3, 1, 2, 2, 0, 3)
     seen = []
 
@@ -254,11 +278,17 @@ def test_the_search_finds_what_the_policy_does_not_expect_and_computes_no_token_
 
     with ToyLM(lambda prefix: [0.0, 0.5, 0.0, -0.5], 4, page_size=2).tree() as tree:
         root = tree.open([0, 1, 2])
-        found = monte_carlo_tree_search(tree, root, value, num_simulations=400, max_tokens=6, num_children=4)
+        appended = []
+        append = tree.append
+        monkeypatch.setattr(tree, "append", lambda nodes, *rest: appended.append(len(nodes)) or append(nodes, *rest))
+        found = monte_carlo_tree_search(
+            tree, root, value, num_simulations=400, max_tokens=6, num_children=4, num_parallel=num_parallel
+        )
         assert (found.best, found.best_value) == (hidden, 1.0)
         assert found.tokens == hidden
         assert sum(count for _, count, _ in found.visits) == 400
         assert len(set(seen)) == len(seen)
+        assert (sum(appended), max(appended), len(appended)) == (len(seen), num_parallel, 400 // num_parallel)
         assert tree.stats().computed_tokens == 3 + len(seen)
         assert tree.nodes == [root]
         tree.check_invariants()
@@ -270,6 +300,20 @@ def test_noise_at_the_root_follows_the_seed(tree, root):
 
     assert visits(seed=1, root_noise=0.5) == visits(seed=1, root_noise=0.5) != visits(seed=2, root_noise=0.5)
     assert visits(seed=1) == visits(seed=2)
+
+
+def test_a_tree_search_refuses_what_cannot_be(tree, root):
+    for name in ("num_simulations", "max_tokens", "num_parallel"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            monte_carlo_tree_search(tree, root, lambda tokens: 0.5, **{"num_simulations": 1, "max_tokens": 1, name: 0})
+
+
+def test_a_tree_search_that_is_broken_off_leaves_no_node_behind(tree, root):
+    def value(tokens):
+        raise RuntimeError("no value")
+
+    with pytest.raises(RuntimeError, match="no value"):
+        monte_carlo_tree_search(tree, root, value, 10, max_tokens=3, num_parallel=4)
 
 
 # All of them on a network
@@ -293,7 +337,7 @@ def test_searches_run_on_a_model_and_their_log_probabilities_are_its_own():
         steps = step_beam_search(
             tree, root, lambda rows: [sum(row) for row in rows], lambda step: step[-1] < 30, 4, 2, 3, 4, seed=0
         )
-        found = monte_carlo_tree_search(tree, root, lambda tokens: tokens[-1] / 97, 20, max_tokens=3)
+        found = monte_carlo_tree_search(tree, root, lambda tokens: tokens[-1] / 97, 20, max_tokens=3, num_parallel=3)
         assert tree.nodes == [root]
         tree.check_invariants()
         assert tree.score(root, [found.best]).sums[0] == pytest.approx(logprob(found.best), abs=1e-3)

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import TOY, make_group, random_prompts, run_tokens, toy_engine
+from beam_reference import log_softmax
+from helpers import full_logits
+from toy import ALWAYS, TOY, make_group, random_prompts, run_tokens, sharing_engine, toy_engine, toy_params
 
-from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.host.prefix_groups import PrefixRule, PrefixSharing, pad_groups, plan_prefix_groups
+from jaxpaged.device import steps
+from jaxpaged.host.prefix_groups import pad_groups, plan_prefix_groups, share_prefixes
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import PrefixGroups
+from jaxpaged.tree import Tree
+from jaxpaged.tree_steps import EngineSteps
 from pallas_kernels import reference
 
-ALWAYS = PrefixRule(min_saved_tokens=0, min_run_pages=1)
 needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need JAX 0.11")
 
 
@@ -167,15 +170,6 @@ def test_on_a_gpu_it_gives_what_plain_attention_gives(heads, kv_heads, head_dim)
     assert (np.asarray(out) == np.asarray(run_kernel(case, groups))).all()
 
 
-def sharing_engine(**sizes):
-    engine = toy_engine(**sizes)
-    engine.kernels = AttentionKernels(
-        "reference", reference.paged_decode, reference.paged_prefill, reference.shared_prefix_decode
-    )
-    engine.sharing = PrefixSharing(max_members=4, rule=ALWAYS)
-    return engine
-
-
 def requests():
     params = [SamplingParams(n=5, max_tokens=20), SamplingParams(temperature=0, max_tokens=9)]
     return [make_group(prompt, params[i % 2], str(i), seed=i) for i, prompt in enumerate(random_prompts(6))]
@@ -205,3 +199,60 @@ def test_layers_with_a_window_read_every_row_alone():
     for engine in engines:
         engine.model = config
     assert run_tokens(engines[0], requests()) == run_tokens(engines[1], requests())
+
+
+@pytest.fixture
+def runs_read(monkeypatch):
+    """Of every decode step of an engine that shares: the lengths, in pages, of the runs that it read once."""
+    found = []
+
+    def plan(batch, page_size, sharing):
+        shared = share_prefixes(batch, page_size, sharing)
+        groups = shared.inputs.prefix_groups
+        found.append([] if groups is None else [int(count) for count in groups.num_pages if count])
+        return shared
+
+    monkeypatch.setattr("jaxpaged.engine.share_prefixes", plan)
+    return found
+
+
+def truth(tokens):
+    """Log-probabilities f32[V] behind the tokens, without a cache; padding, which it cannot see, compiles only once."""
+    padded = jnp.zeros(32, jnp.int32).at[: len(tokens)].set(jnp.asarray(tokens, jnp.int32))
+    return log_softmax(np.asarray(full_logits(toy_params(), TOY, padded)))[len(tokens) - 1]
+
+
+def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomputing_gives(runs_read):
+    prompt = random_prompts(1, 22, 22)[0]  # at page size 4: five full pages, and two tokens on the next
+    engine = sharing_engine(page_size=4)
+    with Tree(EngineSteps(engine)) as tree:
+        root = tree.open(prompt)
+        kids = tree.fork(root, 7)
+        for step in range(5):
+            out = tree.append(kids, [(step * 7 + i) % TOY.vocab_size for i in range(7)])
+        for row, kid in zip(out.logprobs, kids, strict=True):
+            np.testing.assert_allclose(row, truth(kid.tokens), atol=2e-4)
+        assert runs_read == [[5, 5]] * 5  # two groups, since one holds at most four members
+
+        tree.truncate(kids[0], 24)
+        grandkids = tree.fork([kids[0]] * 4)  # six full pages with one another, and five of these with the kids
+        nodes = [*grandkids, *kids[1:]]
+        tree.next_tokens(nodes)
+        out = tree.append(nodes, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+        for row, node in zip(out.logprobs, nodes, strict=True):
+            np.testing.assert_allclose(row, truth(node.tokens), atol=2e-4)
+        assert runs_read[-1] == [5, 5, 5, 1]
+        tree.check_invariants()
+
+
+def test_warming_a_tree_up_compiles_its_shared_steps_too(runs_read):
+    engine = sharing_engine(page_size=4, max_num_seqs=8, max_model_len=64)
+    with Tree(EngineSteps(engine)) as tree:
+        tree.warm_up(top=5)
+        compiled = steps.num_compiled()
+        nodes = tree.fork(tree.open(random_prompts(1, 20, 20)[0], top=5), 6)
+        out = tree.next_tokens(nodes, top=5)
+        for _ in range(3):
+            out = tree.append(nodes, out.sample(seed=0)[0], top=5)
+        assert steps.num_compiled() == compiled
+    assert runs_read == [[5, 5]] * 3

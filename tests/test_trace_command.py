@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trace_replay import Replay
 
 from jaxpaged.cli import main
 from jaxpaged.llm import LLM
+from jaxpaged.trace_command import EPILOG
 from jaxpaged.trace_page import dump_trace, example_names, example_trace
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -38,6 +40,15 @@ def read_trace(path: Path) -> dict:
     embedded = re.search(r'<script type="application/json" id="trace">(.*?)</script>', page, re.DOTALL)
     assert embedded is not None
     return json.loads(embedded[1])
+
+
+def test_the_examples_of_the_help_run(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = [shlex.split(line) for line in EPILOG.splitlines() if line.startswith("  jaxpaged ")]
+    assert len(examples) == 3
+    for example in examples:
+        assert main([toy if word == "MODEL" else word for word in example[1:]]) == 0
+    assert [request["kind"] for request in read_trace(tmp_path / "pool.html")["requests"]] == ["beams", "beams"]
 
 
 def test_samples_of_a_prompt_share_its_pages_and_are_copied_for_all_but_one(toy, tmp_path, capfd):

@@ -14,7 +14,7 @@ from beam_reference import log_softmax, toy_model
 from helpers import full_logits
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from toy import TOY, toy_params
+from toy import TOY, sharing_engine, toy_params
 from tree_program import MAX_LEN, TreeProgram
 
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
@@ -92,12 +92,24 @@ class WindowedProgram(EngineProgram):
     config = dataclasses.replace(TOY, sliding_window=5, sliding_layers=(True, False))
 
 
+class SharingProgram(EngineProgram):
+    """Decode steps that read the pages which several nodes name once."""
+
+    def make_tree(self, seed):
+        return shuffle_pages(Tree(EngineSteps(small_sharing_engine())), seed)
+
+
+@functools.cache
+def small_sharing_engine() -> Engine:
+    return sharing_engine(num_pages=24, max_num_seqs=8, max_num_batched_tokens=16, max_model_len=MAX_LEN)
+
+
 TestEngineProgram = EngineProgram.TestCase
 TestEngineProgram.settings = settings(max_examples=12, stateful_step_count=20, **SETTINGS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [EngineProgram, WindowedProgram])
+@pytest.mark.parametrize("program", [EngineProgram, WindowedProgram, SharingProgram])
 def test_long_programs_on_the_engine_equal_recomputation(program):
     run_state_machine_as_test(program, settings=settings(max_examples=40, stateful_step_count=40, **SETTINGS))
 

@@ -55,6 +55,7 @@ def test_arrivals_are_a_burst_or_a_poisson_process_on_the_same_lengths():
         ("exponential:a:b:c", {}, "unknown workload"),
         ("fixed:100:100", dict(max_len=200), "shorter than max_len=200: raise max_len"),
         ("sharegpt", dict(rate=0), "rate must be above 0"),
+        ("sharegpt", dict(seed=-1), "seed must be at least 0, got -1"),
     ],
 )
 def test_what_cannot_be_made_is_refused(name, options, message):

@@ -15,8 +15,10 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionCo
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
 from jaxpaged.engine import Engine
+from jaxpaged.host.prefix_groups import PrefixRule, PrefixSharing
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.sampling_params import SamplingParams
+from pallas_kernels import reference
 
 TOY = ModelConfig(
     family="llama",
@@ -57,6 +59,18 @@ def toy_engine(
         ),
         kernels, jax.devices()[0],
     )  # fmt: skip
+
+
+#: Every page that two rows have in common is read once.
+ALWAYS = PrefixRule(min_saved_tokens=0, min_run_pages=1)
+
+
+def sharing_engine(**sizes) -> Engine:
+    """A `toy_engine` with `shared_prefixes`, which needs the Pallas kernels, over what stands for them in XLA."""
+    engine = toy_engine(**sizes)
+    engine.kernels = REFERENCE._replace(shared_prefix_decode=reference.shared_prefix_decode)
+    engine.sharing = PrefixSharing(max_members=4, rule=ALWAYS)
+    return engine
 
 
 def make_group(

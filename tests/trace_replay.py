@@ -13,8 +13,9 @@ import numpy as np
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.host.beam_state import BeamState
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs

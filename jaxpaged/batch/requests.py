@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.sampling_params import SamplingParams
 
 Prompt = str | list[int]
-Params = SamplingParams | BeamSearchParams
 
 SAMPLING_NAMES = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name != "logits_processors")
 BEAM_NAMES = tuple(f.name for f in dataclasses.fields(BeamSearchParams) if f.name != "logits_processors")
@@ -63,7 +62,7 @@ class BatchRequest:
     index: int  # of the input line, from 0, blank lines counted
     id: str | int
     prompts: list[Prompt]
-    params: list[Params]  # one a prompt
+    params: list[RequestParams]  # one a prompt
     openai: OpenAIOptions | None
     fingerprint: str
     error_fingerprint: str  # of this line's row if the model refuses it
@@ -105,7 +104,7 @@ def make_request(
     return BatchRequest(index, request_id, prompts, params, openai, fingerprint, digest([fingerprint, context.options]))
 
 
-def make_params(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> Params:
+def make_params(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> RequestParams:
     """What a line asks for: a beam search where it, or the command, gives a `beam_width`.
 
     Defaults for the other kind of request are left out; values for it are an error.
@@ -136,7 +135,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _changed_fields(params: Params) -> dict[str, Any]:
+def _changed_fields(params: RequestParams) -> dict[str, Any]:
     """Only what differs from the default, so that a parameter which a later version adds leaves old results valid."""
     fields = {f.name: (getattr(params, f.name), f.default) for f in dataclasses.fields(params)}
     return {name: value for name, (value, default) in fields.items() if value != default}

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpaged.batch.openai import Decode, completion_body, rounded
-from jaxpaged.batch.requests import BatchRequest, InvalidLine, Params
+from jaxpaged.batch.requests import BatchRequest, InvalidLine
+from jaxpaged.beam_params import RequestParams
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput
 
 #: What every row begins with, in bytes: how a row that was cut off is told from somebody else's file.
@@ -64,7 +65,7 @@ def _openai_row(line: BatchRequest | InvalidLine, fingerprint: str, response: An
     }
 
 
-def _sample(sample: CompletionOutput, params: Params) -> dict[str, Any]:
+def _sample(sample: CompletionOutput, params: RequestParams) -> dict[str, Any]:
     row: dict[str, Any] = {
         "index": sample.index,
         "text": sample.text,

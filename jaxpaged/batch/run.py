@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxpaged.batch.requests import BatchRequest, Params
+from jaxpaged.batch.requests import BatchRequest
+from jaxpaged.beam_params import RequestParams
 from jaxpaged.outputs import RequestOutput
 
 
 class GeneratingLLM(Protocol):
     """What a batch needs of `jaxpaged.LLM`."""
 
-    def check_request(self, prompt: Any, params: Params) -> None: ...
+    def check_request(self, prompt: Any, params: RequestParams) -> None: ...
 
     def generate_iter(
         self, prompts: Any, sampling_params: Any, *, request_ids: list[str] | None = None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpaged.config import AttentionOptions, CacheConfig, ModelConfig
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.step_io import DecodeInputs, PrefillInputs
+from jaxpaged.step_io import DecodeInputs, StepInputs
 
 Array = jax.Array
 
@@ -27,12 +27,7 @@ class KVCache(Protocol):
         ...
 
     def attend(
-        self,
-        layer: int,
-        q: Array,
-        inputs: DecodeInputs | PrefillInputs,
-        options: AttentionOptions,
-        kernels: AttentionKernels,
+        self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
     ) -> Array:
         """q [T, H, D] against what the rows of `inputs` may read -> [T, H, D]."""
         ...
@@ -58,12 +53,7 @@ class PagedCache:
         return dataclasses.replace(self, k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
 
     def attend(
-        self,
-        layer: int,
-        q: Array,
-        inputs: DecodeInputs | PrefillInputs,
-        options: AttentionOptions,
-        kernels: AttentionKernels,
+        self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
     ) -> Array:
         with jax.named_scope("attention"):
             if isinstance(inputs, DecodeInputs):

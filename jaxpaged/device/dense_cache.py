@@ -18,7 +18,7 @@ from jaxpaged.config import DENSE_CACHES, AttentionOptions, CacheConfig, EngineC
 from jaxpaged.device import dense_attention
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache, make_paged_cache
-from jaxpaged.step_io import DecodeInputs, PrefillInputs
+from jaxpaged.step_io import DecodeInputs, StepInputs
 
 Array = jax.Array
 
@@ -42,12 +42,7 @@ class DenseCache(PagedCache):
         return dataclasses.replace(self, k=written(self.k, k), v=written(self.v, v))
 
     def attend(
-        self,
-        layer: int,
-        q: Array,
-        inputs: DecodeInputs | PrefillInputs,
-        options: AttentionOptions,
-        kernels: AttentionKernels,
+        self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
     ) -> Array:
         k, v = self.k[layer], self.v[layer]
         rows = (inputs.block_tables[:, 0] - 1) // (k.shape[1] // self.page_size)  # -1 for padding
@@ -94,12 +89,7 @@ class NoCache(PagedCache):
         return dataclasses.replace(self, k=(), v=())
 
     def attend(
-        self,
-        layer: int,
-        q: Array,
-        inputs: DecodeInputs | PrefillInputs,
-        options: AttentionOptions,
-        kernels: AttentionKernels,
+        self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
     ) -> Array:
         (k,), (v,) = self.k, self.v
         if isinstance(inputs, DecodeInputs):  # prompts of one token: each sees itself alone

@@ -11,7 +11,8 @@ from jaxpaged.config import CacheConfig
 from jaxpaged.host.block_table import BlockTable
 from jaxpaged.host.memory_account import MemoryAccount, make_account
 from jaxpaged.host.reservation import Policy
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.swap import Swap
 
 #: What is taken down a step; int32 holds them, since it holds every slot of a pool.

@@ -17,8 +17,8 @@ from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.block_table import PageCopy, num_pages_for
 from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.sampling_batch import make_beam_rows, make_sampling_inputs
-from jaxpaged.host.scheduler import PlanRow, StepPlan
-from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs
+from jaxpaged.host.step_plan import PlanRow, StepPlan
+from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, StepBatch
 
 
 class StepShape(NamedTuple):
@@ -112,7 +112,7 @@ def split(size: int, sizes: tuple[int, ...]) -> list[int]:
 
 def make_batch(
     plan: StepPlan, shape: StepShape, cache: CacheConfig, vocab_size: int, features: SamplingFeatures
-) -> DecodeBatch | PrefillBatch:
+) -> StepBatch:
     """The step's arrays; row i of the plan is row i of the arrays. An empty plan gives a step that does nothing."""
     tables = _block_tables(plan.rows, shape)
     history_len = shape.table_width * cache.page_size

@@ -16,7 +16,8 @@ import numpy as np
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.block_table import num_pages_for
 from jaxpaged.host.reservation import Paged
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.host.step_plan import StepPlan
 
 
 def num_quiet_steps(plan: StepPlan, scheduler: Scheduler) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.sampling_params import LogitsProcessor, SamplingParams
@@ -78,7 +78,7 @@ class SamplingFeatures:
         return self.is_penalised or bool(self.processors)
 
 
-def penalties(params: SamplingParams | BeamSearchParams) -> tuple[float, float, float]:
+def penalties(params: RequestParams) -> tuple[float, float, float]:
     return params.repetition_penalty, params.presence_penalty, params.frequency_penalty
 
 

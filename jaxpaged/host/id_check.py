@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from jaxpaged.config import CacheConfig
-from jaxpaged.step_io import DecodeInputs, PrefillInputs
+from jaxpaged.step_io import StepInputs
 
 
-def check_ids(inputs: DecodeInputs | PrefillInputs, cache: CacheConfig) -> None:
+def check_ids(inputs: StepInputs, cache: CacheConfig) -> None:
     """RuntimeError if a table names no page of the pool, a slot is in none, or a context is longer than its table."""
     num_slots = cache.num_pages * cache.page_size
     pool = f"the pool has {cache.num_pages} pages of {cache.page_size} tokens"

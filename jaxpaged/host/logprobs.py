@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxpaged.host.logprob_entry import Entry, make_entry
-from jaxpaged.host.scheduler import StepPlan
+from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.step_io import StepOutputs, TokenLogprobs
 
 

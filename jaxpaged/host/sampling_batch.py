@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.host.features import SamplingFeatures, penalties
-from jaxpaged.host.scheduler import Sample
+from jaxpaged.host.step_plan import Sample
 from jaxpaged.sampling_params import LOGIT_BIAS_LIMIT, SamplingParams
 from jaxpaged.step_io import SamplingInputs
 

@@ -17,53 +17,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beam_groups import advance_groups
-from jaxpaged.host.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
+from jaxpaged.host.block_table import BlockTable, num_pages_for, num_pages_needed
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.policies import make_policy
+from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.reservation import most_pages
-from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
+from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.swap import Swap, SwapSpace
 from jaxpaged.host.token_tree import build_branches
 from jaxpaged.step_io import StepOutputs
-
-
-class PlanRow(NamedTuple):
-    """Compute the KV of `count` tokens of `sequence` from position `start` on."""
-
-    group: SequenceGroup
-    sequence: Sequence
-    start: int
-    count: int
-
-
-class Sample(NamedTuple):
-    """Choose the next token of `sequence` from the logits behind the last token of plan row `row`."""
-
-    group: SequenceGroup
-    sequence: Sequence
-    row: int
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: all of it prefill (several tokens a row) or all of it decode (one token a row)."""
-
-    is_prefill: bool
-    rows: list[PlanRow] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    # To be carried out in this order before the step writes: swaps, then copies. What is taken out may be overwritten.
-    swaps: list[Swap] = field(default_factory=list)
-    copies: list[PageCopy] = field(default_factory=list)
-    num_preempted: int = 0
-    num_swap_overflows: int = 0  # of those preempted, the ones that swap space had no room for
-    num_recomputed: int = 0  # of the rows' tokens, those that were computed before
-    num_idle_rows: int = 0  # rows behind these, whose sequences have ended while their batch goes on
 
 
 class Scheduler:
@@ -76,8 +43,7 @@ class Scheduler:
         self.allocator = self.policy.allocator
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []  # in order of arrival
-        # Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read.
-        self._prefilling: deque[tuple[SequenceGroup, Sequence]] = deque()
+        self._prefill = PrefillQueue(limits, self.policy)
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
@@ -122,19 +88,19 @@ class Scheduler:
             self.waiting.popleft()
         if not self.running:
             return None
-        if self._prefilling:
-            plan = self._plan_prefill()
+        if self._prefill.has_work:
+            plan = self._prefill.plan()
+            self._batch = None  # samples may have forked
         else:
             plan = self._plan_decode() if self.policy.is_cached else self._plan_recompute()
         plan.swaps = self._swaps
         plan.copies += copies
         return plan
 
-    # Admission and prefill
+    # Admission
 
     def _try_admit(self, group: SequenceGroup) -> bool:
-        queued = sum(sequence.num_tokens - sequence.num_computed for _, sequence in self._prefilling)
-        if queued >= self.limits.max_num_batched_tokens:
+        if self._prefill.num_tokens >= self.limits.max_num_batched_tokens:
             return False
         if sum(g.num_rows for g in self.running) + group.num_rows > self.limits.max_num_seqs:
             return False
@@ -159,10 +125,7 @@ class Scheduler:
         branches = build_branches(group, self.cache.page_size)
         if not self.policy.try_place(group, branches, lambda: self._headroom(group)):
             return False
-        for sequence, num_shared, num_to_compute in branches:
-            sequence.num_computed = num_shared
-            if num_to_compute:
-                self._prefilling.append((group, sequence))
+        self._prefill.add(group, branches)
         return True
 
     def _headroom(self, group: SequenceGroup) -> int:
@@ -181,61 +144,6 @@ class Scheduler:
             for group in self.running:
                 self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
         return self._batch
-
-    def _plan_prefill(self) -> StepPlan:
-        plan = StepPlan(is_prefill=True)
-        budget = self.limits.max_num_batched_tokens
-        num_samples = 0
-        while self._prefilling and budget:
-            group, sequence = self._prefilling[0]
-            start = sequence.num_computed
-            count = min(budget, group.num_to_prefill(sequence) - start)
-            if plan.rows and (count == 1) != (plan.rows[0].count == 1):
-                break  # one token a row is a decode step (batching.py): among longer rows it costs many times more
-            is_last = start + count == group.num_to_prefill(sequence)
-            num_samples += self._num_first_samples(group) if is_last else 0
-            if num_samples > self.limits.max_num_seqs:
-                break
-            self._plan_row(plan, group, sequence, start, count)
-            budget -= count
-            if is_last:
-                self._prefilling.popleft()
-                self._plan_first_samples(plan, group, sequence)
-        return plan
-
-    def _num_first_samples(self, group: SequenceGroup) -> int:
-        """Samples that the end of a prefill gives: beams choose from one row, and those that come back from none."""
-        if group.beams:
-            return 0 if group.is_forked else 1
-        return 1 if group.is_forked else group.params.num_samples
-
-    def _plan_row(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence, start: int, count: int) -> None:
-        plan.rows.append(PlanRow(group, sequence, start, count))
-        sequence.num_computed = start + count
-        num_recomputed = max(0, min(sequence.num_computed, sequence.num_once_computed) - start)
-        group.recomputed_tokens += num_recomputed
-        plan.num_recomputed += num_recomputed
-        sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed)
-
-    def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
-        """The row that completes a prompt gives the first token of every sample: fork them here, sharing all pages."""
-        row = len(plan.rows) - 1
-        if group.beams and group.is_forked:
-            return
-        plan.samples.append(Sample(group, sequence, row))
-        if group.is_forked or group.beams:
-            return
-        for index in range(1, group.params.num_samples):
-            sample = Sequence(
-                index, sequence.token_ids[:], sequence.prompt_len, self.policy.fork(sequence.table),
-                sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
-                stream=group.make_stream() if group.make_stream else None,
-            )  # fmt: skip
-            group.sequences.append(sample)
-            plan.samples.append(Sample(group, sample, row))
-        self.policy.settle(group)
-        group.record_pages()
-        self._batch = None
 
     # Decode and preemption
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_params import RequestParams
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.block_table import BlockTable
-from jaxpaged.sampling_params import SamplingParams
 
 
 class SequenceStatus(enum.Enum):
@@ -92,7 +91,7 @@ class SequenceGroup:
 
     request_id: str
     prompt: str | None
-    params: SamplingParams | BeamSearchParams
+    params: RequestParams
     seed: int
     sequences: list[Sequence]
     max_len: int  # tokens of prompt and output at which a sample ends

@@ -37,8 +37,9 @@ from typing import Any
 
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.block_table import PageCopy
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.host.step_plan import StepPlan
 
 FORMAT, VERSION = "jaxpaged trace", 1
 

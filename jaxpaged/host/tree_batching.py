@@ -17,9 +17,9 @@ import numpy as np
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.batching import Buckets, make_batch
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.scheduler import PlanRow, Sample, StepPlan
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.step_io import NULL_PAGE, DecodeBatch, PrefillBatch
+from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
+from jaxpaged.step_io import NULL_PAGE, StepBatch
 
 
 class Span(NamedTuple):
@@ -94,7 +94,7 @@ def make_span_batch(
     cache: CacheConfig,
     vocab_size: int,
     features: SamplingFeatures,
-) -> DecodeBatch | PrefillBatch:
+) -> StepBatch:
     """The step's arrays, with no write to positions that are in the pages already."""
     plan = step.plan
     batch = make_batch(plan, buckets.shape_of(plan, features), cache, vocab_size, features)

@@ -5,12 +5,12 @@ Every visited position keeps its node, pinned: to come back to it costs a fork, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.search.puct import Place, go_down, most_visited
 from jaxpaged.tree import Node, Tree
 
 #: Tokens of a continuation -> how good it is, in [0, 1] for the usual constant of exploration.
@@ -27,23 +27,6 @@ class SearchResult:
     visits: tuple[tuple[int, int, float], ...]  # of the root's children: (token, visits, mean value), most visits first
 
 
-@dataclass(eq=False, slots=True)
-class _Place:
-    """A position of the tree: what the policy says of it, and what was learnt of it and below."""
-
-    tokens: tuple[int, ...]
-    prior: float
-    node: Node | None = None  # from the first visit on, pinned
-    worth: float = 0.0  # its value, asked at the first visit
-    visits: int = 0
-    total: float = 0.0
-    children: list[_Place] = field(default_factory=list)  # the likeliest first
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.visits if self.visits else 0.0
-
-
 def monte_carlo_tree_search(
     tree: Tree,
     root: Node,
@@ -55,10 +38,11 @@ def monte_carlo_tree_search(
     exploration: float = 1.0,
     root_noise: float = 0.0,
     end_ids: Sequence[int] | frozenset[int] | None = None,
+    num_parallel: int = 1,
 ) -> SearchResult:
     """Simulate: go down by PUCT, visit one new position, ask its value, and tell it to all positions above.
 
-    Every visit is a step with one row, and takes a page or none; where pages run out, OutOfPagesError ends the search.
+    A visit is a row of a step, and takes a page or none; where pages run out, OutOfPagesError ends the search.
 
     Args:
         value: of a continuation, complete or not; it may well be a rollout from a fork of its own.
@@ -66,65 +50,56 @@ def monte_carlo_tree_search(
         num_children: the likeliest tokens that are considered at a position.
         exploration: PUCT's constant: how much the policy and unvisited children count against known values.
         root_noise: share of Dirichlet(0.3) noise in the policy at the root; `seed` is for this alone.
+        num_parallel: simulations whose new positions are visited in one step. Each of them counts as worth 0 until it
+            is valued (a virtual loss), so that the next one goes elsewhere: quicker, but with less known at each turn.
     """
-    if num_simulations < 1 or max_tokens < 1:
-        raise ValueError(f"num_simulations and max_tokens must be at least 1, got {num_simulations} and {max_tokens}")
+    for name, count in dict(num_simulations=num_simulations, max_tokens=max_tokens, num_parallel=num_parallel).items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     rng = np.random.default_rng(seed)
     ends = tree.eos_token_ids if end_ids is None else frozenset(end_ids)
     top = min(num_children, tree.vocab_size)
-    start = _Place((), 1.0, tree.fork(root))
+    start = Place((), 1.0, tree.fork(root))
     visited = [start]
     try:
-        _expand(tree, start, top)
+        _expand(tree, [start], top)
         if root_noise:
             noise = rng.dirichlet([0.3] * len(start.children)).tolist()
             for child, share in zip(start.children, noise, strict=True):
                 child.prior = (1 - root_noise) * child.prior + root_noise * share
-        for _ in range(num_simulations):
-            path = [start]
-            while path[-1].children:
-                path.append(_select(path[-1], exploration))
-            place = path[-1]
-            if place.node is None:
-                visited.append(place)
-                _visit(tree, place, path[-2], top)
+        for done in range(0, num_simulations, num_parallel):
+            paths = [go_down(start, exploration) for _ in range(min(num_parallel, num_simulations - done))]
+            parents = {path[-1]: path[-2] for path in paths if path[-1].node is None}
+            visited += parents
+            _visit(tree, parents, top)
+            for place in parents:
                 place.worth = float(value(list(place.tokens)))
-                if place.tokens[-1] not in ends and len(place.tokens) < max_tokens:
-                    _expand(tree, place, top)
-            for above in path:
-                above.visits += 1
-                above.total += place.worth
+            _expand(tree, [p for p in parents if p.tokens[-1] not in ends and len(p.tokens) < max_tokens], top)
+            for path in paths:
+                for above in path:
+                    above.total += path[-1].worth
     finally:
         tree.free([place.node for place in visited if place.node is not None])
     best = max(visited[1:], key=lambda place: place.worth)
     ranked = sorted((child for child in start.children if child.visits), key=lambda child: -child.visits)
     visits = tuple((child.tokens[-1], child.visits, child.mean) for child in ranked)
-    return SearchResult(_most_visited(start), best.tokens, best.worth, visits)
+    return SearchResult(most_visited(start), best.tokens, best.worth, visits)
 
 
-def _visit(tree: Tree, place: _Place, parent: _Place, top: int) -> None:
-    """Give a position its node: one token behind its parent's."""
-    assert parent.node is not None
-    node = place.node = tree.fork(parent.node)
-    tree.append(node, place.tokens[-1], top)
-    tree.pin(node)
+def _visit(tree: Tree, parents: dict[Place, Place], top: int) -> None:
+    """Give positions their nodes: one token behind those of their parents."""
+    nodes = tree.fork([parent.node for parent in parents.values() if parent.node is not None])
+    for place, node in zip(parents, nodes, strict=True):
+        place.node = node
+    tree.append(nodes, [place.tokens[-1] for place in parents], top)
+    tree.pin(nodes)
 
 
-def _expand(tree: Tree, place: _Place, top: int) -> None:
-    """Make the likeliest tokens behind a position its children, the likeliest first."""
-    assert place.node is not None
-    ids, logprobs = tree.next_tokens(place.node, top).top(top)
-    priors = np.exp(logprobs[0].astype(np.float64))
-    pairs = zip(ids[0].tolist(), (priors / priors.sum()).tolist(), strict=True)
-    place.children = [_Place((*place.tokens, token), prior) for token, prior in pairs if prior > 0]
-
-
-def _select(place: _Place, exploration: float) -> _Place:
-    scale = exploration * math.sqrt(place.visits + 1)
-    return max(place.children, key=lambda child: child.mean + scale * child.prior / (1 + child.visits))
-
-
-def _most_visited(place: _Place) -> tuple[int, ...]:
-    while visited := [child for child in place.children if child.visits]:
-        place = max(visited, key=lambda child: child.visits)
-    return place.tokens
+def _expand(tree: Tree, places: list[Place], top: int) -> None:
+    """Make the likeliest tokens behind positions their children, the likeliest first."""
+    ids, logprobs = tree.next_tokens([place.node for place in places if place.node is not None], top).top(top)
+    priors = np.exp(logprobs.astype(np.float64))
+    priors /= priors.sum(axis=1, keepdims=True)
+    for place, tokens, shares in zip(places, ids.tolist(), priors.tolist(), strict=True):
+        pairs = zip(tokens, shares, strict=True)
+        place.children = [Place((*place.tokens, token), prior) for token, prior in pairs if prior > 0]

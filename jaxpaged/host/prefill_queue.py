@@ -1,0 +1,96 @@
+"""Prompts of admitted requests, computed first come, first served, in chunks that fill a step's budget of tokens.
+
+The row that completes a prompt gives the first token of every sample, so the samples fork here, sharing all pages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.host.reservation import Policy
+from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
+from jaxpaged.host.token_tree import Branch
+
+
+class PrefillQueue:
+    """Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read."""
+
+    def __init__(self, limits: EngineConfig, policy: Policy):
+        self._limits = limits
+        self._policy = policy
+        self._queue: deque[tuple[SequenceGroup, Sequence]] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens still to compute."""
+        return sum(sequence.num_tokens - sequence.num_computed for _, sequence in self._queue)
+
+    def add(self, group: SequenceGroup, branches: list[Branch]) -> None:
+        """Queue what the group's sequences do not share; there is memory for all of it."""
+        for sequence, num_shared, num_to_compute in branches:
+            sequence.num_computed = num_shared
+            if num_to_compute:
+                self._queue.append((group, sequence))
+
+    def plan(self) -> StepPlan:
+        """The next step of prefill; there must be work."""
+        plan = StepPlan(is_prefill=True)
+        budget = self._limits.max_num_batched_tokens
+        num_samples = 0
+        while self._queue and budget:
+            group, sequence = self._queue[0]
+            start = sequence.num_computed
+            count = min(budget, group.num_to_prefill(sequence) - start)
+            if plan.rows and (count == 1) != (plan.rows[0].count == 1):
+                break  # one token a row is a decode step (batching.py): among longer rows it costs many times more
+            is_last = start + count == group.num_to_prefill(sequence)
+            num_samples += _num_first_samples(group) if is_last else 0
+            if num_samples > self._limits.max_num_seqs:
+                break
+            _plan_row(plan, group, sequence, start, count)
+            budget -= count
+            if is_last:
+                self._queue.popleft()
+                self._plan_first_samples(plan, group, sequence)
+        return plan
+
+    def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
+        """The last planned row completes a prompt: choose the first token of every sample from it."""
+        row = len(plan.rows) - 1
+        if group.beams and group.is_forked:
+            return
+        plan.samples.append(Sample(group, sequence, row))
+        if group.is_forked or group.beams:
+            return
+        for index in range(1, group.params.num_samples):
+            sample = Sequence(
+                index, sequence.token_ids[:], sequence.prompt_len, self._policy.fork(sequence.table),
+                sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
+                stream=group.make_stream() if group.make_stream else None,
+            )  # fmt: skip
+            group.sequences.append(sample)
+            plan.samples.append(Sample(group, sample, row))
+        self._policy.settle(group)
+        group.record_pages()
+
+
+def _num_first_samples(group: SequenceGroup) -> int:
+    """Samples that the end of a prefill gives: beams choose from one row, and those that come back from none."""
+    if group.beams:
+        return 0 if group.is_forked else 1
+    return 1 if group.is_forked else group.params.num_samples
+
+
+def _plan_row(plan: StepPlan, group: SequenceGroup, sequence: Sequence, start: int, count: int) -> None:
+    plan.rows.append(PlanRow(group, sequence, start, count))
+    sequence.num_computed = start + count
+    num_recomputed = max(0, min(sequence.num_computed, sequence.num_once_computed) - start)
+    group.recomputed_tokens += num_recomputed
+    plan.num_recomputed += num_recomputed
+    sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed)

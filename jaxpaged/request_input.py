@@ -1,0 +1,127 @@
+"""From prompts and parameters to sequence groups: everything that is checked of a request before anything runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpaged.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.beam_text import BeamText
+from jaxpaged.engine import Engine
+from jaxpaged.host.beam_state import BeamState
+from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.prompts import Prompt, prompt_token_ids, read_prompts
+from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.tokenizer import StopStringStream, Tokenizer, need_tokenizer
+
+
+class RequestReader:
+    """Reads the requests of one LLM, and counts them: those without a seed get one that follows from their number."""
+
+    def __init__(self, tokenizer: Tokenizer | None, directory: Path, seed: int):
+        self.tokenizer = tokenizer
+        self._missing = f"{directory} has no tokenizer.json or tokenizer.model"
+        self._seed = seed
+        self._num_requests = 0
+
+    def read_all(
+        self,
+        prompts: Any,
+        params: RequestParams | SequenceOf[RequestParams] | None,
+        request_ids: SequenceOf[str] | None,
+        engine: Engine,
+    ) -> list[SequenceGroup]:
+        """A group for each prompt, that `engine` can run; ValueError, which names the prompt, if any cannot be."""
+        read = read_prompts(prompts)
+        all_params = _one_for_each(params, len(read))
+        ids = [str(i) for i in range(len(read))] if request_ids is None else list(request_ids)
+        if len(ids) != len(read):
+            raise ValueError(f"{len(ids)} request_ids for {len(read)} prompts")
+        groups = []
+        for i, (prompt, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
+            try:
+                groups.append(self.read(prompt, one_params, request_id, self._request_seed(one_params, i), engine))
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}" if len(read) > 1 else str(error)) from None
+        self._num_requests += len(groups)
+        return groups
+
+    def _request_seed(self, params: RequestParams, index: int) -> int:
+        """The request's own seed, or one that follows from the LLM's and the number of requests before it."""
+        if params.seed is not None:
+            return params.seed
+        return int(np.random.SeedSequence([self._seed, self._num_requests + index]).generate_state(1, np.uint64)[0])
+
+    def read(self, prompt: Prompt, params: RequestParams, request_id: str, seed: int, engine: Engine) -> SequenceGroup:
+        """The group of one request; ValueError for one that `engine` could not run even alone."""
+        model, limits = engine.model, engine.limits
+        params.check_token_ids(model.vocab_size)
+        token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing)
+        if params.stop_strings or params.bad_words:
+            need_tokenizer(self.tokenizer, "stop strings and bad_words need", self._missing)
+        for token_id in token_ids:
+            if not 0 <= token_id < model.vocab_size:
+                raise ValueError(
+                    f"token id {token_id} is outside the vocabulary, which has ids 0 to {model.vocab_size - 1}"
+                )
+        budget = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
+        group = SequenceGroup(
+            request_id, prompt.text, params, seed,
+            sequences=[Sequence(0, token_ids, len(token_ids))],
+            max_len=min(budget, limits.max_model_len),
+            eos_ids=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
+            stop_ids=frozenset(params.stop_token_ids or ()),
+            banned_words=_banned_words(params, self.tokenizer),
+        )  # fmt: skip
+        if isinstance(params, BeamSearchParams):
+            _prepare_beams(group, params, self.tokenizer)
+        else:
+            _prepare_samples(group, params, self.tokenizer)
+        engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len)
+        return group
+
+
+def _prepare_beams(group: SequenceGroup, params: BeamSearchParams, tokenizer: Tokenizer | None) -> None:
+    group.beams = BeamState.of(params, group.eos_ids | group.stop_ids, group.max_len - group.prompt_len)
+    if params.stop_strings and tokenizer is not None:
+        text = BeamText(tokenizer, group.sequences[0].token_ids[:], params)
+        group.ends_text = lambda output_ids: text.find_stop(output_ids) is not None
+
+
+def _prepare_samples(group: SequenceGroup, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    if params.stop_strings and tokenizer is not None:
+        group.make_stream = functools.partial(
+            StopStringStream, tokenizer, group.sequences[0].token_ids, params.stop_strings,
+            params.include_stop_str_in_output, params.skip_special_tokens,
+        )  # fmt: skip
+        group.sequences[0].stream = group.make_stream()
+
+
+def _banned_words(params: RequestParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """Token ids of `bad_words`, each as it is written at the start of a text and behind a space."""
+    if not params.bad_words or tokenizer is None:
+        return ()
+    words = {}
+    for word in params.bad_words:
+        for text in (word, " " + word.lstrip()):
+            words[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
+    return tuple(word for word in words if word)
+
+
+def _one_for_each(params: RequestParams | SequenceOf[RequestParams] | None, count: int) -> list[RequestParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, RequestParams):
+        return [params] * count
+    is_list = isinstance(params, SequenceOf) and not isinstance(params, str)
+    if not is_list or any(not isinstance(one, RequestParams) for one in params):
+        raise ValueError(
+            f"sampling_params must be a SamplingParams or BeamSearchParams or a list of them, got {params!r}"
+        )
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")
+    return list(params)

@@ -1,0 +1,101 @@
+"""From a finished sequence group to the `RequestOutput` that the user gets: the best samples, texts, the account."""
+
+from __future__ import annotations
+
+from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.beam_text import BeamText
+from jaxpaged.host.beam_logprobs import logprobs_of
+from jaxpaged.host.beam_state import Hypothesis, best_hypotheses
+from jaxpaged.host.logprob_entry import Entry
+from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation
+
+
+def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOutput:
+    """What came of a group that has finished; without a tokenizer all texts are empty."""
+    pages = group.pages
+    prompt_logprobs = None
+    if group.params.prompt_logprobs is not None:
+        prompt_logprobs = [None, *(_logprobs(entry, tokenizer) for entry in group.prompt_logprobs)]
+    return RequestOutput(
+        request_id=group.request_id,
+        prompt=group.prompt,
+        prompt_token_ids=group.sequences[0].token_ids[: group.prompt_len],
+        prompt_logprobs=prompt_logprobs,
+        outputs=_completions(group, tokenizer),
+        finished=True,
+        metrics=RequestMetrics(
+            group.arrival_time, group.first_scheduled_time, group.first_token_time, group.finished_time
+        ),
+        kv=KVUsage(
+            pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,
+            group.num_preemptions, group.recomputed_tokens, group.num_swaps,
+        ),
+    )  # fmt: skip
+
+
+def _completions(group: SequenceGroup, tokenizer: Tokenizer | None) -> list[CompletionOutput]:
+    params = group.params
+    if isinstance(params, BeamSearchParams):
+        best = best_hypotheses(group.beams, params.num_returned)
+        return [_beam(group, params, hypothesis, i, tokenizer) for i, hypothesis in enumerate(best)]
+    chosen = group.sequences
+    if params.num_samples > params.n:
+        chosen = sorted(chosen, key=lambda sequence: -sequence.cumulative_logprob)[: params.n]
+    return [_sample(group, sequence, i, tokenizer) for i, sequence in enumerate(chosen)]
+
+
+def _beam(
+    group: SequenceGroup, params: BeamSearchParams, found: Hypothesis, index: int, tokenizer: Tokenizer | None
+) -> CompletionOutput:
+    last = found.token_ids[-1]
+    ended_by_token = last in group.eos_ids | group.stop_ids
+    text, stop = "", None
+    if tokenizer is not None and params.detokenize:
+        beam_text = BeamText(tokenizer, group.sequences[0].token_ids[: group.prompt_len], params)
+        text, stop = beam_text.of_output(found.token_ids, ended_by_token)
+    if last in group.stop_ids - group.eos_ids:
+        stop = last
+    logprobs = None
+    if params.logprobs is not None:
+        entries = logprobs_of(found, group.beams[found.search].logprobs, params.logprobs)
+        logprobs = [_logprobs(entry, tokenizer) for entry in entries]
+    return CompletionOutput(
+        index, text, found.token_ids, found.cumulative_logprob, logprobs,
+        "length" if stop is None and not ended_by_token else "stop", stop, found.score,
+    )  # fmt: skip
+
+
+def _sample(group: SequenceGroup, sequence: Sequence, index: int, tokenizer: Tokenizer | None) -> CompletionOutput:
+    assert sequence.finish_reason is not None
+    wants_logprobs = group.params.logprobs is not None
+    return CompletionOutput(
+        index=index,
+        text=_text(group, sequence, tokenizer),
+        token_ids=sequence.output_ids,
+        cumulative_logprob=sequence.cumulative_logprob,
+        logprobs=[_logprobs(entry, tokenizer) for entry in sequence.logprobs] if wants_logprobs else None,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )
+
+
+def _text(group: SequenceGroup, sequence: Sequence, tokenizer: Tokenizer | None) -> str:
+    params = group.params
+    if tokenizer is None or not params.detokenize:
+        return ""
+    if isinstance(sequence.stop_reason, str) and isinstance(sequence.stream, StopStringStream):
+        return sequence.stream.text
+    output = sequence.output_ids
+    if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
+        output = output[:-1]  # the token that ended it
+    prompt = sequence.token_ids[: sequence.prompt_len]
+    return decode_continuation(tokenizer, prompt, output, params.skip_special_tokens)
+
+
+def _logprobs(entry: Entry, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    return {
+        token_id: Logprob(logprob, rank, tokenizer.decode([token_id], False) if tokenizer else None)
+        for token_id, (logprob, rank) in entry.items()
+    }
