@@ -323,12 +323,14 @@ def lower_step(
     nothing = StepPlan(is_prefill=shape.num_tokens is not None)
     packed, layout = pack(make_batch(nothing, shape, cache, model.vocab_size, features))
     pool = jax.eval_shape(lambda: make_cache(model, cache, limits or EngineConfig(model.max_position_embeddings)))
-    arguments = jax.tree.map(
+    params, pool, packed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         (param_shapes(model, cache.dtype), pool, packed),
     )
-    step = steps.decode_step if shape.num_tokens is None else steps.prefill_step
-    return step.lower(*arguments, **static_arguments(model, kernels, layout, features))
+    static = static_arguments(model, kernels, layout, features)
+    if shape.num_tokens is not None:
+        return steps.prefill_step.lower(params, pool, packed, **static)
+    return steps.decode_layers.lower(params, pool, None, packed, layers=(0, model.num_layers), **static)
 
 
 def static_arguments(

@@ -27,13 +27,12 @@ def test_the_pool_is_donated_and_updated_in_place():
     cache = make_paged_cache(TOY, CacheConfig(16, 2000, "float32"))
     pool_bytes = sum(pool.nbytes for pool in (*cache.k, *cache.v))
     packed, layout = pack(decode_batch())
-    compiled = steps.decode_step.lower(
-        toy_params(), cache, packed, config=TOY, kernels=REFERENCE, layout=layout
-    ).compile()  # fmt: skip
-    memory = compiled.memory_analysis()
+    static = dict(config=TOY, kernels=REFERENCE, layout=layout)
+    whole = steps.decode_layers.lower(toy_params(), cache, None, packed, layers=(0, TOY.num_layers), **static)
+    memory = whole.compile().memory_analysis()
     assert memory.alias_size_in_bytes == pool_bytes
     assert memory.temp_size_in_bytes < 0.1 * pool_bytes
-    columns, new_cache = steps.decode_step(toy_params(), cache, packed, config=TOY, kernels=REFERENCE, layout=layout)
+    columns, new_cache = steps.decode_step(toy_params(), cache, packed, **static)
     assert all(pool.is_deleted() for pool in (*cache.k, *cache.v))
     assert not any(pool.is_deleted() for pool in (*new_cache.k, *new_cache.v))
 
@@ -64,6 +63,28 @@ def test_more_copies_than_rows_are_made_before_the_step():
     engine.copy_pages, copy_pages = lambda copies: launched.append(copy_pages(copies)), engine.copy_pages
     assert run_tokens(engine, workload(seed=1)) == expected
     assert launched
+
+
+@pytest.mark.parametrize("kv_cache", ["paged", "dense-slots"])
+def test_a_deep_model_decodes_in_two_programs(monkeypatch, kv_cache):
+    """With the same tokens, copies in both parts of the pool, and nothing compiled after warming up."""
+    kernels = REFERENCE._replace(copies_in_steps=True)
+    expected = run_tokens(toy_engine(num_pages=400, kv_cache=kv_cache), workload(seed=1))
+    monkeypatch.setattr(steps, "DEEP", TOY.num_layers)
+    monkeypatch.setattr(steps, "FIRST_SHARE", 0.5)
+    launched, decode_layers = set(), steps.decode_layers
+
+    def launch(*args, layers, **static):
+        launched.add(layers)
+        return decode_layers(*args, layers=layers, **static)
+
+    monkeypatch.setattr(steps, "decode_layers", launch)
+    monkeypatch.setattr(steps, "num_compiled", decode_layers._cache_size)
+    engine = toy_engine(num_pages=400, kv_cache=kv_cache, kernels=kernels)
+    engine.warm_up(workload(seed=0))
+    assert run_tokens(engine, workload(seed=1)) == expected
+    assert engine.stats.compilations == 0
+    assert launched == {(0, 1), (1, 2)}
 
 
 def test_packing_loses_nothing():

@@ -36,6 +36,14 @@ class KVCache(Protocol):
         """Copy whole pages src i32[C] to dst i32[C], in every layer."""
         ...
 
+    def split(self, layer: int) -> tuple[Self, Self]:
+        """The layers before `layer`, and those from it on, whose numbers start anew."""
+        ...
+
+    def joined(self, rest: Self) -> Self:
+        """The two parts of `split` again."""
+        ...
+
     def kept(self) -> Self:
         """What is left for the next step."""
         ...
@@ -70,6 +78,13 @@ class PagedCache:
                 q, self.k[layer], self.v[layer], inputs.block_tables, inputs.query_starts, inputs.query_lens,
                 inputs.context_lens, **options._asdict(),
             )  # fmt: skip
+
+    def split(self, layer: int) -> tuple[Self, Self]:
+        first = dataclasses.replace(self, k=self.k[:layer], v=self.v[:layer])
+        return first, dataclasses.replace(self, k=self.k[layer:], v=self.v[layer:])
+
+    def joined(self, rest: Self) -> Self:
+        return dataclasses.replace(self, k=(*self.k, *rest.k), v=(*self.v, *rest.v))
 
     def kept(self) -> Self:
         return self

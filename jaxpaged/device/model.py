@@ -14,7 +14,7 @@ Norms, rotary embedding and softmax inputs are computed in float32, as the famil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -33,16 +33,40 @@ def forward(
     params: Params, config: ModelConfig, tokens: Array, positions: Array, cache: Cache, attend: Attend
 ) -> tuple[Array, Cache]:
     """tokens i32[T], positions i32[T] (each in its own sequence) -> hidden [T, E'] ready for the head, cache."""
+    x = embed(params, config, tokens, positions)
+    x, cache = run_layers(params["layers"], config, x, positions, cache, attend)
+    return finish(params, config, x), cache
+
+
+def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
+    """i32[T], i32[T] -> [T, E], what the first layer reads."""
     with jax.named_scope("embed"):
-        x = _embed(params, config, tokens, positions)
-    for layer, weights in enumerate(params["layers"]):
+        return _embed(params, config, tokens, positions)
+
+
+def run_layers(
+    layers: Sequence[Params],
+    config: ModelConfig,
+    x: Array,
+    positions: Array,
+    cache: Cache,
+    attend: Attend,
+    first: int = 0,
+) -> tuple[Array, Cache]:
+    """x [T, E] through some of the model's layers, of which the first is layer `first` -> [T, E], cache."""
+    for layer, weights in enumerate(layers, first):
         with jax.named_scope(f"layer_{layer}"):
             x, cache = _block(weights, config, layer, x, positions, cache, attend)
+    return x, cache
+
+
+def finish(params: Params, config: ModelConfig, x: Array) -> Array:
+    """[T, E] behind the last layer -> hidden [T, E'] ready for the head."""
     if config.has_final_norm:
         x = _norm(params["final_norm"], config, x)
     if "embedding_out" in params:
         x = _matmul(x, params["embedding_out"])
-    return x, cache
+    return x
 
 
 def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
