@@ -4,8 +4,11 @@
     print(stats.memory.shares(), stats.running.mean())
 
 The scheduler and its policies are those of the engine; only the device is scripted: it chooses tokens that end nothing,
-and for beams the best of random ones. So the steps, and the account of each, are those that the engine would take. Time
-is counted in steps. Long stretches of steps in which sequences only grow are taken at once (host/fast_forward.py).
+and for beams the best of random ones. So the steps, and the account of each, are those that the engine would take. Long
+stretches of steps in which sequences only grow are taken at once (host/fast_forward.py).
+
+Time is what a clock says: a step takes as long as any other, or what steps like it took on a device (step_table.py).
+With the latter, arrivals and latencies are those of that device.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from jaxpaged.workloads import Workload
 
 #: What the vLLM paper had for OPT-13B on a GPU of 40 GB: 983 pages of 16 tokens, and page 0, which is never used.
 PAPER_POOL = CacheConfig(page_size=16, num_pages=984)
+#: Seconds f64[n] of a planned step, and of n - 1 decode steps behind it in which its rows only grow by a token each.
+Clock = Callable[[StepPlan, int], np.ndarray]
 #: Tokens among which the beams of a simulation choose, with standard normal logits.
 BEAM_VOCABULARY = 256
 
@@ -50,7 +55,12 @@ def paper_limits(
 class Simulation:
     """One run of a workload, every request with `num_samples` samples or, where `beam_width` is not 0, so many beams.
 
-    A request is queued at the first step that starts at its arrival or later, a step taking `step_seconds`.
+    A request is queued at the first step that starts at its arrival or later.
+
+    Attributes:
+        now: seconds since the run began.
+        first_token_times, finished_times: f64[N] seconds at which each request had its first token, and its last;
+            NaN where it has not.
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class Simulation:
         num_samples: int = 1,
         beam_width: int = 0,
         seed: int = 0,
-        step_seconds: float = 0.03,
+        step_seconds: float | Clock = 0.03,
         one_by_one: bool = False,
         device: Callable[[StepPlan], StepOutputs] | None = None,
     ):
@@ -71,7 +81,7 @@ class Simulation:
         """
         if beam_width and num_samples > 1:
             raise ValueError(f"a request has samples or beams: num_samples={num_samples}, beam_width={beam_width}")
-        if not step_seconds > 0:
+        if not callable(step_seconds) and not step_seconds > 0:
             raise ValueError(f"step_seconds must be above 0, got {step_seconds}")
         self.workload = workload
         self.scheduler = Scheduler(cache, limits)
@@ -80,7 +90,9 @@ class Simulation:
             if beam_width
             else SamplingParams(n=num_samples, max_tokens=None, ignore_eos=True)
         )
-        self._first_steps = np.ceil(workload.arrivals / step_seconds).astype(np.int64)  # at which requests are queued
+        self._clock = step_seconds if callable(step_seconds) else _constant(step_seconds)
+        self.now = 0.0
+        self.first_token_times, self.finished_times = np.full((2, len(workload.arrivals)), np.nan)
         self._one_by_one = one_by_one or device is not None
         self._run = device or self._outputs
         self._rng = np.random.default_rng(seed)
@@ -105,16 +117,17 @@ class Simulation:
         scheduler, stats = self.scheduler, self.stats
         stats.num_requests = len(self.workload.prompt_lens)
         stats.num_prompt_tokens = int(self.workload.prompt_lens.sum())
-        clock = num_finished = 0
-        while self._num_queued < len(self._first_steps) or scheduler.has_work:
-            num_unqueued = self._queue(clock)
+        num_finished = 0
+        while self._num_queued < len(self.workload.arrivals) or scheduler.has_work:
+            num_unqueued = self._queue()
             plan = scheduler.schedule()
             if plan is None:  # nothing to do before the next arrival
-                clock = int(self._first_steps[self._num_queued])
+                self.now = float(self.workload.arrivals[self._num_queued])
                 continue
             stats.record(plan, scheduler, num_unqueued)
-            clock += 1 + self._look_ahead(plan, clock)
+            self._take_time(plan)
             finished = scheduler.commit(plan, self._run(plan))
+            self._note_times(plan, finished)
             num_finished += len(finished)
             if finished and on_finished is not None:
                 on_finished(num_finished)
@@ -122,17 +135,25 @@ class Simulation:
                 break
         return stats
 
-    def _queue(self, clock: int) -> int:
+    def _queue(self) -> int:
         """Queue requests that have arrived, as many as one step could admit; returns how many more have arrived."""
-        arrived = self._num_arrived(clock)
+        arrived = self._num_arrived()
         end = min(arrived, self._num_queued + self.scheduler.limits.max_num_seqs + 1 - len(self.scheduler.waiting))
         for index in range(self._num_queued, end):
             self.scheduler.add(self._group(index))
         self._num_queued = max(end, self._num_queued)  # one that was preempted may lie on top of the most
         return arrived - self._num_queued
 
-    def _num_arrived(self, clock: int) -> int:
-        return int(np.searchsorted(self._first_steps, clock, side="right"))
+    def _num_arrived(self) -> int:
+        return int(np.searchsorted(self.workload.arrivals, self.now, side="right"))
+
+    def _note_times(self, plan: StepPlan, finished: list[SequenceGroup]) -> None:
+        if plan.is_prefill:
+            for group in dict.fromkeys(sample.group for sample in plan.samples):
+                if np.isnan(self.first_token_times[index := int(group.request_id)]):
+                    self.first_token_times[index] = self.now
+        for group in finished:
+            self.finished_times[int(group.request_id)] = self.now
 
     def _group(self, index: int) -> SequenceGroup:
         prompt_len, output_len = int(self.workload.prompt_lens[index]), int(self.workload.output_lens[index])
@@ -143,17 +164,20 @@ class Simulation:
             group.beams = BeamState.of(self.params, (), output_len)
         return group
 
-    def _look_ahead(self, plan: StepPlan, clock: int) -> int:
-        """Take the steps that can follow this one at once; returns their number."""
-        if self._one_by_one:
-            return 0
-        count = num_quiet_steps(plan, self.scheduler)
-        arrived = self._num_arrived(clock)
-        if arrived < len(self._first_steps):  # the next may be admitted, or at least it waits, which the account says
-            count = min(count, int(self._first_steps[arrived]) - clock - 1)
+    def _take_time(self, plan: StepPlan) -> None:
+        """The planned step runs, and with it those that can follow it at once: until one starts at an arrival."""
+        most = 0 if self._one_by_one else num_quiet_steps(plan, self.scheduler)
+        # The times at which the steps start, and the last one ends. Summed as they would be one by one.
+        times = np.cumsum(np.concatenate([[self.now], self._clock(plan, 1 + most)]))
+        count = most
+        if (arrived := self._num_arrived()) < len(self.workload.arrivals):
+            # The next one may be admitted, or at least it waits, which the account says.
+            count = int(np.searchsorted(times[1 : most + 1], self.workload.arrivals[arrived]))
         if count > 0:
             advance(plan, self.scheduler, self.stats, count, [_token(sample) for sample in plan.samples])
-        return max(count, 0)
+        for began, ended in zip(times[: count + 1].tolist(), times[1 : count + 2].tolist(), strict=True):
+            self.stats.add_times(began, ended)
+        self.now = float(times[count + 1])
 
     def _outputs(self, plan: StepPlan) -> StepOutputs:
         """What the scripted device chooses: of samples a token that tells them apart, of beams random candidates."""
@@ -170,6 +194,10 @@ class Simulation:
         logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         sums = np.array([sample.sequence.cumulative_logprob for sample in samples], np.float32)
         return RowCandidates(np.take_along_axis(logprobs, tokens, 1) + sums[:, None], tokens)
+
+
+def _constant(step_seconds: float) -> Clock:
+    return lambda plan, num_steps: np.full(num_steps, step_seconds)
 
 
 def _token(sample: Sample) -> int:

@@ -83,7 +83,7 @@ class RunStats:
 
     @property
     def step_times(self) -> np.ndarray:
-        """When each step began and ended, in seconds since the run began, f64[2, steps]; a simulation has none."""
+        """When each step began and ended, in seconds since the run began, f64[2, steps]; by a simulation's clock."""
         return np.array(self._times, np.float64)
 
     @property
