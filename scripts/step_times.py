@@ -300,19 +300,20 @@ def compile_together(m: Measurement, wanted: list[StepShape], features: Sampling
     asks for them, since they are lowered for its own arrays."""
     engine, features = m.engine, features or SamplingFeatures()
 
-    def lower(shape: StepShape) -> jax.stages.Lowered:
+    def lower(shape: StepShape) -> list[jax.stages.Lowered]:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)
         packed, layout = pack(make_batch(nothing, shape, engine.cache_config, engine.model.vocab_size, features))
-        step = steps.decode_step if shape.num_tokens is None else steps.prefill_step
         static = static_arguments(engine.model, engine.kernels, layout, features)
-        return step.lower(engine.params, engine.pool, jax.device_put(packed, engine.device), **static)
+        if shape.num_tokens is None:
+            return steps.lower_decode_step(engine.params, engine.pool, packed, **static)
+        return [steps.prefill_step.lower(engine.params, engine.pool, packed, **static)]
 
     began = time.perf_counter()
-    lowered = [lower(shape) for shape in wanted]
+    lowered = [program for shape in wanted for program in lower(shape)]
     lowered_at = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda one: one.compile(), lowered))
-    m.say(f"{len(wanted)} programs: lowered in {lowered_at - began:.1f} s, compiled in "
+    m.say(f"{len(lowered)} programs: lowered in {lowered_at - began:.1f} s, compiled in "
           f"{time.perf_counter() - lowered_at:.1f} s")  # fmt: skip
 
 

@@ -7,6 +7,7 @@ place).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import jax
@@ -36,12 +37,12 @@ class KVCache(Protocol):
         """Copy whole pages src i32[C] to dst i32[C], in every layer."""
         ...
 
-    def split(self, layer: int) -> tuple[Self, Self]:
-        """The layers before `layer`, and those from it on, whose numbers start anew."""
+    def part(self, start: int, end: int) -> Self:
+        """The layers from `start` up to `end`, numbered from 0 on."""
         ...
 
-    def joined(self, rest: Self) -> Self:
-        """The two parts of `split` again."""
+    def joined(self, parts: Sequence[Self]) -> Self:
+        """These parts, all of the cache, as one."""
         ...
 
     def kept(self) -> Self:
@@ -79,12 +80,12 @@ class PagedCache:
                 inputs.context_lens, **options._asdict(),
             )  # fmt: skip
 
-    def split(self, layer: int) -> tuple[Self, Self]:
-        first = dataclasses.replace(self, k=self.k[:layer], v=self.v[:layer])
-        return first, dataclasses.replace(self, k=self.k[layer:], v=self.v[layer:])
+    def part(self, start: int, end: int) -> Self:
+        return dataclasses.replace(self, k=self.k[start:end], v=self.v[start:end])
 
-    def joined(self, rest: Self) -> Self:
-        return dataclasses.replace(self, k=(*self.k, *rest.k), v=(*self.v, *rest.v))
+    def joined(self, parts: Sequence[Self]) -> Self:
+        k = tuple(pool for part in parts for pool in part.k)
+        return dataclasses.replace(self, k=k, v=tuple(pool for part in parts for pool in part.v))
 
     def kept(self) -> Self:
         return self

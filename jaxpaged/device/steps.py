@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -58,18 +59,39 @@ def decode_step(
     although they are one CUDA graph, and nothing runs before it is done: so a short first program keeps the device
     busy while the second is launched.
     """
-    static = {"config": config, "kernels": kernels, "layout": layout}
-    choice = {"wanted": wanted, "processors": processors}
-    num_layers = config.num_layers
-    if num_layers < DEEP:
-        return decode_layers(params, cache, None, packed, layers=(0, num_layers), **static, **choice)
-    first = round(num_layers * FIRST_SHARE)
-    begin = {**params, "layers": params["layers"][:first]}
-    end = {**params, "layers": params["layers"][first:]}
-    cache, rest = cache.split(first)
-    x, cache = decode_layers(begin, cache, None, packed, layers=(0, first), **static)
-    columns, rest = decode_layers(end, rest, x, packed, layers=(first, num_layers), **static, **choice)
-    return columns, cache.joined(rest)
+    x, kept = None, []
+    for layers, part, static in _decode_parts(params, config, kernels, layout, wanted, processors):
+        x, rest = decode_layers(part, cache.part(*layers), x, packed, layers=layers, **static)
+        kept.append(rest)
+    assert x is not None, "a model without layers"
+    return x, cache.joined(kept)
+
+
+def lower_decode_step(
+    params: Params, cache: KVCache, packed: Array | np.ndarray, *, config: ModelConfig, kernels: AttentionKernels, layout: Layout,
+    wanted: Wanted = TOKENS_ALONE, processors: tuple[LogitsProcessor, ...] = (),
+) -> list[jax.stages.Lowered]:  # fmt: skip
+    """The programs that `decode_step` launches for such arguments, to compile them beforehand."""
+    x, programs = None, []
+    for layers, part, static in _decode_parts(params, config, kernels, layout, wanted, processors):
+        lowered = decode_layers.lower(part, cache.part(*layers), x, packed, layers=layers, **static)
+        programs.append(lowered)
+        x = lowered.out_info[0]
+    return programs
+
+
+def _decode_parts(
+    params: Params, config: ModelConfig, kernels: AttentionKernels, layout: Layout, wanted: Wanted,
+    processors: tuple[LogitsProcessor, ...],
+) -> Iterator[tuple[tuple[int, int], Params, dict[str, Any]]]:  # fmt: skip
+    """Of each program of a decode step its layers, their parameters, and what it is compiled for."""
+    first = round(config.num_layers * FIRST_SHARE) if config.num_layers >= DEEP else 0
+    for start, end in ((0, first), (first, config.num_layers)):
+        if start < end:
+            static: dict[str, Any] = {"config": config, "kernels": kernels, "layout": layout}
+            if end == config.num_layers:
+                static |= {"wanted": wanted, "processors": processors}
+            yield (start, end), {**params, "layers": params["layers"][start:end]}, static
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "layers"), donate_argnames="cache")
