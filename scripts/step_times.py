@@ -61,6 +61,8 @@ RUNS = {"paged": 96, "contiguous-oracle": 48, "contiguous-max": 28, "dense-stati
 WARM_UP_STEPS = 3
 #: Samples or beams of each prompt, and the tokens of the prompt, as Alpaca has them.
 WIDTH, SHARED_PROMPT = 6, 20
+#: Requests that run together in the paper's pool, with ShareGPT's lengths and with Alpaca's.
+USUAL_BATCH, LARGEST_BATCH = 32, 256
 #: Of the batching figure's shortest outputs: 512 tokens and 32.
 SHORT_MAX_LEN = 544
 #: Prompts of one prefill step at most: padded rows are next to free, but each number is another program.
@@ -271,12 +273,17 @@ def measure_shared(m: Measurement, num_samples: int, beam_width: int) -> None:
 
 
 def measure_page_sizes(m: Measurement) -> None:
-    """The two sizes of batches that are nearest to what fills the paper's pool with ShareGPT's and Alpaca's lengths."""
+    """Two sizes of batches: about what fills the paper's pool with ShareGPT's lengths, and the most that have room for
+    two pages each, up to what fills it with Alpaca's."""
     args = m.args
-    sizes = [rows for rows in args.decode_rows if rows in (64, 256)] or args.decode_rows[-1:]
     for page_size in args.page_sizes:
-        num_pages = (m.pages_measured - 1) * 16 // page_size + 1
-        m.rebuild(sizes, args.prefill_tokens[:1], page_size=page_size, num_pages=num_pages)
+        usable = (m.pages_measured - 1) * 16 // page_size
+        fitting = [rows for rows in args.decode_rows if 2 * rows <= usable and rows <= LARGEST_BATCH]
+        if not fitting:
+            raise ValueError(f"{usable} pages of {page_size} have no room for {args.decode_rows[0]} rows")
+        wanted = [rows for rows in fitting if rows >= USUAL_BATCH] or fitting[-1:]
+        sizes = sorted({wanted[0], wanted[-1]})
+        m.rebuild(sizes, args.prefill_tokens[:1], page_size=page_size, num_pages=usable + 1)
         compile_together(m, decode_shapes(m.engine))
         for rows in sizes:
             for context in contexts_for(rows, m.engine, args.steps):
@@ -483,7 +490,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto")
     add("--steps", type=int, default=8, help="of which a time is the median (default 8)")
     args = parser.parse_args(argv)
-    args.command = list(argv) if argv is not None else sys.argv[1:]
+    given = list(argv) if argv is not None else sys.argv[1:]
+    args.command = [Path(one).name if one in (str(args.model), str(args.output)) else one for one in given]
     try:
         _check(args)
     except (ValueError, OSError) as error:
