@@ -40,17 +40,15 @@ import jaxpaged
 from jaxpaged import LLM
 from jaxpaged.compare import make_requests, measure
 from jaxpaged.config import CacheConfig, EngineConfig
-from jaxpaged.device import steps, swap
-from jaxpaged.engine import Engine, static_arguments
+from jaxpaged.device import swap
+from jaxpaged.engine import Engine
 from jaxpaged.host.accounting import RunStats
-from jaxpaged.host.batching import Buckets, StepShape, fit, make_batch, split
+from jaxpaged.host.batching import Buckets, StepShape, fit, split
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.preemption import resolve_preemption
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.simulate import PAPER_POOL, Simulation
-from jaxpaged.step_io import pack
 from jaxpaged.step_table import name_of, padding_of
 from jaxpaged.workloads import Workload, make_workload
 
@@ -306,20 +304,12 @@ def compile_together(m: Measurement, wanted: list[StepShape], features: Sampling
     """Compile steps, by default greedy ones, in as many threads as there are: jit finds the programs when the engine
     asks for them, since they are lowered for its own arrays."""
     engine, features = m.engine, features or SamplingFeatures()
-
-    def lower(shape: StepShape) -> jax.stages.Lowered:
-        nothing = StepPlan(is_prefill=shape.num_tokens is not None)
-        packed, layout = pack(make_batch(nothing, shape, engine.cache_config, engine.model.vocab_size, features))
-        step = steps.decode_step if shape.num_tokens is None else steps.prefill_step
-        static = static_arguments(engine.model, engine.kernels, layout, features)
-        return step.lower(engine.params, engine.pool, jax.device_put(packed, engine.device), **static)
-
     began = time.perf_counter()
-    lowered = [lower(shape) for shape in wanted]
+    lowered = [program for shape in wanted for program in engine.lower_steps(shape, features)]
     lowered_at = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda one: one.compile(), lowered))
-    m.say(f"{len(wanted)} programs: lowered in {lowered_at - began:.1f} s, compiled in "
+    m.say(f"{len(lowered)} programs: lowered in {lowered_at - began:.1f} s, compiled in "
           f"{time.perf_counter() - lowered_at:.1f} s")  # fmt: skip
 
 

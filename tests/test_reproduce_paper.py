@@ -11,9 +11,13 @@ import reproduce_paper
 import step_times
 from paper_figure import Row
 from paper_validate import replay
-from toy import save_toy_checkpoint
+from toy import TOY, save_toy_checkpoint, toy_engine
 
 from jaxpaged.checkpoint import open_checkpoint
+from jaxpaged.device import steps
+from jaxpaged.host.batching import StepShape, make_batch
+from jaxpaged.host.features import SamplingFeatures
+from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.step_table import StepTable
 
 SIZES = ["--decode-rows", "1", "8", "--prefill-tokens", "64", "--num-pages", "40", "--steps", "2"]
@@ -116,6 +120,22 @@ def test_a_part_that_cannot_run_costs_the_others_nothing(directory, tmp_path, ca
     assert list(table.facts["not_measured"]) == ["page-sizes"] and table.names == ["paged-16"]
 
 
+@pytest.mark.parametrize("deep", [16, 2])  # one program a decode step, and two
+def test_programs_that_were_compiled_ahead_are_found(deep, monkeypatch, caplog):
+    monkeypatch.setattr(steps, "DEEP", deep)
+    engine, features = toy_engine(num_pages=23), SamplingFeatures()
+    engine.params = jax.device_put(engine.params, engine.device)  # as a checkpoint's are
+    shape = StepShape(3, engine.buckets.table_widths[-1])  # like no other test's
+    programs = engine.lower_steps(shape, features)
+    assert len(programs) == (2 if TOY.num_layers >= deep else 1)
+    for program in programs:
+        program.compile()
+    batch = make_batch(StepPlan(is_prefill=False), shape, engine.cache_config, TOY.vocab_size, features)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        engine.compile_step(batch, features)
+    assert not [record for record in caplog.records if "XLA compilation of jit(decode" in record.getMessage()]
+
+
 def test_what_cannot_be_measured_is_refused_before_anything_is(directory, tmp_path, capsys):
     for options, reason in (
         (["-o", str(tmp_path / "no" / "a.json")], "no such directory"),
@@ -140,16 +160,16 @@ def test_with_equal_steps_the_batching_figure_is_slot_arithmetic(paper_table, tm
 
 
 def test_rates_rise_as_reservations_shrink(paper_table):
-    steps = StepTable.read(paper_table)
+    table = StepTable.read(paper_table)
     systems = ("dense-static", "contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged")
-    rates = [paper_rates.capacity(steps, system, "sharegpt", 300, seed=0) for system in systems]
+    rates = [paper_rates.capacity(table, system, "sharegpt", 300, seed=0) for system in systems]
     assert rates == sorted(rates)
 
 
 def test_latency_rises_with_the_rate_until_the_sweep_ends(paper_table):
-    steps = StepTable.read(paper_table)
-    diverging = paper_rates.capacity(steps, "contiguous-max", "sharegpt", 600, seed=0)
-    curve = paper_rates.sweep(steps, "contiguous-max", "sharegpt", 600, 0, diverging)
+    table = StepTable.read(paper_table)
+    diverging = paper_rates.capacity(table, "contiguous-max", "sharegpt", 600, seed=0)
+    curve = paper_rates.sweep(table, "contiguous-max", "sharegpt", 600, 0, diverging)
     latencies = [latency for _, latency in curve]
     assert latencies == sorted(latencies) and latencies[-2] <= 0.5 < latencies[-1]
     assert 0.01 < latencies[0] < 0.05  # steps of 10 ms, and prefill

@@ -72,6 +72,27 @@ def decode_step(
     return columns, cache.joined(rest)
 
 
+def lower_decode_step(
+    params: Params, cache: PagedCache, packed: np.ndarray, device: jax.Device, *, config: ModelConfig, **static: Any
+) -> list[jax.stages.Lowered]:
+    """The programs of `decode_step` for these arguments: once they are compiled, it finds them.
+
+    For who compiles many in several threads. Nothing is run, and no cache is taken.
+    """
+    num_layers = config.num_layers
+    if num_layers < DEEP:
+        return [decode_layers.lower(params, cache, None, packed, layers=(0, num_layers), config=config, **static)]
+    first = round(num_layers * FIRST_SHARE)
+    begin = {**params, "layers": params["layers"][:first]}
+    end = {**params, "layers": params["layers"][first:]}
+    cache, rest = cache.split(first)
+    early = {name: value for name, value in static.items() if name in ("kernels", "layout")}
+    one = decode_layers.lower(begin, cache, None, packed, layers=(0, first), config=config, **early)
+    hidden = one.out_info[0]
+    x = jax.device_put(jnp.zeros(hidden.shape, hidden.dtype), device)
+    return [one, decode_layers.lower(end, rest, x, packed, layers=(first, num_layers), config=config, **static)]
+
+
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "layers"), donate_argnames="cache")
 def decode_layers(
     params: Params,
