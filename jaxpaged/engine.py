@@ -150,6 +150,18 @@ class Engine:
             if shared is not None:
                 self._launch(*pack(shared))
 
+    def lower_steps(self, shape: StepShape, features: SamplingFeatures) -> list[jax.stages.Lowered]:
+        """The programs of a step of this shape, lowered for the engine's own arrays: it finds them once they are
+        compiled, which several threads may do."""
+        nothing = StepPlan(is_prefill=shape.num_tokens is not None)
+        self.features = features
+        batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, features)
+        packed, layout = pack(self._with_copies(self._ready(batch), [])[0])
+        static = static_arguments(self.model, self.kernels, layout, features)
+        if nothing.is_prefill:
+            return [steps.prefill_step.lower(self.params, self.pool, packed, **static)]
+        return steps.lower_decode_step(self.params, self.pool, packed, self.device, **static)
+
     def compile_copies(self) -> None:
         for size in self.buckets.copies:
             self.copy_pages(np.full((2, size), NULL_PAGE, np.int32))

@@ -2,16 +2,20 @@
 
     python scripts/reproduce_paper.py 2                     # where KV memory goes, in four systems
     python scripts/reproduce_paper.py 13 15 18b --plot docs
-    python scripts/reproduce_paper.py validate --step-times scripts/step_times/opt-13b-h100.json
+    python scripts/reproduce_paper.py 12 14 batching --step-times TIMES.json    # what scripts/step_times.py measured
+    python scripts/reproduce_paper.py validate --step-times TIMES.json
     python scripts/reproduce_paper.py 18a 19                # on a GPU
 
 2, 13, 15, 18b   memory: lengths drawn from published distributions (jaxpaged/workloads.py) are replayed through the
                  engine's scheduler over the paper's pool of 983 pages of 16 tokens, outputs forced to their lengths
+12, 14, 18b-time, batching
+                 speed: likewise, and each step takes what steps like it took on a device, so that arrivals, latencies
+                 and rates are that device's (jaxpaged/step_table.py); needs --step-times
 18a, 19          measured here, on a GPU: the paged kernel, and swapping against computing again
 validate         whether replays take as long as runs of the engine that the step times came with
 
 Prints the method, our figures beside the paper's with a verdict, and the same as JSON on the last line; --plot writes
-one PNG a figure. Figures are means over seeds.
+one PNG a figure. Figures are means over seeds. 16 is not run; asked for, it says why.
 """
 
 from __future__ import annotations
@@ -22,8 +26,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import paper_batching
 import paper_kernels
 import paper_memory
+import paper_pages
+import paper_rates
 from paper_figure import Figure, check_plotting, plot, table
 from paper_validate import validate
 
@@ -34,16 +41,24 @@ FIGURES: dict[str, Callable[[range, int], Figure]] = {
     "2": paper_memory.figure_2, "13": paper_memory.figure_13, "15": paper_memory.figure_15,
     "18b": paper_memory.figure_18b, "18a": paper_kernels.figure_18a, "19": paper_kernels.figure_19,
 }  # fmt: skip
+#: Those that replay step times: name -> function of (seeds, requests, step times).
+REPLAYS: dict[str, Callable[[range, int, StepTable], Figure]] = {
+    "12": paper_rates.figure_12, "14": paper_rates.figure_14, "16": paper_rates.figure_16,
+    "18b-time": paper_pages.figure_18b_time, "batching": paper_batching.figure_batching,
+}  # fmt: skip
 VALIDATE = "validate"
+#: Whose step times the replays are to be: the paper's model.
+MODEL = Path(__file__).parent / "shapes" / "opt-13b"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*FIGURES, VALIDATE]
+    names = [*FIGURES, *REPLAYS, VALIDATE]
     parser.add_argument("figures", nargs="+", choices=names, metavar="FIGURE", help=", ".join(names))
     parser.add_argument("--seeds", type=int, default=4, help="runs that are averaged (default 4)")
     parser.add_argument("--requests", type=int, default=4000, help="requests of a run (default 4000)")
     parser.add_argument("--step-times", type=Path, metavar="FILE", help="what scripts/step_times.py measured")
+    parser.add_argument("--model", type=Path, default=MODEL, help="whose step times they are (default shapes/opt-13b)")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figure-NAME.png there; needs matplotlib")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.requests < 64:
@@ -57,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             if name == VALIDATE:
                 status = max(status, validate(_needed(steps, name)))
                 continue
-            figure = FIGURES[name](range(args.seeds), args.requests)
+            figure = _make(name, range(args.seeds), args.requests, steps, args.model)
             print("\n".join(table(figure, args.seeds)), flush=True)
             results[name] = [{**row._asdict(), "mean": row.mean, "verdict": row.verdict} for row in figure.rows]
             if args.plot is not None:
@@ -68,6 +83,16 @@ def main(argv: list[str] | None = None) -> int:
     if results:
         print(json.dumps({"seeds": args.seeds, "requests": args.requests, "figures": results}))
     return status
+
+
+def _make(name: str, seeds: range, requests: int, steps: StepTable | None, model: Path) -> Figure:
+    if name in FIGURES:
+        return FIGURES[name](seeds, requests)
+    from jaxpaged.checkpoint import open_checkpoint  # imports jax, which the memory figures need not wait for
+
+    table = _needed(steps, name)
+    table.check_model(open_checkpoint(model).config)
+    return REPLAYS[name](seeds, requests, table)
 
 
 def _needed(steps: StepTable | None, name: str) -> StepTable:

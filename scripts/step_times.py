@@ -40,17 +40,15 @@ import jaxpaged
 from jaxpaged import LLM
 from jaxpaged.compare import make_requests, measure
 from jaxpaged.config import CacheConfig, EngineConfig
-from jaxpaged.device import steps, swap
-from jaxpaged.engine import Engine, static_arguments
+from jaxpaged.device import swap
+from jaxpaged.engine import Engine
 from jaxpaged.host.accounting import RunStats
-from jaxpaged.host.batching import Buckets, StepShape, fit, make_batch, split
+from jaxpaged.host.batching import Buckets, StepShape, fit, split
 from jaxpaged.host.features import SamplingFeatures
-from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.preemption import resolve_preemption
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.simulate import PAPER_POOL, Simulation
-from jaxpaged.step_io import pack
 from jaxpaged.step_table import name_of, padding_of
 from jaxpaged.workloads import Workload, make_workload
 
@@ -61,6 +59,8 @@ RUNS = {"paged": 96, "contiguous-oracle": 48, "contiguous-max": 28, "dense-stati
 WARM_UP_STEPS = 3
 #: Samples or beams of each prompt, and the tokens of the prompt, as Alpaca has them.
 WIDTH, SHARED_PROMPT = 6, 20
+#: Requests that run together in the paper's pool, with ShareGPT's lengths and with Alpaca's.
+USUAL_BATCH, LARGEST_BATCH = 32, 256
 #: Of the batching figure's shortest outputs: 512 tokens and 32.
 SHORT_MAX_LEN = 544
 #: Prompts of one prefill step at most: padded rows are next to free, but each number is another program.
@@ -271,12 +271,17 @@ def measure_shared(m: Measurement, num_samples: int, beam_width: int) -> None:
 
 
 def measure_page_sizes(m: Measurement) -> None:
-    """The two sizes of batches that are nearest to what fills the paper's pool with ShareGPT's and Alpaca's lengths."""
+    """Two sizes of batches: about what fills the paper's pool with ShareGPT's lengths, and the most that have room for
+    two pages each, up to what fills it with Alpaca's."""
     args = m.args
-    sizes = [rows for rows in args.decode_rows if rows in (64, 256)] or args.decode_rows[-1:]
     for page_size in args.page_sizes:
-        num_pages = (m.pages_measured - 1) * 16 // page_size + 1
-        m.rebuild(sizes, args.prefill_tokens[:1], page_size=page_size, num_pages=num_pages)
+        usable = (m.pages_measured - 1) * 16 // page_size
+        fitting = [rows for rows in args.decode_rows if 2 * rows <= usable and rows <= LARGEST_BATCH]
+        if not fitting:
+            raise ValueError(f"{usable} pages of {page_size} have no room for {args.decode_rows[0]} rows")
+        wanted = [rows for rows in fitting if rows >= USUAL_BATCH] or fitting[-1:]
+        sizes = sorted({wanted[0], wanted[-1]})
+        m.rebuild(sizes, args.prefill_tokens[:1], page_size=page_size, num_pages=usable + 1)
         compile_together(m, decode_shapes(m.engine))
         for rows in sizes:
             for context in contexts_for(rows, m.engine, args.steps):
@@ -299,17 +304,8 @@ def compile_together(m: Measurement, wanted: list[StepShape], features: Sampling
     """Compile steps, by default greedy ones, in as many threads as there are: jit finds the programs when the engine
     asks for them, since they are lowered for its own arrays."""
     engine, features = m.engine, features or SamplingFeatures()
-
-    def lower(shape: StepShape) -> list[jax.stages.Lowered]:
-        nothing = StepPlan(is_prefill=shape.num_tokens is not None)
-        packed, layout = pack(make_batch(nothing, shape, engine.cache_config, engine.model.vocab_size, features))
-        static = static_arguments(engine.model, engine.kernels, layout, features)
-        if shape.num_tokens is None:
-            return steps.lower_decode_step(engine.params, engine.pool, packed, **static)
-        return [steps.prefill_step.lower(engine.params, engine.pool, packed, **static)]
-
     began = time.perf_counter()
-    lowered = [program for shape in wanted for program in lower(shape)]
+    lowered = [program for shape in wanted for program in engine.lower_steps(shape, features)]
     lowered_at = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda one: one.compile(), lowered))
@@ -484,7 +480,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto")
     add("--steps", type=int, default=8, help="of which a time is the median (default 8)")
     args = parser.parse_args(argv)
-    args.command = list(argv) if argv is not None else sys.argv[1:]
+    given = list(argv) if argv is not None else sys.argv[1:]
+    args.command = [Path(one).name if one in (str(args.model), str(args.output)) else one for one in given]
     try:
         _check(args)
     except (ValueError, OSError) as error:

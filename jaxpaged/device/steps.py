@@ -68,15 +68,20 @@ def decode_step(
 
 
 def lower_decode_step(
-    params: Params, cache: KVCache, packed: Array | np.ndarray, *, config: ModelConfig, kernels: AttentionKernels, layout: Layout,
-    wanted: Wanted = TOKENS_ALONE, processors: tuple[LogitsProcessor, ...] = (),
+    params: Params, cache: KVCache, packed: np.ndarray, device: jax.Device, *, config: ModelConfig,
+    kernels: AttentionKernels, layout: Layout, wanted: Wanted = TOKENS_ALONE,
+    processors: tuple[LogitsProcessor, ...] = (),
 ) -> list[jax.stages.Lowered]:  # fmt: skip
-    """The programs that `decode_step` launches for such arguments, to compile them beforehand."""
+    """The programs that `decode_step` launches for these arguments: once they are compiled, it finds them.
+
+    For who compiles many in several threads. Nothing is run, and no cache is taken.
+    """
     x, programs = None, []
     for layers, part, static in _decode_parts(params, config, kernels, layout, wanted, processors):
         lowered = decode_layers.lower(part, cache.part(*layers), x, packed, layers=layers, **static)
         programs.append(lowered)
-        x = lowered.out_info[0]
+        hidden = lowered.out_info[0]
+        x = jax.device_put(jnp.zeros(hidden.shape, hidden.dtype), device)
     return programs
 
 
