@@ -19,8 +19,8 @@ from jaxpaged.batch.requests import BEAM_NAMES
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.beam_snapshot import BeamSnapshot
 from jaxpaged.beam_tree import TextOf, grow_branches, shown, tree_lines
+from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, given
-from jaxpaged.generate_command import UsageError, usage_errors
 from jaxpaged.outputs import RequestOutput
 
 DEFAULT_WIDTH = 4

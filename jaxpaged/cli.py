@@ -20,13 +20,12 @@ from jaxpaged import compare_command, simulate_command
 from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.beams_command import SEARCH_FLAGS, beams
+from jaxpaged.cli_errors import INTERRUPTED, READER_GONE, USAGE, UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, add_flags
-from jaxpaged.generate_command import INTERRUPTED, UsageError, generate, reason, usage_errors
+from jaxpaged.generate_command import generate
 from jaxpaged.trace_command import EPILOG as TRACE_EPILOG
 from jaxpaged.trace_command import TRACE_FLAGS, TRACE_MODEL_FLAGS, trace
 from jaxpaged.trace_page import example_names
-
-READER_GONE = 141
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = No
         return args.run(args, make_llm or _make_llm)
     except UsageError as error:
         print(f"jaxpaged: {error}", file=sys.stderr)
-        return 2
+        return USAGE
     except WriteError as error:
         print(f"jaxpaged: {error}; mend that and give the same command again to go on", file=sys.stderr)
         return 1
@@ -171,20 +170,16 @@ def _simulate(args: argparse.Namespace, _make_llm: object) -> int:
 def _info(args: argparse.Namespace, _make_llm: object) -> int:
     from jaxpaged.checkpoint import describe_checkpoint
 
-    try:
-        print(describe_checkpoint(args.path))
-    except (ValueError, OSError) as error:
-        raise UsageError(reason(error)) from error
+    with usage_errors():
+        print(describe_checkpoint(args.path), flush=True)
     return 0
 
 
 def _convert(args: argparse.Namespace, _make_llm: object) -> int:
     from jaxpaged.checkpoint import convert_checkpoint
 
-    try:
+    with usage_errors():
         convert_checkpoint(args.source, args.destination)
-    except (ValueError, OSError) as error:
-        raise UsageError(reason(error)) from error
     return 0
 
 

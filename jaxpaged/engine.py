@@ -253,9 +253,7 @@ class Engine:
             return share_prefixes(batch, self.cache_config.page_size, sharing)
         return batch
 
-    def _with_copies(
-        self, batch: DecodeBatch | PrefillBatch, copies: list[PageCopy]
-    ) -> tuple[DecodeBatch | PrefillBatch, list[PageCopy]]:
+    def _with_copies(self, batch: StepBatch, copies: list[PageCopy]) -> tuple[StepBatch, list[PageCopy]]:
         """The batch with these copies in its step, which spares their launch, where it takes such a list; and those
         that are to be made before it.
 

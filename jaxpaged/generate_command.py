@@ -34,34 +34,12 @@ from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.batch.requests import BEAM_ONLY, digest
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.cli_errors import INTERRUPTED, UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
 
 STDOUT, STDERR = 1, 2
-INTERRUPTED = 130
-
-
-class UsageError(Exception):
-    """The command cannot run as given; the text is what the user reads."""
-
-
-@contextmanager
-def usage_errors(what: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
-    """Turn errors of the user's input into the one line that `main` prints."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except kinds as error:
-        raise UsageError(what + reason(error)) from error
-
-
-def reason(error: Exception) -> str:
-    """An exception in one line."""
-    if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split())
 
 
 def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:

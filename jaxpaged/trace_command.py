@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, Flag, given
-from jaxpaged.generate_command import UsageError, usage_errors
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.trace_page import dump_trace, example_trace, make_page
 

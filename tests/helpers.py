@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from toy import TOY, toy_params
 
 from jaxpaged import LLM, SamplingParams
 from jaxpaged.config import ModelConfig
@@ -52,6 +53,19 @@ def greedy_tokens(params: Params, config: ModelConfig, prompt: Sequence[int], st
         padded[: len(tokens)] = tokens
         tokens.append(int(full_logits(params, config, jnp.asarray(padded))[len(tokens) - 1].argmax()))
     return tokens[len(prompt) :]
+
+
+@functools.cache
+def logprobs_after(tokens: tuple[int, ...]) -> np.ndarray:
+    """Log-probabilities f32[V] of TOY behind at most 32 tokens; padding, which they cannot see, compiles only once."""
+    padded = np.zeros(32, np.int32)
+    padded[: len(tokens)] = tokens
+    logits = full_logits(toy_params(), TOY, jnp.asarray(padded))[len(tokens) - 1]
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+def reference_model(sequences: list[list[int]]) -> np.ndarray:
+    return np.stack([logprobs_after(tuple(tokens)) for tokens in sequences])
 
 
 def check_greedy_tokens_of_llm(directory: Path) -> None:

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from beam_reference import beam_search
-from helpers import full_logits
-from toy import TOY, make_group, random_prompts, run_tokens, toy_engine, toy_params
+from helpers import reference_model
+from toy import TOY, beam_group, make_group, random_prompts, run_tokens, toy_engine
 
 from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.host.beam_state import BeamState, best_hypotheses
-from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.beam_state import best_hypotheses
+from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.sampling_params import SamplingParams
 
 MAX_TOKENS = 9
 PROMPTS = random_prompts(4, low=2, high=20)
 #: Ids that the toy model likes: searches end at all lengths.
 ENDS = (31, 94)
-
-
-@functools.cache
-def logprobs_after(tokens: tuple[int, ...]) -> np.ndarray:
-    padded = np.zeros(32, np.int32)
-    padded[: len(tokens)] = tokens
-    logits = full_logits(toy_params(), TOY, jnp.asarray(padded))[len(tokens) - 1]
-    return np.asarray(jax.nn.log_softmax(logits))
-
-
-def reference_model(sequences: list[list[int]]) -> np.ndarray:
-    return np.stack([logprobs_after(tuple(tokens)) for tokens in sequences])
-
-
-def beam_group(prompt: list[int], params: BeamSearchParams, ends, request_id="0") -> SequenceGroup:
-    group = SequenceGroup(
-        request_id, None, params, 0, [Sequence(0, list(prompt), len(prompt))],
-        max_len=len(prompt) + params.max_tokens, eos_ids=frozenset(ends),
-    )  # fmt: skip
-    group.beams = BeamState.of(params, ends, params.max_tokens)
-    return group
 
 
 def searches() -> list[tuple[int, BeamSearchParams, tuple[int, ...]]]:

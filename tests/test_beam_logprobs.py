@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from beam_reference import beam_search
-from test_beam_engine import logprobs_after, reference_model
+from helpers import logprobs_after, reference_model
 from toy import save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams

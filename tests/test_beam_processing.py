@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from beam_reference import beam_search
-from test_beam_engine import logprobs_after
+from helpers import logprobs_after
 from toy import char_tokenizer, save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams

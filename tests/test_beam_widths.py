@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import beam_widths
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def beam_widths():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import beam_widths
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    return beam_widths
-
-
-def test_a_function_ends_at_the_first_line_in_column_0(beam_widths):
+def test_a_function_ends_at_the_first_line_in_column_0():
     texts = ["    return 1\nprint(", "    return 1\nclass", "    return (\n"]
     output = SimpleNamespace(outputs=[SimpleNamespace(text=text) for text in texts])
     assert beam_widths.judge("def f():\n", output) == ([True, True, False], 2)
 
 
 @pytest.mark.slow
-def test_the_table_has_a_row_for_each_width_and_is_drawn(beam_widths, capsys, tmp_path):
+def test_the_table_has_a_row_for_each_width_and_is_drawn(capsys, tmp_path):
     options = ["--widths", "1", "4", "--prompts", "3", "--max-tokens", "8", "--plot", str(tmp_path / "widths.png")]
     assert beam_widths.main([str(ROOT / "checkpoints" / "tiny-python"), *options]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import bench_beams
 import pytest
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "checkpoints" / "tiny-python"
 
 
-@pytest.fixture(scope="module")
-def bench_beams():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import bench_beams
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    return bench_beams
-
-
-def test_the_last_line_has_every_case_and_its_parts_add_up(bench_beams, capsys):
+def test_the_last_line_has_every_case_and_its_parts_add_up(capsys):
     options = ["--cases", "2x2", "1x16", "--prompt-len", "20", "--max-tokens", "4", "--repeats", "1", "--peer", "no"]
     assert bench_beams.main([str(MODEL), *options]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -35,12 +25,12 @@ def test_the_last_line_has_every_case_and_its_parts_add_up(bench_beams, capsys):
     assert report["transformers"] == {"left_out": "not asked for"}
 
 
-def test_a_pool_of_the_promised_size_never_preempts(bench_beams):
+def test_a_pool_of_the_promised_size_never_preempts():
     args = bench_beams.parse_args(["--prompt-len", "512", "--max-tokens", "128"])
     assert bench_beams.pages_of(bench_beams.Case(4, 64), args) == 2741  # 5.7 GB of 8B shapes in 16 bits
 
 
-def test_the_peer_gets_the_models_shapes(bench_beams):
+def test_the_peer_gets_the_models_shapes():
     transformers = pytest.importorskip("transformers", reason="the peer is optional")
     config = bench_beams.peer_config(MODEL)
     assert isinstance(config, transformers.LlamaConfig) and config.num_key_value_heads == 2

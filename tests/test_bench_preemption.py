@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import bench_preemption as bench
 import pytest
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "checkpoints" / "tiny-python")
 
 
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import bench_preemption
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    return bench_preemption
-
-
-def test_the_last_line_has_the_card_and_every_row(bench, capsys, monkeypatch):
+def test_the_last_line_has_the_card_and_every_row(capsys, monkeypatch):
     monkeypatch.setattr(bench, "LINK_BYTES", 1 << 20)
     monkeypatch.setitem(bench.MATRIX_ROWS, "cpu", 64)
     options = ["--tokens", "64", "128", "--page-sizes", "16", "64", "--repeats", "2", "--dtype", "float32"]
@@ -38,7 +28,7 @@ def test_the_last_line_has_the_card_and_every_row(bench, capsys, monkeypatch):
         assert row["swap_floor_ms"] > 0 and row["auto"] == "swap"  # on a CPU arithmetic is dear
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_allocated(bench, monkeypatch):
+def test_what_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch):
     with pytest.raises(SystemExit, match="this model has 1024 positions"):
         bench.main([MODEL, "--tokens", "2048"])
     monkeypatch.setattr(bench, "device_memory", lambda _: (1 << 29, "this machine"))

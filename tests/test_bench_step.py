@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import bench_step
 import jax
-import pytest
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "checkpoints" / "tiny-python"
 
 
-@pytest.fixture(scope="module")
-def bench_step():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import bench_step
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    return bench_step
-
-
-def test_the_last_line_has_the_card_and_every_row(bench_step, capsys, monkeypatch):
+def test_the_last_line_has_the_card_and_every_row(capsys, monkeypatch):
     monkeypatch.setitem(bench_step.COPY_BYTES, "cpu", 1 << 20)
     options = ["--rows", "1", "3", "--context", "33", "--steps", "2", "--repeats", "2", "--dtype", "float32"]
     assert bench_step.main([str(MODEL), *options]) == 0
@@ -37,7 +26,7 @@ def test_the_last_line_has_the_card_and_every_row(bench_step, capsys, monkeypatc
         assert 0 < result["launch_ms"] <= result["ms"] and result["tokens_per_second"] > 0
 
 
-def test_a_window_bounds_what_a_layer_reads(bench_step):
+def test_a_window_bounds_what_a_layer_reads():
     from jaxpaged.config import ModelConfig
 
     model = ModelConfig("gemma2", 64, 32, 48, 2, 4, 2, 8, 64, sliding_window=10, sliding_layers=(True, False))

@@ -172,6 +172,16 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(model, tmp_path):
     assert command.wait() == cli.READER_GONE
 
 
+def test_info_for_a_reader_that_went_away_is_no_error_of_its_input():
+    reader, writer = os.pipe()
+    os.close(reader)
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "jaxpaged.cli", "info", str(root / "checkpoints" / "tiny-python")]
+    done = subprocess.run(command, cwd=root, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (cli.READER_GONE, b"")
+
+
 def test_every_sampling_parameter_and_llm_argument_is_a_flag():
     from inspect import signature
 

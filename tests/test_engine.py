@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scripted_device import most_pages_of
 from toy import TOY, make_group, random_prompts, run_tokens, toy_engine
 
 from jaxpaged.sampling_params import SamplingParams
@@ -56,8 +57,7 @@ def test_order_batch_and_chunks_change_no_token(expected):
 def test_preemption_changes_no_token(expected, spare_pages):
     """With a pool that just holds the largest group, every request finishes with the tokens of an endless pool."""
     groups = mixed_requests()
-    probe = toy_engine(num_pages=128, page_size=4).scheduler
-    largest = max(probe.most_pages(g.prompt_len, g.params.num_samples, g.max_len) for g in groups)
+    largest = most_pages_of(groups, page_size=4)
     engine = toy_engine(num_pages=1 + largest + spare_pages, page_size=4)
     assert run_tokens(engine, groups) == expected
     assert engine.stats.preemptions > 0

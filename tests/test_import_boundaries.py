@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ABOVE_ENGINE = (
     "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.request_input", "jaxpaged.request_output", "jaxpaged.cli",
-    "jaxpaged.cli_options", "jaxpaged.generate_command",
+    "jaxpaged.cli_errors", "jaxpaged.cli_options", "jaxpaged.generate_command",
     "jaxpaged.beams_command", "jaxpaged.beam_plot", "jaxpaged.batch", "jaxpaged.tree", "jaxpaged.tree_steps",
     "jaxpaged.toy", "jaxpaged.search", "jaxpaged.trace_command", "jaxpaged.trace_page",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scheduler import PoolModel, make_group
+from scripted_device import PoolModel, make_group
 
 from jaxpaged.config import KV_CACHES, CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.host.accounting import RunStats

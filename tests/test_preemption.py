@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from test_beam_engine import beam_group
-from toy import TOY, make_group, random_prompts, toy_engine
+from scripted_device import most_pages_of
+from toy import TOY, beam_group, make_group, random_prompts, toy_engine
 
 from jaxpaged import preemption
 from jaxpaged.beam_params import BeamSearchParams
@@ -56,8 +56,7 @@ def run(engine, groups) -> dict[str, list]:
 
 
 def tight_engine(way: PreemptionConfig):
-    probe = toy_engine().scheduler
-    largest = max(probe.most_pages(g.prompt_len, g.params.num_samples, g.max_len) for g in mixed_load())
+    largest = most_pages_of(mixed_load(), page_size=4)
     return toy_engine(num_pages=1 + largest, max_num_seqs=64, preemption=way)
 
 

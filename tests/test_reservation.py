@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_beam_engine import beam_group
-from test_scheduler import make_group, run_all
+from scripted_device import make_group, run_all
+from toy import beam_group, random_prompts, toy_engine
 from toy import make_group as make_toy_group
-from toy import random_prompts, toy_engine
 
 from jaxpaged import LLM
 from jaxpaged.beam_params import BeamSearchParams

@@ -115,6 +115,11 @@ def test_a_seed_repeats_a_stochastic_beam_search(tree, root):
     assert stochastic_beam_search(tree, root, 3, 4, seed=5) != stochastic_beam_search(tree, root, 3, 4, seed=6)
 
 
+def test_a_stochastic_beam_may_end_with_other_tokens_than_the_models(tree, root):
+    beams = stochastic_beam_search(tree, root, k=20, max_tokens=3, seed=0, end_ids=[0, 1])
+    assert {beam.tokens for beam in beams} == {(2,) * i + (end,) for i in range(3) for end in (0, 1)} | {(2, 2, 2)}
+
+
 # Rollouts and best of n
 
 
@@ -153,6 +158,17 @@ def test_samples_without_an_answer_do_not_vote(tree, root):
     found = best_of_n(tree, root, 40, 2, seed=0, extract=lambda tokens: tokens[0] if tokens[-1] == END else None)
     assert None in found.answers and None not in dict(found.votes)
     assert best_of_n(tree, root, 3, 2, seed=0, extract=lambda tokens: None).majority is None
+
+
+@pytest.mark.parametrize("options", [dict(top=1), dict(temperature=1e-6), dict(top_p=1e-6)])
+def test_options_of_sampling_narrow_what_is_drawn(tree, root, options):
+    likeliest = rollout(tree, [node := tree.fork(root)], 4, seed=0, top=1)[0]
+    tree.free(node)
+    assert set(best_of_n(tree, root, n=5, max_tokens=4, seed=0, **options).samples) == {likeliest}
+    beams = step_beam_search(
+        tree, root, lambda rows: [0.0] * 4, lambda step: True, 4, 2, max_steps=4, max_step_tokens=1, seed=0, **options
+    )
+    assert {beam.tokens for beam in beams} == {likeliest.tokens}
 
 
 def test_the_samples_share_their_prompt():

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from beam_reference import log_softmax
-from helpers import full_logits
-from toy import ALWAYS, TOY, make_group, random_prompts, run_tokens, sharing_engine, toy_engine, toy_params
+from helpers import logprobs_after
+from toy import ALWAYS, TOY, make_group, random_prompts, run_tokens, sharing_engine, toy_engine
 
 from jaxpaged.device import steps
 from jaxpaged.host.prefix_groups import pad_groups, plan_prefix_groups, share_prefixes
@@ -216,12 +215,6 @@ def runs_read(monkeypatch):
     return found
 
 
-def truth(tokens):
-    """Log-probabilities f32[V] behind the tokens, without a cache; padding, which it cannot see, compiles only once."""
-    padded = jnp.zeros(32, jnp.int32).at[: len(tokens)].set(jnp.asarray(tokens, jnp.int32))
-    return log_softmax(np.asarray(full_logits(toy_params(), TOY, padded)))[len(tokens) - 1]
-
-
 def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomputing_gives(runs_read):
     prompt = random_prompts(1, 22, 22)[0]  # at page size 4: five full pages, and two tokens on the next
     engine = sharing_engine(page_size=4)
@@ -231,7 +224,7 @@ def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomput
         for step in range(5):
             out = tree.append(kids, [(step * 7 + i) % TOY.vocab_size for i in range(7)])
         for row, kid in zip(out.logprobs, kids, strict=True):
-            np.testing.assert_allclose(row, truth(kid.tokens), atol=2e-4)
+            np.testing.assert_allclose(row, logprobs_after(tuple(kid.tokens)), atol=2e-4)
         assert runs_read == [[5, 5]] * 5  # two groups, since one holds at most four members
 
         tree.truncate(kids[0], 24)
@@ -240,7 +233,7 @@ def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomput
         tree.next_tokens(nodes)
         out = tree.append(nodes, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
         for row, node in zip(out.logprobs, nodes, strict=True):
-            np.testing.assert_allclose(row, truth(node.tokens), atol=2e-4)
+            np.testing.assert_allclose(row, logprobs_after(tuple(node.tokens)), atol=2e-4)
         assert runs_read[-1] == [5, 5, 5, 1]
         tree.check_invariants()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_device import PoolModel, make_group, run_all
 from test_memory_account import run_counting, total
-from test_scheduler import PoolModel, make_group, run_all
 
 from jaxpaged.config import DENSE_CACHES, CacheConfig, EngineConfig
 from jaxpaged.host.scheduler import Scheduler

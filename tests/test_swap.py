@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scheduler import PoolModel, make_group, make_scheduler, run_all
+from scripted_device import PoolModel, make_group, make_scheduler, most_pages_of, run_all
 
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.config import PreemptionConfig
@@ -216,8 +216,7 @@ def test_every_group_ends_as_in_an_endless_pool_whatever_is_swapped(requests, pa
     def groups():
         return [make_search(*r[:3]) if r[3] else make_group(r[0], r[1], n=r[2]) for r in requests]
 
-    probe = make_scheduler(2, page_size)
-    largest = max(probe.most_pages(g.prompt_len, g.params.num_samples, g.max_len) for g in groups())
+    largest = most_pages_of(groups(), page_size)
     small = make_scheduler(1 + largest + spare, page_size, 10, budget, preemption=way)
     assert run_searches(small, groups()) == run_searches(make_scheduler(2000, page_size), groups())
     assert small.swap_space.num_free == small.swap_space.num_pages

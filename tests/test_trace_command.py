@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
+import make_traces
 import pytest
 from toy import save_toy_checkpoint
 from trace_replay import Replay
@@ -17,22 +17,10 @@ from jaxpaged.llm import LLM
 from jaxpaged.trace_command import EPILOG
 from jaxpaged.trace_page import dump_trace, example_names, example_trace
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return str(save_toy_checkpoint(tmp_path_factory.mktemp("toy") / "model"))
-
-
-@pytest.fixture(scope="module")
-def make_traces():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import make_traces
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return make_traces
 
 
 def read_trace(path: Path) -> dict:
@@ -96,7 +84,7 @@ def test_an_example_is_written_as_it_is_bundled(name, tmp_path):
     assert read_trace(tmp_path / "pool.html") == example_trace(name)
 
 
-def test_the_bundled_examples_are_what_the_scheduler_does_today(make_traces, tmp_path):
+def test_the_bundled_examples_are_what_the_scheduler_does_today(tmp_path):
     assert sorted(make_traces.EXAMPLES) == example_names()
     make_traces.write(tmp_path)
     for name in example_names():

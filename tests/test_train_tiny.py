@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from jaxpaged.config import ModelConfig
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 STDLIB = Path(sysconfig.get_path("stdlib"))
 FILES = (
     "abc.py",
@@ -41,11 +39,8 @@ def standard_promotion():
 @pytest.fixture(scope="module")
 def train_tiny():
     pytest.importorskip("optax")
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import train_tiny
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    import train_tiny
+
     return train_tiny
 
 

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import tokenizers
 
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.checkpoint import save_checkpoint
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
 from jaxpaged.engine import Engine
+from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.prefix_groups import PrefixRule, PrefixSharing
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.sampling_params import SamplingParams
@@ -82,6 +84,15 @@ def make_group(
         [Sequence(0, list(prompt), len(prompt))], max_len=min(budget, max_model_len),
         eos_ids=frozenset() if params.ignore_eos else frozenset(eos), stop_ids=frozenset(params.stop_token_ids or ()),
     )  # fmt: skip
+
+
+def beam_group(prompt: list[int], params: BeamSearchParams, ends, request_id="0") -> SequenceGroup:
+    group = SequenceGroup(
+        request_id, None, params, 0, [Sequence(0, list(prompt), len(prompt))],
+        max_len=len(prompt) + params.max_tokens, eos_ids=frozenset(ends),
+    )  # fmt: skip
+    group.beams = BeamState.of(params, ends, params.max_tokens)
+    return group
 
 
 def random_prompts(count: int, low=1, high=30, seed=0) -> list[list[int]]:

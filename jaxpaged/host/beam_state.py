@@ -79,13 +79,7 @@ class BeamState:
         self._batch = _start(self)
 
     @classmethod
-    def of(
-        cls,
-        params: BeamSearchParams,
-        end_ids: Iterable[int],
-        max_tokens: int,
-        find_stops: FindStops | None = None,
-    ) -> list[BeamState]:
+    def of(cls, params: BeamSearchParams, end_ids: Iterable[int], max_tokens: int) -> list[BeamState]:
         """The searches of one request, in the order of their turns: one for each of `num_beam_groups`."""
         ends = sorted(set(end_ids))
         states: list[BeamState] = []
@@ -97,9 +91,8 @@ class BeamState:
                     params.length_penalty,
                     params.early_stopping,
                     ends,
-                    find_stops,
-                    params.diversity_penalty,
-                    tuple(states),
+                    diversity_penalty=params.diversity_penalty,
+                    earlier=tuple(states),
                 )  # fmt: skip
             )
         return states

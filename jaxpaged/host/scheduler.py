@@ -24,7 +24,6 @@ from jaxpaged.host.block_table import BlockTable, num_pages_for, num_pages_neede
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.policies import make_policy
 from jaxpaged.host.prefill_queue import PrefillQueue
-from jaxpaged.host.reservation import most_pages
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
 from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
@@ -69,10 +68,6 @@ class Scheduler:
         if num_samples > self.limits.max_num_seqs:
             raise ValueError(f"{num_samples} samples of one request exceed max_num_seqs={self.limits.max_num_seqs}")
         self.policy.check(prompt_len, num_samples, max_len)
-
-    def most_pages(self, prompt_len: int, num_samples: int, max_len: int) -> int:
-        """Pages of a group whose samples all reach `max_len`; the KV of a last token is never written."""
-        return most_pages(prompt_len, num_samples, max_len, self.cache.page_size)
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
