@@ -93,6 +93,14 @@ class StepTable:
                 f"not {asked[name]}"
             )
 
+    def with_stand_ins(self) -> StepTable:
+        """A table of what no measurement reached, too: steps of dense caches, of samples and of beams, where they are
+        missing, take what greedy steps over pages of 16 take. `facts["stand_ins"]` names them."""
+        known = [point for point in self.points if point["name"] == "paged-16"]
+        missing = [name for name in ("dense", "paged-16-samples", "paged-16-beams") if name not in self.names]
+        points = [{**point, "name": name} for name in missing for point in known]
+        return dataclasses.replace(self, points=(*self.points, *points), facts={**self.facts, "stand_ins": missing})
+
     @property
     def names(self) -> list[str]:
         return list(dict.fromkeys(point["name"] for point in self.points))

@@ -212,4 +212,7 @@ def ratios(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def described(steps: StepTable) -> str:
-    return f"replayed with step times of {steps.facts.get('model')} on {steps.facts.get('device')}"
+    text = f"replayed with step times of {steps.facts.get('model')} on {steps.facts.get('device')}"
+    if missing := steps.facts.get("stand_ins"):
+        text += f" (not measured, and taken for greedy steps over pages of 16: {', '.join(missing)})"
+    return text

@@ -58,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=4, help="runs that are averaged (default 4)")
     parser.add_argument("--requests", type=int, default=4000, help="requests of a run (default 4000)")
     parser.add_argument("--step-times", type=Path, metavar="FILE", help="what scripts/step_times.py measured")
+    parser.add_argument(
+        "--stand-ins", action="store_true",
+        help="dense steps, samples and beams that were not measured take what greedy paged steps take",
+    )  # fmt: skip
     parser.add_argument("--model", type=Path, default=MODEL, help="whose step times they are (default shapes/opt-13b)")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figure-NAME.png there; needs matplotlib")
     args = parser.parse_args(argv)
@@ -68,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     results, status = {}, 0
     try:
         steps = None if args.step_times is None else StepTable.read(args.step_times)
+        if steps is not None and args.stand_ins:
+            steps = steps.with_stand_ins()
         for name in args.figures:
             if name == VALIDATE:
                 status = max(status, validate(_needed(steps, name)))
