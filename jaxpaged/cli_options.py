@@ -6,7 +6,7 @@ A flag that is not given leaves no attribute behind, so the defaults stay where 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxpaged.config import KV_CACHES
@@ -98,6 +98,17 @@ MODEL_FLAGS = (
     Flag("kv_cache", str, f"how KV memory is kept: {', '.join(KV_CACHES)} (default paged)"),
     Flag("watermark", float, "share of the pool that admission leaves free, so that sequences can grow (default 0.01)"),
 )  # fmt: skip
+
+
+def with_defaults(flags: tuple[Flag, ...], defaults: Mapping[str, Any]) -> tuple[Flag, ...]:
+    """The flags, whose help names the defaults of a command that has its own."""
+    return tuple(
+        flag._replace(help=f"{flag.help.split(' (default')[0]} (default {defaults[flag.name]})")
+        if flag.name in defaults
+        else flag
+        for flag in flags
+    )
+
 
 #: Of MODEL_FLAGS, those that decide what a request's result is; the others decide only how fast it comes.
 RESULT_OPTIONS = ("dtype", "load_format", "max_model_len")

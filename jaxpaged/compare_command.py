@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpaged.cli_options import MODEL_FLAGS, add_flags, given
+from jaxpaged.cli_options import MODEL_FLAGS, add_flags, given, with_defaults
 from jaxpaged.compare import (
     PAPER_MAX_LEN,
     Refusal,
@@ -89,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", help="write all figures; '-': as the last line of standard output")
     add("--plot", metavar="DIR", help="draw memory, batch, throughput and, with --rates, latency, as PNG")
     flags = tuple(flag for flag in MODEL_FLAGS if flag.name not in ("kv_cache", "tokenizer"))
-    add_flags(parser, "model and memory", flags)
+    own = {**DEFAULT_LIMITS, "max_model_len": "see below", "num_pages": "see below"}
+    add_flags(parser, "model and memory", with_defaults(flags, own))
 
 
 def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:

@@ -307,7 +307,7 @@ def lower_largest_steps(
     buckets = Buckets.for_limits(limits, cache)
     width = buckets.table_widths[-1]
     features = SamplingFeatures(
-        num_candidates=min(64, model.vocab_size), draws_beams=True,
+        has_samples=True, num_candidates=min(64, model.vocab_size), draws_beams=True,
         is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size),
     )  # fmt: skip
     for shape in (
@@ -331,7 +331,10 @@ def lower_step(
     `sharding` names the device that it is for, `limits` the system that keeps KV memory, by default pages.
     """
     nothing = StepPlan(is_prefill=shape.num_tokens is not None)
-    packed, layout = pack(make_batch(nothing, shape, cache, model.vocab_size, features))
+    batch = make_batch(nothing, shape, cache, model.vocab_size, features)
+    if isinstance(batch, DecodeBatch) and features.has_samples and kernels.copies_in_steps:
+        batch = with_copies(batch, [])
+    packed, layout = pack(batch)
     pool = jax.eval_shape(lambda: make_cache(model, cache, limits or EngineConfig(model.max_position_embeddings)))
     params, pool, packed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

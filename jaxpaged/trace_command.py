@@ -14,7 +14,7 @@ from typing import Any
 from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.cli_errors import UsageError, usage_errors
-from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, Flag, given
+from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, Flag, given, with_defaults
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.trace_page import dump_trace, example_trace, make_page
 
@@ -25,12 +25,7 @@ TRACE_FLAGS = (
     Flag("beam_width", int, "search with that many beams instead of sampling"),
     Flag("max_tokens", int, f"tokens generated at most (default {MAX_TOKENS})"),
 )
-TRACE_MODEL_FLAGS = tuple(
-    flag._replace(help=f"{flag.help.split(' (default')[0]} (default {DEFAULTS[flag.name]})")
-    if flag.name in DEFAULTS
-    else flag
-    for flag in MODEL_FLAGS
-)
+TRACE_MODEL_FLAGS = with_defaults(MODEL_FLAGS, DEFAULTS)
 EPILOG = """\
 examples:
   jaxpaged trace --example beam-search --html pool.html
@@ -67,8 +62,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _bundled(args: argparse.Namespace) -> dict[str, Any]:
-    if args.model is not None or args.prompt or given(args, (*TRACE_FLAGS, *TRACE_MODEL_FLAGS)):
-        raise UsageError("--example replays a bundled run: it takes no model, no prompt and no options of either")
+    if args.model is not None or args.prompt or args.seed or given(args, (*TRACE_FLAGS, *TRACE_MODEL_FLAGS)):
+        raise UsageError(
+            "--example replays a bundled run: it takes no model, no prompt, no seed and no options of them"
+        )
     return example_trace(args.example)
 
 

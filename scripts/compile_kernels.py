@@ -284,7 +284,9 @@ def check_step(target: jax.sharding.Sharding) -> list[str]:
     num_pages = int(POOL_BYTES / (STEP_PAGE_SIZE * model.kv_bytes_per_token(2)))
     cache = CacheConfig(STEP_PAGE_SIZE, num_pages, "bfloat16")
     shape = StepShape(STEP_ROWS, -(-STEP_CONTEXT // STEP_PAGE_SIZE))
-    compiled = compile_for(lambda: lower_step(shape, model, cache, kernels, SamplingFeatures(is_random=True), target))
+    compiled = compile_for(
+        lambda: lower_step(shape, model, cache, kernels, SamplingFeatures(has_samples=True, is_random=True), target)
+    )
     functions = read_assembler(compiled.assembler_said)
     print_line(f"step of {model.num_layers} layers, {STEP_ROWS} rows", functions, compiled)
     memory, text = compiled.program.memory_analysis(), compiled.program.as_text()

@@ -123,6 +123,7 @@ def test_a_part_that_cannot_run_costs_the_others_nothing(directory, tmp_path, ca
 @pytest.mark.parametrize("deep", [16, 2])  # one program a decode step, and two
 def test_programs_that_were_compiled_ahead_are_found(deep, monkeypatch, caplog):
     monkeypatch.setattr(steps, "DEEP", deep)
+    monkeypatch.setattr(steps, "FIRST_SHARE", 0.5)
     engine, features = toy_engine(num_pages=23), SamplingFeatures()
     engine.params = jax.device_put(engine.params, engine.device)  # as a checkpoint's are
     shape = StepShape(3, engine.buckets.table_widths[-1])  # like no other test's

@@ -84,6 +84,12 @@ def test_an_example_is_written_as_it_is_bundled(name, tmp_path):
     assert read_trace(tmp_path / "pool.html") == example_trace(name)
 
 
+@pytest.mark.parametrize("option", [["--seed", "3"], ["--n", "2"], ["--num-pages", "9"]])
+def test_an_example_takes_no_options_of_a_run(option, tmp_path, capsys):
+    assert main(["trace", "--example", "beam-search", "--html", str(tmp_path / "pool.html"), *option]) == 2
+    assert "--example replays a bundled run" in capsys.readouterr().err
+
+
 def test_the_bundled_examples_are_what_the_scheduler_does_today(tmp_path):
     assert sorted(make_traces.EXAMPLES) == example_names()
     make_traces.write(tmp_path)
