@@ -1,20 +1,26 @@
-"""What several test modules need: attention without a cache, and greedy decoding by recomputing everything."""
+"""What several test modules need: attention without a cache, greedy decoding by recomputing everything, slow cases."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from toy import TOY, toy_params
 
 from jaxpaged import LLM, SamplingParams
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.model import compute_logits, forward
 from jaxpaged.device.params import Params
+
+
+def all_but_slow(names: Iterable[str], *quick: str) -> list:
+    """Parameters of a test: all names, of which those that are not `quick` are left to `make test-slow`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def attend_full(config: ModelConfig):

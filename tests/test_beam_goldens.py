@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import all_but_slow
 
 from jaxpaged import LLM, BeamSearchParams
 
@@ -19,7 +20,7 @@ def test_every_golden_has_beams():
     assert NAMES == sorted(path.name for path in GOLDENS.iterdir())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", all_but_slow(NAMES, "llama_tied", "gemma2", "opt"))
 def test_all_searches_of_a_family_in_one_batch(name):
     searches = json.loads((GOLDENS / name / "beams.json").read_text())
     arrays = np.load(GOLDENS / name / "logits.npz")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import logprobs_after
+from helpers import all_but_slow, logprobs_after
 from toy import ALWAYS, TOY, make_group, random_prompts, run_tokens, sharing_engine, toy_engine
 
 from jaxpaged.device import steps
@@ -115,13 +115,14 @@ def interpreted(case, groups, detect_races=False, **options):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", all_but_slow(CASES, "two prompts", "beams with a common history"))
 def test_the_kernel_gives_what_plain_attention_gives(name):
     shape, options = CASES[name]
     case = SharedCase(**shape)
     case.close_to_expected(interpreted(case, case.plan(2, 1), num_programs=3, **options), **options)
 
 
+@pytest.mark.slow
 @needs_mosaic
 def test_no_thread_races_another():
     case = SharedCase(prompts=1, samples=3, prompt=80, own_lens=[5, 70])
@@ -192,6 +193,7 @@ def test_warm_up_compiles_the_shared_steps_too():
     assert engine.stats.compilations == 0
 
 
+@pytest.mark.slow
 def test_layers_with_a_window_read_every_row_alone():
     config = dataclasses.replace(TOY, sliding_window=8, sliding_layers=(True, False))
     engines = [sharing_engine(), toy_engine()]

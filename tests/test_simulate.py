@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import all_but_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_beam_engine import beam_group
@@ -73,7 +74,7 @@ def budget_for(kv_cache, num_tokens=48) -> int:
 
 
 @pytest.mark.parametrize("preemption", [SWAP, PreemptionConfig()], ids=["swap", "recompute"])
-@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("kv_cache", all_but_slow(KV_CACHES, "paged", "contiguous-oracle", "dense-static"))
 def test_simulator_and_engine_agree_at_every_step(kv_cache, preemption):
     workload, cache = small_workload(), CacheConfig(4, POOLS[kv_cache])
     limits = EngineConfig(64, 8, budget_for(kv_cache), preemption=preemption, kv_cache=kv_cache)
@@ -85,7 +86,7 @@ def test_simulator_and_engine_agree_at_every_step(kv_cache, preemption):
     assert stats.memory.stranded.any() or kv_cache == "none"
 
 
-@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("kv_cache", all_but_slow(KV_CACHES, "paged", "contiguous-oracle", "dense-static"))
 def test_they_agree_for_samples_and_beams_given_what_the_device_chose(kv_cache):
     """Which beams fork, and where samples part, is in the tokens; the simulator takes the engine's."""
     workload, cache = small_workload(8), CacheConfig(4, POOLS[kv_cache] * (2 if kv_cache == "paged" else 1))
