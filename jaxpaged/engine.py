@@ -27,6 +27,7 @@ from jaxpaged.host.page_allocator import PageAllocator
 from jaxpaged.host.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.shared_prefix import prefix_of
 from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.swap import Swap
 from jaxpaged.host.trace import TraceRecorder
@@ -86,7 +87,8 @@ class Engine:
     def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
         """Run the groups together; yields each when all its samples have ended. Leaving early drops the others.
 
-        A group is queued when its `arrival_time` has come; while nothing is there to run, the engine sleeps.
+        A group is queued when its `arrival_time` has come; while nothing is there to run, the engine sleeps. Where the
+        groups have a `prefix_len`, their first so many tokens are the same, and are computed and kept once.
         """
         with contextlib.closing(self.run_steps(groups)) as steps_taken:
             for finished in steps_taken:
@@ -96,7 +98,8 @@ class Engine:
         """As `run`, but yields after every step: the groups that it finished, often none."""
         self._check_idle()
         for group in groups:  # before any of them runs
-            self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len)
+            self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
+        prefix = prefix_of(groups)
         arrivals = Arrivals(groups)
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
         self.stats = stats = RunStats.for_cache(self.cache_config)
@@ -104,6 +107,8 @@ class Engine:
         stats.num_prompt_tokens = sum(group.prompt_len for group in groups)
         compiled_before, self._began = steps.num_compiled(), time.perf_counter()
         try:
+            if prefix:
+                self.scheduler.share_prefix(prefix)
             while arrivals or self.scheduler.has_work:
                 for group in arrivals.take(self._seconds_since_start):
                     self.scheduler.add(group)
@@ -270,8 +275,8 @@ class Engine:
 
     @property
     def _sharing_in_use(self) -> PrefixSharing | None:
-        """How decode steps share prefixes: not at all where no request has samples or beams that could."""
-        return self.sharing if self.features.has_samples else None
+        """How decode steps share prefixes: not at all where no samples or beams could, nor requests of one prefix."""
+        return self.sharing if self.features.has_samples or self.features.has_prefix else None
 
     def _launch(self, packed: np.ndarray, layout: Layout) -> StepOutputs:
         """Run one step and wait for what the host must learn of it."""

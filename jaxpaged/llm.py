@@ -125,12 +125,19 @@ class LLM:
         prompts: Prompts,
         sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
         progress: bool = True,
+        shared_prefix: Any = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; results in input order. `progress` shows a bar where stderr is a terminal.
 
+        `shared_prefix`, text or token ids, comes before every prompt: an instruction, examples. The results are those
+        of the whole prompts; but with pages its keys and values are computed once in this call and stored once, for
+        all requests. (Other `kv_cache`s compute the whole prompts.) Text is tokenised in parts, the prefix and each
+        prompt, special tokens (a beginning-of-sequence token) only with the prefix; so the token ids are those of the
+        parts, and may differ from those of the joined text where they meet. Not with `prompt_logprobs`.
+
         Raises ValueError for a request that cannot run, before any request runs.
         """
-        groups = self._requests.read_all(prompts, sampling_params, None, self.engine)
+        groups = self._requests.read_all(prompts, sampling_params, None, self.engine, shared_prefix)
         order = {group: i for i, group in enumerate(groups)}
         outputs: list[RequestOutput | None] = [None] * len(groups)
         with ProgressBar(len(groups), lambda: self.last_run, enabled=progress) as bar:
@@ -145,6 +152,7 @@ class LLM:
         sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
         request_ids: SequenceOf[str] | None = None,
         arrival_times: SequenceOf[float] | None = None,
+        shared_prefix: Any = None,
     ) -> Iterator[RequestOutput]:
         """As `generate`, but yields each result as it finishes; `request_id` tells which it is (by default its index).
 
@@ -152,12 +160,16 @@ class LLM:
         service; by default all are there. Requests are checked when this is called, not at the first result. Leaving
         the loop early drops the others.
         """
-        groups = self._requests.read_all(prompts, sampling_params, request_ids, self.engine)
+        groups = self._requests.read_all(prompts, sampling_params, request_ids, self.engine, shared_prefix)
         set_arrivals(groups, arrival_times)
         return (output for _, output in self._run(groups))
 
     def beam_search(
-        self, prompts: Prompts, params: BeamSearchParams | SequenceOf[BeamSearchParams], progress: bool = True
+        self,
+        prompts: Prompts,
+        params: BeamSearchParams | SequenceOf[BeamSearchParams],
+        progress: bool = True,
+        shared_prefix: Any = None,
     ) -> list[RequestOutput]:
         """The best continuations of every prompt, best first, with their `score`; the semantics of transformers 5.
 
@@ -166,7 +178,7 @@ class LLM:
         given = params if isinstance(params, SequenceOf) else [params]
         if any(not isinstance(one, BeamSearchParams) for one in given):
             raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {params!r}")
-        return self.generate(prompts, params, progress)
+        return self.generate(prompts, params, progress, shared_prefix)
 
     def watch_beams(self, prompt: Any, params: BeamSearchParams) -> Iterator[BeamSnapshot]:
         """Search for one prompt and yield where the search stands after every step; the last one has the `output`.
@@ -200,7 +212,8 @@ class LLM:
         """Compile everything that requests with such parameters can need; no later run of them compiles anything.
 
         Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set
-        of features (sampling, filters, penalties, log-probabilities, ...) need programs of their own.
+        of features (sampling, filters, penalties, log-probabilities, ...) need programs of their own. So do, with
+        `LLM(shared_prefixes=True)`, requests of one sample that read a `shared_prefix`.
         """
         params = (
             [sampling_params or SamplingParams()] if not isinstance(sampling_params, SequenceOf) else sampling_params
@@ -221,9 +234,10 @@ class LLM:
         self.__dict__.pop("engine", None)  # and with it the pool
         self.engine = build_engine(self._checkpoint, self._options, self._weights)
 
-    def check_request(self, prompt: Any, params: RequestParams) -> None:
+    def check_request(self, prompt: Any, params: RequestParams, shared_prefix: Any = None) -> None:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
-        self._requests.read(read_prompt(prompt), params, "", 0, self.engine)
+        prefix = self._requests.read_prefix(shared_prefix, self.engine)
+        self._requests.read(read_prompt(prompt), params, "", 0, self.engine, prefix)
 
     def _run(self, groups: list[SequenceGroup]) -> Iterator[tuple[SequenceGroup, RequestOutput]]:
         for group in self.engine.run(groups):

@@ -32,7 +32,10 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class KVUsage:
-    """What one request cost in pages. "Logical" counts a page once for each sample that reads it."""
+    """What one request cost in pages. "Logical" counts a page once for each sample that reads it.
+
+    Pages of a prefix that the run shares count for each of its requests, since each reads them.
+    """
 
     pages_at_peak: int  # physical pages
     logical_pages_at_peak: int

@@ -82,12 +82,16 @@ def read_prompt(prompt: Any) -> Prompt:
     return Prompt(None, [int(token_id) for token_id in prompt])
 
 
-def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, missing: str) -> list[int]:
+def prompt_token_ids(
+    prompt: Prompt, tokenizer: Tokenizer | None, missing: str, add_special_tokens: bool = True
+) -> list[int]:
     """The ids of a prompt, of which there is at least one; `missing` says why there may be no tokenizer for text."""
     if prompt.token_ids is not None:
         return prompt.token_ids
     assert prompt.text is not None
-    token_ids = need_tokenizer(tokenizer, "a text prompt needs", missing).encode(prompt.text)
+    token_ids = need_tokenizer(tokenizer, "a text prompt needs", missing).encode(
+        prompt.text, add_special_tokens=add_special_tokens
+    )
     if not token_ids:
         raise ValueError(f"the prompt {prompt.text!r} has no tokens")
     return token_ids

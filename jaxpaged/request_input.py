@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +14,16 @@ from jaxpaged.beam_text import BeamText
 from jaxpaged.engine import Engine
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.prompts import Prompt, prompt_token_ids, read_prompts
+from jaxpaged.prompts import Prompt, prompt_token_ids, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.tokenizer import StopStringStream, Tokenizer, need_tokenizer
+
+
+class Prefix(NamedTuple):
+    """What comes before every prompt of a run."""
+
+    text: str | None  # None if it was given as token ids
+    token_ids: list[int]
 
 
 class RequestReader:
@@ -34,8 +41,13 @@ class RequestReader:
         params: RequestParams | SequenceOf[RequestParams] | None,
         request_ids: SequenceOf[str] | None,
         engine: Engine,
+        shared_prefix: Any = None,
     ) -> list[SequenceGroup]:
-        """A group for each prompt, that `engine` can run; ValueError, which names the prompt, if any cannot be."""
+        """A group for each prompt, that `engine` can run; ValueError, which names the prompt, if any cannot be.
+
+        `shared_prefix`: a prompt that comes before each of them.
+        """
+        prefix = self.read_prefix(shared_prefix, engine)
         read = read_prompts(prompts)
         all_params = _one_for_each(params, len(read))
         ids = [str(i) for i in range(len(read))] if request_ids is None else list(request_ids)
@@ -44,7 +56,8 @@ class RequestReader:
         groups = []
         for i, (prompt, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
             try:
-                groups.append(self.read(prompt, one_params, request_id, self._request_seed(one_params, i), engine))
+                seed = self._request_seed(one_params, i)
+                groups.append(self.read(prompt, one_params, request_id, seed, engine, prefix))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(read) > 1 else str(error)) from None
         self._num_requests += len(groups)
@@ -56,23 +69,51 @@ class RequestReader:
             return params.seed
         return int(np.random.SeedSequence([self._seed, self._num_requests + index]).generate_state(1, np.uint64)[0])
 
-    def read(self, prompt: Prompt, params: RequestParams, request_id: str, seed: int, engine: Engine) -> SequenceGroup:
+    def read_prefix(self, shared_prefix: Any, engine: Engine) -> Prefix | None:
+        """None for None; ValueError, which names the prefix, for what is no prompt."""
+        if shared_prefix is None:
+            return None
+        try:
+            prompt = read_prompt(shared_prefix)
+            token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing)
+            _check_vocabulary(token_ids, engine.model.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"shared_prefix: {error}") from None
+        return Prefix(prompt.text, token_ids)
+
+    def read(
+        self,
+        prompt: Prompt,
+        params: RequestParams,
+        request_id: str,
+        seed: int,
+        engine: Engine,
+        prefix: Prefix | None = None,
+    ) -> SequenceGroup:
         """The group of one request; ValueError for one that `engine` could not run even alone."""
         model, limits = engine.model, engine.limits
         params.check_token_ids(model.vocab_size)
-        token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing)
+        # Special tokens begin the prefix, where there is one, and are not repeated behind it.
+        token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing, add_special_tokens=prefix is None)
+        _check_vocabulary(token_ids, model.vocab_size)
+        text, prefix_len = prompt.text, 0
+        if prefix is not None:
+            if params.prompt_logprobs is not None:
+                raise ValueError(
+                    "prompt_logprobs needs the whole prompt computed for this request, which shared_prefix spares: "
+                    "leave out one of the two"
+                )
+            token_ids = prefix.token_ids + token_ids
+            text = None if text is None or prefix.text is None else prefix.text + text
+            prefix_len = len(prefix.token_ids) if engine.scheduler.policy.shares_pages else 0
         if params.stop_strings or params.bad_words:
             need_tokenizer(self.tokenizer, "stop strings and bad_words need", self._missing)
-        for token_id in token_ids:
-            if not 0 <= token_id < model.vocab_size:
-                raise ValueError(
-                    f"token id {token_id} is outside the vocabulary, which has ids 0 to {model.vocab_size - 1}"
-                )
         budget = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
         group = SequenceGroup(
-            request_id, prompt.text, params, seed,
+            request_id, text, params, seed,
             sequences=[Sequence(0, token_ids, len(token_ids))],
             max_len=min(budget, limits.max_model_len),
+            prefix_len=prefix_len,
             eos_ids=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
             stop_ids=frozenset(params.stop_token_ids or ()),
             banned_words=_banned_words(params, self.tokenizer),
@@ -81,8 +122,14 @@ class RequestReader:
             _prepare_beams(group, params, self.tokenizer)
         else:
             _prepare_samples(group, params, self.tokenizer)
-        engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len)
+        engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len, prefix_len)
         return group
+
+
+def _check_vocabulary(token_ids: list[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"token id {token_id} is outside the vocabulary, which has ids 0 to {vocab_size - 1}")
 
 
 def _prepare_beams(group: SequenceGroup, params: BeamSearchParams, tokenizer: Tokenizer | None) -> None:

@@ -74,17 +74,23 @@ class Simulation:
         step_seconds: float | Clock = 0.03,
         one_by_one: bool = False,
         device: Callable[[StepPlan], StepOutputs] | None = None,
+        prefix_len: int = 0,
     ):
         """Raises ValueError for requests that could not run, before any does.
 
         `one_by_one`: plan every step. `device` takes the place of the scripted one, which needs every step, too.
+        `prefix_len`: tokens that come before every prompt of the workload; with pages the run shares them.
         """
         if beam_width and num_samples > 1:
             raise ValueError(f"a request has samples or beams: num_samples={num_samples}, beam_width={beam_width}")
+        if prefix_len < 0:
+            raise ValueError(f"prefix_len must be at least 0, got {prefix_len}")
         if not callable(step_seconds) and not step_seconds > 0:
             raise ValueError(f"step_seconds must be above 0, got {step_seconds}")
         self.workload = workload
         self.scheduler = Scheduler(cache, limits)
+        self._prompt_lens = workload.prompt_lens + prefix_len
+        self._shared_len = prefix_len if self.scheduler.policy.shares_pages else 0
         self.params: SamplingParams | BeamSearchParams = (
             BeamSearchParams(beam_width, max_tokens=None, early_stopping="never")
             if beam_width
@@ -100,9 +106,11 @@ class Simulation:
         self.stats = RunStats.for_cache(cache)
         self._check()
         self.scheduler.policy.expect(int(workload.output_lens.max(initial=0)))
+        if self._shared_len and len(workload.prompt_lens):
+            self.scheduler.share_prefix([0] * self._shared_len)
 
     def _check(self) -> None:
-        pairs = np.unique(np.stack([self.workload.prompt_lens, self.workload.output_lens]), axis=1).T.tolist()
+        pairs = np.unique(np.stack([self._prompt_lens, self.workload.output_lens]), axis=1).T.tolist()
         longest = self.scheduler.limits.max_model_len
         for prompt_len, output_len in pairs:
             if prompt_len + output_len > longest:
@@ -110,13 +118,13 @@ class Simulation:
                     f"a request of {prompt_len} and {output_len} tokens exceeds max_model_len={longest}: raise it, "
                     "or draw shorter requests"
                 )
-            self.scheduler.check(prompt_len, self.params.num_samples, prompt_len + output_len)
+            self.scheduler.check(prompt_len, self.params.num_samples, prompt_len + output_len, self._shared_len)
 
     def run(self, max_steps: int | None = None, on_finished: Callable[[int], None] | None = None) -> RunStats:
         """Run to the end, or for about `max_steps` steps. `on_finished` is told how many requests have finished."""
         scheduler, stats = self.scheduler, self.stats
         stats.num_requests = len(self.workload.prompt_lens)
-        stats.num_prompt_tokens = int(self.workload.prompt_lens.sum())
+        stats.num_prompt_tokens = int(self._prompt_lens.sum())
         num_finished = 0
         while self._num_queued < len(self.workload.arrivals) or scheduler.has_work:
             num_unqueued = self._queue()
@@ -156,10 +164,11 @@ class Simulation:
             self.finished_times[int(group.request_id)] = self.now
 
     def _group(self, index: int) -> SequenceGroup:
-        prompt_len, output_len = int(self.workload.prompt_lens[index]), int(self.workload.output_lens[index])
+        prompt_len, output_len = int(self._prompt_lens[index]), int(self.workload.output_lens[index])
         group = SequenceGroup(
-            str(index), None, self.params, index, [Sequence(0, [0] * prompt_len, prompt_len)], prompt_len + output_len
-        )
+            str(index), None, self.params, index, [Sequence(0, [0] * prompt_len, prompt_len)], prompt_len + output_len,
+            prefix_len=self._shared_len,
+        )  # fmt: skip
         if isinstance(self.params, BeamSearchParams):
             group.beams = BeamState.of(self.params, (), output_len)
         return group

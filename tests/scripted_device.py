@@ -6,13 +6,16 @@ import itertools
 
 import numpy as np
 
+from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
+from jaxpaged.host.beam_state import BeamState, best_hypotheses
 from jaxpaged.host.reservation import most_pages
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.shared_prefix import prefix_of
 from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.step_io import StepOutputs, TokenLogprobs
+from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs
 
 _ids = itertools.count()
 
@@ -83,9 +86,16 @@ class PoolModel:
         return StepOutputs(tokens, TokenLogprobs(np.full(len(tokens), -1.0, np.float32)))
 
 
-def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
+def begin(scheduler: Scheduler, groups: list[SequenceGroup]) -> None:
+    """Queue all groups, behind the prefix that they share, if they do."""
+    if prefix := prefix_of(groups):
+        scheduler.share_prefix(prefix)
     for group in groups:
         scheduler.add(group)
+
+
+def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
+    begin(scheduler, groups)
     pool, plans, done = PoolModel(scheduler.cache.page_size, scheduler.policy.is_cached), [], {}
     while (plan := scheduler.schedule()) is not None:
         plans.append(plan)
@@ -93,10 +103,59 @@ def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], l
             done[group.request_id] = [sequence.output_ids for sequence in group.sequences]
         scheduler.check_invariants()
         assert len(plans) < 5000, "the scheduler makes no progress"
-    assert scheduler.allocator.num_used == 0 and not pool.swapped
+    assert scheduler.allocator.num_used == sum(len(table.pages) for table in scheduler.prefix_tables)
+    assert not pool.swapped
     return done, plans
+
+
+def make_search(prompt_len, max_tokens, width) -> SequenceGroup:
+    group = make_group(prompt_len, max_tokens)
+    group.params = BeamSearchParams(width, max_tokens=max_tokens)
+    group.beams = BeamState.of(group.params, (), max_tokens)
+    return group
+
+
+class BeamPoolModel(PoolModel):
+    """Gives every row the same number of candidates, told by the row's own tokens."""
+
+    def run(self, plan):
+        outputs = super().run(plan)
+        if not any(sample.group.beams for sample in plan.samples):
+            return outputs
+        k = 40
+        scores, tokens = np.zeros((len(plan.samples), k), np.float32), np.zeros((len(plan.samples), k), np.int32)
+        for i, sample in enumerate(plan.samples):
+            # 997 is prime: k different tokens, and log-probabilities that hardly ever tie
+            tokens[i] = (sum(sample.sequence.token_ids) * 31 + 7 * np.arange(k)) % 997
+            step = np.sort((tokens[i] * 389 % 997 + 1) / 300)
+            scores[i] = sample.sequence.cumulative_logprob - step
+        return StepOutputs(outputs.tokens, outputs.token_logprobs, RowCandidates(scores, tokens))
+
+
+def run_searches(scheduler, groups, look=lambda plan: None) -> list:
+    """What every group gave in the end; `look` is called with each plan."""
+    begin(scheduler, groups)
+    pool = BeamPoolModel(scheduler.cache.page_size)
+    for _ in range(5000):
+        plan = scheduler.schedule()
+        if plan is None:
+            break
+        look(plan)
+        scheduler.commit(plan, pool.run(plan))
+        scheduler.check_invariants()
+    assert not scheduler.has_work
+    assert scheduler.allocator.num_used == sum(len(table.pages) for table in scheduler.prefix_tables)
+    return [
+        [(h.token_ids, h.score) for h in best_hypotheses(group.beams, 99)]
+        if group.beams
+        else [sequence.output_ids for sequence in group.sequences]
+        for group in groups
+    ]
 
 
 def most_pages_of(groups, page_size: int) -> int:
     """Pages of the smallest pool in which each of the groups can run to its end."""
-    return max(most_pages(group.prompt_len, group.params.num_samples, group.max_len, page_size) for group in groups)
+    return max(
+        most_pages(group.prompt_len, group.params.num_samples, group.max_len, page_size, group.prefix_len)
+        for group in groups
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toy import char_tokenizer, save_toy_checkpoint
 
-from jaxpaged import LLM, SamplingParams
+from jaxpaged import LLM, BeamSearchParams, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -291,3 +291,84 @@ def test_check_request_says_what_generate_would(llm):
 def test_shared_prefixes_need_the_pallas_kernels(directory):
     with pytest.raises(ValueError, match="shared_prefixes=True needs attention='pallas', but .* is 'reference'"):
         LLM(directory, attention="reference", shared_prefixes=True)
+
+
+def test_a_shared_prefix_comes_before_every_prompt(llm):
+    prefix, prompts = "four score and seven years", [" ago", " our fathers", "x"]
+    params = [GREEDY, SamplingParams(n=3, max_tokens=6, seed=1), BeamSearchParams(3, max_tokens=6)]
+    whole = llm.generate([ids(prefix + prompt) for prompt in prompts], params)
+    forms = [
+        (prefix, prompts),
+        (ids(prefix), [ids(prompt) for prompt in prompts]),
+        ({"prompt_token_ids": ids(prefix)}, prompts),
+        (prefix, [{"prompt_token_ids": ids(prompt)} for prompt in prompts]),
+    ]
+    for given, own in forms:
+        outputs = llm.generate(own, params, shared_prefix=given)
+        assert [out.prompt_token_ids for out in outputs] == [out.prompt_token_ids for out in whole]
+        assert [[o.token_ids for o in out.outputs] for out in outputs] == [
+            [o.token_ids for o in out.outputs] for out in whole
+        ]
+        is_text = given is prefix and own is prompts
+        assert [out.prompt for out in outputs] == ([prefix + own for own in prompts] if is_text else [None] * 3)
+    # 26 tokens: six full pages of the first, which are of the prefix, and a copy of the seventh.
+    assert (outputs[0].kv.pages_at_peak, outputs[0].kv.pages_copied) == (10, 1)
+    assert max(llm.last_run.pages_used) < sum(out.kv.pages_at_peak for out in outputs)
+    (iterated,) = llm.generate_iter(prompts[0], GREEDY, shared_prefix=prefix)
+    (searched,) = llm.beam_search(prompts[2], params[2], shared_prefix=prefix)
+    assert iterated.outputs[0].text == outputs[0].outputs[0].text
+    assert [o.text for o in searched.outputs] == [o.text for o in outputs[2].outputs]
+
+
+def test_special_tokens_begin_the_prefix_alone(directory):
+    class Beginning:
+        """Puts <s> before a text."""
+
+        def encode(self, text, add_special_tokens=True):
+            return [0] * add_special_tokens + ids(text)
+
+        def decode(self, token_ids, skip_special_tokens=True):
+            return char_tokenizer().decode(token_ids, skip_special_tokens)
+
+    llm = LLM(directory, tokenizer=Beginning(), page_size=4, num_pages=60, max_num_seqs=4, max_model_len=64)
+    (out,) = llm.generate("cd", GREEDY, shared_prefix="ab")
+    assert out.prompt_token_ids == [0, *ids("abcd")]
+    (out,) = llm.generate("cd", GREEDY, shared_prefix=ids("ab"))
+    assert out.prompt_token_ids == ids("abcd")
+
+
+@pytest.mark.parametrize("kv_cache", ["contiguous-oracle", "dense-slots", "none"])
+def test_systems_that_share_no_pages_compute_the_prefix_for_each_request(directory, llm, kv_cache):
+    other = LLM(directory, page_size=4, num_pages=200, max_num_seqs=8, max_model_len=64, kv_cache=kv_cache)
+    prompts, params = ["abc", "defg"], [GREEDY, SamplingParams(n=2, max_tokens=5, seed=3)]
+    expected = llm.generate(prompts, params, shared_prefix="a common beginning ")
+    outputs = other.generate(prompts, params, shared_prefix="a common beginning ")
+    assert [[o.token_ids for o in out.outputs] for out in outputs] == [
+        [o.token_ids for o in out.outputs] for out in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "params", "message"),
+    [
+        ("", GREEDY, "^shared_prefix: the prompt is empty"),
+        ([], GREEDY, "^shared_prefix: the prompt has no tokens"),
+        ([97], GREEDY, "^shared_prefix: token id 97 is outside the vocabulary"),
+        (["a", "b"], GREEDY, "^shared_prefix: a prompt must be text, a list of token ids or a dict"),
+        ("x" * 125, GREEDY, r"prompt of 128 tokens \(125 of them the shared prefix\) leaves no room to generate"),
+        ("x" * 39, SamplingParams(n=8, max_tokens=80), r"of 42 tokens \(39 of them the shared prefix\) .* pool has 99"),
+        ("abc", SamplingParams(prompt_logprobs=1), "prompt_logprobs needs the whole prompt computed .* leave out one"),
+    ],
+)
+def test_a_prefix_that_cannot_be_shared_is_refused_before_anything_runs(llm, prefix, params, message):
+    steps = llm.last_run.steps
+    with pytest.raises(ValueError, match=message):
+        llm.generate("abc", params, shared_prefix=prefix)
+    with pytest.raises(ValueError, match=message):
+        llm.check_request("abc", params, shared_prefix=prefix)
+    assert llm.last_run.steps == steps
+    llm.generate("abc", GREEDY, shared_prefix="still works ")
+
+
+def test_nothing_is_computed_for_no_prompts(llm):
+    assert llm.generate([], GREEDY, shared_prefix="abc") == [] and llm.last_run.steps == 0

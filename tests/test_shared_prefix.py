@@ -217,6 +217,21 @@ def runs_read(monkeypatch):
     return found
 
 
+def test_requests_read_the_pages_of_their_runs_prefix_once(runs_read):
+    """22 tokens that all begin with, at page size 4: five full pages; a group holds at most four members."""
+    prefix, suffixes = random_prompts(1, 22, 22)[0], random_prompts(6, 2, 9, seed=1)
+
+    def groups(prefix_len):
+        made = [make_group(prefix + own, SamplingParams(temperature=0, max_tokens=5), str(i)) for i, own in
+                enumerate(suffixes)]  # fmt: skip
+        for group in made:
+            group.prefix_len = prefix_len
+        return made
+
+    assert run_tokens(sharing_engine(page_size=4), groups(22)) == run_tokens(toy_engine(), groups(0))
+    assert runs_read == [[5, 5]] * 4
+
+
 def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomputing_gives(runs_read):
     prompt = random_prompts(1, 22, 22)[0]  # at page size 4: five full pages, and two tokens on the next
     engine = sharing_engine(page_size=4)

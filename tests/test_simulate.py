@@ -43,7 +43,7 @@ def totals_of(stats) -> dict[str, int]:
     return {name: getattr(stats, name) for name in names}
 
 
-def run_engine(workload, limits: EngineConfig, cache: CacheConfig, params_of, beams=False):
+def run_engine(workload, limits: EngineConfig, cache: CacheConfig, params_of, beams=False, prefix_len=0):
     """The engine's account of the workload, and what its device chose in every step."""
     engine = toy_engine(
         cache.num_pages, cache.page_size, limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len,
@@ -51,9 +51,11 @@ def run_engine(workload, limits: EngineConfig, cache: CacheConfig, params_of, be
     )  # fmt: skip
     rng = np.random.default_rng(9)
     groups = []
+    prefix = rng.integers(0, TOY.vocab_size, prefix_len).tolist()
     for i, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
-        prompt, params = rng.integers(0, TOY.vocab_size, prompt_len).tolist(), params_of(int(output_len))
+        prompt, params = prefix + rng.integers(0, TOY.vocab_size, prompt_len).tolist(), params_of(int(output_len))
         groups.append(beam_group(prompt, params, (), str(i)) if beams else make_group(prompt, params, str(i), seed=i))
+        groups[-1].prefix_len = prefix_len if kv_cache_shares(limits) else 0
     outputs = []
     launch = engine._launch
     engine._launch = lambda *args: outputs.append(launch(*args)) or outputs[-1]
@@ -66,6 +68,10 @@ POOLS = {
     "paged": 24, "contiguous-max": 100, "contiguous-pow2": 80, "contiguous-oracle": 80, "none": 2,
     **dict.fromkeys(DENSE_CACHES, 100),
 }  # fmt: skip
+
+
+def kv_cache_shares(limits: EngineConfig) -> bool:
+    return limits.kv_cache == "paged"
 
 
 def budget_for(kv_cache, num_tokens=48) -> int:
@@ -84,6 +90,28 @@ def test_simulator_and_engine_agree_at_every_step(kv_cache, preemption):
     assert totals_of(simulated) == totals_of(stats)
     assert stats.preemptions > 0 or kv_cache != "paged"
     assert stats.memory.stranded.any() or kv_cache == "none"
+
+
+@pytest.mark.parametrize("preemption", [SWAP, PreemptionConfig()], ids=["swap", "recompute"])
+@pytest.mark.parametrize(
+    ("kv_cache", "prefix_len"), [("paged", 6), ("paged", 8), ("paged", 50), ("contiguous-oracle", 6)]
+)
+def test_they_agree_where_requests_share_a_prefix(kv_cache, prefix_len, preemption):
+    """One of 50 tokens takes two steps of prefill."""
+    workload, cache = small_workload(), CacheConfig(4, POOLS[kv_cache] + prefix_len // 4)
+    limits = EngineConfig(100, 8, 48, preemption=preemption, kv_cache=kv_cache)
+    for num_samples in (1, 2):
+        params = SamplingParams(n=num_samples, ignore_eos=True)
+        stats, outputs = run_engine(
+            workload, limits, cache, lambda n, p=params: dataclasses.replace(p, max_tokens=n), prefix_len=prefix_len
+        )
+        chosen = iter(outputs)
+        simulated = Simulation(
+            workload, cache, limits, num_samples, prefix_len=prefix_len, device=lambda plan, c=chosen: next(c)
+        ).run()
+        assert steps_of(simulated) == steps_of(stats)
+        assert totals_of(simulated) == totals_of(stats)
+        assert stats.preemptions > 0 or kv_cache != "paged"
 
 
 @pytest.mark.parametrize("kv_cache", all_but_slow(KV_CACHES, "paged", "contiguous-oracle", "dense-static"))
@@ -107,8 +135,11 @@ def test_they_agree_for_samples_and_beams_given_what_the_device_chose(kv_cache):
 @given(
     st.sampled_from(KV_CACHES), st.sampled_from([SWAP, PreemptionConfig()]), st.integers(0, 1000), st.integers(1, 3),
     st.integers(1, 5), st.integers(0, 30), st.sampled_from([0, 40, 400]), st.sampled_from([0.0, 0.05]),
+    st.sampled_from([0, 0, 7, 12]),
 )  # fmt: skip
-def test_many_steps_at_once_are_those_steps(kv_cache, preemption, seed, n, page_size, spare, spread, watermark):
+def test_many_steps_at_once_are_those_steps(
+    kv_cache, preemption, seed, n, page_size, spare, spread, watermark, prefix_len
+):
     workload = small_workload(10, seed, spread)
     size = 1 << (-(-64 // page_size) - 1).bit_length()
     cache = CacheConfig(page_size, n * size + 1 + spare)
@@ -116,7 +147,8 @@ def test_many_steps_at_once_are_those_steps(kv_cache, preemption, seed, n, page_
         64, 6, budget_for(kv_cache, 40), watermark=watermark, preemption=preemption, kv_cache=kv_cache
     )
     at_once, one_by_one = (
-        Simulation(workload, cache, limits, n, step_seconds=1.0, one_by_one=is_slow) for is_slow in (False, True)
+        Simulation(workload, cache, limits, n, step_seconds=1.0, one_by_one=is_slow, prefix_len=prefix_len)
+        for is_slow in (False, True)
     )
     fast, slow = at_once.run(), one_by_one.run()
     assert steps_of(fast) == steps_of(slow)

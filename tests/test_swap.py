@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_device import PoolModel, make_group, make_scheduler, most_pages_of, run_all
+from scripted_device import (
+    BeamPoolModel,
+    PoolModel,
+    make_group,
+    make_scheduler,
+    make_search,
+    most_pages_of,
+    run_all,
+    run_searches,
+)
 
-from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.config import PreemptionConfig
-from jaxpaged.host.beam_state import BeamState, best_hypotheses
 from jaxpaged.host.block_table import BlockTable, append_slots, fork, truncate
 from jaxpaged.host.page_allocator import PageAllocator
-from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.sequence import Sequence
 from jaxpaged.host.swap import is_swap_cheaper, load, unload
 from jaxpaged.host.token_tree import build_branches
-from jaxpaged.step_io import RowCandidates, StepOutputs
 
 SWAP = PreemptionConfig("swap", swap_pages=1000)
 
@@ -155,49 +160,6 @@ def test_auto_swaps_a_group_in_one_pool_and_recomputes_it_in_another():
 
 
 # Beams
-
-
-def make_search(prompt_len, max_tokens, width) -> SequenceGroup:
-    group = make_group(prompt_len, max_tokens)
-    group.params = BeamSearchParams(width, max_tokens=max_tokens)
-    group.beams = BeamState.of(group.params, (), max_tokens)
-    return group
-
-
-class BeamPoolModel(PoolModel):
-    """Gives every row the same number of candidates, told by the row's own tokens."""
-
-    def run(self, plan):
-        outputs = super().run(plan)
-        if not any(sample.group.beams for sample in plan.samples):
-            return outputs
-        k = 40
-        scores, tokens = np.zeros((len(plan.samples), k), np.float32), np.zeros((len(plan.samples), k), np.int32)
-        for i, sample in enumerate(plan.samples):
-            # 997 is prime: k different tokens, and log-probabilities that hardly ever tie
-            tokens[i] = (sum(sample.sequence.token_ids) * 31 + 7 * np.arange(k)) % 997
-            step = np.sort((tokens[i] * 389 % 997 + 1) / 300)
-            scores[i] = sample.sequence.cumulative_logprob - step
-        return StepOutputs(outputs.tokens, outputs.token_logprobs, RowCandidates(scores, tokens))
-
-
-def run_searches(scheduler, groups) -> list:
-    for group in groups:
-        scheduler.add(group)
-    pool = BeamPoolModel(scheduler.cache.page_size)
-    for _ in range(5000):
-        plan = scheduler.schedule()
-        if plan is None:
-            break
-        scheduler.commit(plan, pool.run(plan))
-        scheduler.check_invariants()
-    assert not scheduler.has_work and scheduler.allocator.num_used == 0
-    return [
-        [(h.token_ids, h.score) for h in best_hypotheses(group.beams, 99)]
-        if group.beams
-        else [sequence.output_ids for sequence in group.sequences]
-        for group in groups
-    ]
 
 
 requests = st.lists(

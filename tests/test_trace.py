@@ -29,7 +29,7 @@ class Watch:
         scheduler.check_invariants()
         tables = {
             recorder._live[s].index: (s.table.pages.tolist(), s.table.num_slots, s.token_ids[:])
-            for group in (*scheduler.running, *scheduler.waiting)
+            for group in (*filter(None, [scheduler.prefix]), *scheduler.running, *scheduler.waiting)
             for s in group.unfinished
             if s.status is SequenceStatus.RUNNING
         }
@@ -43,10 +43,11 @@ class Watch:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at_every_frame(way, seed):
+@pytest.mark.parametrize("prefix_len", [0, 10])
+def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at_every_frame(way, seed, prefix_len):
     scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS[way])
     watch = Watch(scheduler)
-    recorder = record_random_load(seed, 30, scheduler, watch.look)
+    recorder = record_random_load(seed, 30, scheduler, watch.look, prefix_len)
     trace = json.loads(json.dumps(recorder.trace("load")))
     replay = Replay(trace)
     assert len(trace["frames"]) == max(watch.by_frame) > 40
@@ -59,6 +60,18 @@ def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at
             assert (replay.num_slots[i], replay.tokens[i]) == (num_slots, tokens)
     names = {event[0] for frame in trace["frames"] for event in frame.get("events", [])}
     assert names == {"admit", "append", "fork", "copy", "preempt", "resume", "finish", "free"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_pages_of_a_shared_prefix_are_taken_once_copied_once_a_request_and_never_freed(way):
+    scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS[way])
+    trace = record_random_load(1, 30, scheduler, prefix_len=10).trace("load")
+    events = [event for frame in trace["frames"] for event in frame.get("events", [])]
+    assert trace["requests"][0] == {"id": "shared prefix", "kind": "sample", "width": 1, "prompt_len": 10}
+    assert events[:2] == [["admit", 0], ["append", 0, 1, 2, 3]]
+    assert not any(page in event[1:] for event in events if event[0] == "free" for page in (1, 2, 3))
+    assert not any(page in event[2:] for event in events[2:] if event[0] == "append" for page in (1, 2, 3))
+    assert sum(event[0] == "copy" and event[2] == 3 for event in events) >= 30
 
 
 @pytest.mark.parametrize("way", WAYS)

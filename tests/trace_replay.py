@@ -73,8 +73,8 @@ def random_outputs(plan: StepPlan, scheduler: Scheduler, rng: np.random.Generato
     )
 
 
-def random_group(i: int, rng: np.random.Generator) -> SequenceGroup:
-    prompt = rng.integers(1, 60, rng.integers(1, 20)).tolist()
+def random_group(i: int, rng: np.random.Generator, prefix: list[int]) -> SequenceGroup:
+    prompt = prefix + rng.integers(1, 60, rng.integers(1, 20)).tolist()
     max_tokens = int(rng.integers(2, 24))
     params = (
         BeamSearchParams(int(rng.integers(2, 6)), max_tokens=max_tokens)
@@ -82,8 +82,9 @@ def random_group(i: int, rng: np.random.Generator) -> SequenceGroup:
         else SamplingParams(n=int(rng.integers(1, 5)), max_tokens=max_tokens)
     )
     group = SequenceGroup(
-        f"r{i}", None, params, 0, [Sequence(0, prompt, len(prompt))], len(prompt) + max_tokens, eos_ids=frozenset({7})
-    )
+        f"r{i}", None, params, 0, [Sequence(0, prompt, len(prompt))], len(prompt) + max_tokens, eos_ids=frozenset({7}),
+        prefix_len=len(prefix),
+    )  # fmt: skip
     if isinstance(params, BeamSearchParams):
         group.beams = BeamState.of(params, group.eos_ids, max_tokens)
     return group
@@ -94,11 +95,16 @@ def make_scheduler(num_pages: int, page_size: int, preemption: PreemptionConfig,
     return Scheduler(CacheConfig(page_size, num_pages), limits)
 
 
-def record_random_load(seed: int, num_groups: int, scheduler: Scheduler, look=lambda recorder: None) -> TraceRecorder:
+def record_random_load(
+    seed: int, num_groups: int, scheduler: Scheduler, look=lambda recorder: None, prefix_len=0
+) -> TraceRecorder:
     """Run to the end, half of the requests coming on the way; `look` is called after each plan and each commit."""
     rng = np.random.default_rng(seed)
     recorder = TraceRecorder(scheduler.cache)
-    groups = [random_group(i, rng) for i in range(num_groups)]
+    prefix = rng.integers(1, 60, prefix_len).tolist()
+    groups = [random_group(i, rng, prefix) for i in range(num_groups)]
+    if prefix:
+        scheduler.share_prefix(prefix)
     for group in groups[: num_groups // 2]:
         scheduler.add(group)
     late = iter(groups[num_groups // 2 :])

@@ -63,7 +63,10 @@ class RunStats:
 
     @property
     def logical_pages(self) -> np.ndarray:
-        """Entries of all block tables: a page that three samples share counts three times, i64[steps]."""
+        """Entries of the block tables of `running`: a page that three samples share counts three times, i64[steps].
+
+        So many pages there would be without sharing; a prefix that the run holds is none of it.
+        """
         return np.array(self._series["logical_pages"], np.int64)
 
     @property
@@ -111,8 +114,9 @@ class RunStats:
     def record(self, plan: StepPlan, scheduler: Scheduler, num_unqueued: int = 0) -> None:
         """Take down the state of the scheduler right after it made `plan`; `num_unqueued` more requests wait for it."""
         tables, allocator, policy = scheduler.tables, scheduler.allocator, scheduler.policy
+        held = [*tables, *scheduler.prefix_tables]
         logical = sum([len(table.pages) for table in tables])
-        is_shared = logical > allocator.num_used
+        is_shared = sum([len(table.pages) for table in held]) > allocator.num_used
         num_decoded = len(plan.rows) + plan.num_idle_rows
         entries = {
             "pages_used": allocator.num_used,
@@ -120,9 +124,9 @@ class RunStats:
             "running": len(tables),
             "waiting": len(scheduler.waiting) + num_unqueued,
             "batch_tokens": sum([row.count for row in plan.rows]) if plan.is_prefill else num_decoded,
-            "used_slots": self._num_filled(tables, allocator.num_used)
+            "used_slots": self._num_filled(held, allocator.num_used)
             if is_shared
-            else sum([table.num_slots for table in tables]),
+            else sum([table.num_slots for table in held]),
             "requested_slots": policy.requested_slots,
             "largest_free": allocator.largest_free,
             "is_short": int(scheduler.is_short),

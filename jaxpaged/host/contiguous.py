@@ -127,7 +127,7 @@ class Contiguous:
     def num_requested_for(self, prompt_len: int, max_len: int) -> int:
         return min(self.estimate(prompt_len, max_len, self.max_model_len), self.max_model_len)
 
-    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
+    def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
         requested = self.num_requested_for(prompt_len, max_len)
         size = self.allocator.chunk_pages_for(num_pages_for(requested, self.page_size))
         fitting = self.allocator.capacity(size) if size <= self.allocator.max_chunk else 0

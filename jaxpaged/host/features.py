@@ -26,6 +26,7 @@ class SamplingFeatures:
     """Counts are rounded up to powers of two."""
 
     has_samples: bool = False  # some request has several samples, which share the pages of its prompt
+    has_prefix: bool = False  # the requests share the pages of a prefix
     draws_tokens: bool = True  # not all requests are beam searches
     num_candidates: int = 0  # likeliest continuations of every row to return, for beams; 0: no beams
     draws_beams: bool = False  # some beam search draws its candidates
@@ -51,6 +52,7 @@ class SamplingFeatures:
             merged_widths=_merged_widths([state for group in groups for state in group.beams], vocab_size),
             beam_logprobs=any(isinstance(p, BeamSearchParams) and p.logprobs is not None for p in params),
             has_samples=any(p.num_samples > 1 for p in params),
+            has_prefix=any(group.prefix_len for group in groups),
             draws_beams=any(isinstance(p, BeamSearchParams) and p.do_sample for p in params),
             is_random=any(p.temperature > 0 for p in drawn),
             is_filtered=any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in drawn),

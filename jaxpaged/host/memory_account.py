@@ -42,7 +42,7 @@ class MemoryAccount:
     stranded: np.ndarray  # free while the request at the head of the queue finds no room, else 0
     gaps: np.ndarray  # free, but not in the largest free piece; pages can be anywhere, so for paging 0
     logical_pages: np.ndarray  # entries of block tables: a page that three samples share counts three times
-    physical_pages: np.ndarray  # pages that these entries name
+    physical_pages: np.ndarray  # pages that these entries name, and those of a prefix that the run shares
     copied_pages: np.ndarray  # before the step
     swapped_out_pages: np.ndarray
     swapped_in_pages: np.ndarray
@@ -54,13 +54,17 @@ class MemoryAccount:
 
     @property
     def saving(self) -> np.ndarray:
-        """Share of the pages without sharing that sharing saves, f64[steps]."""
-        return 1 - self.physical_pages / np.maximum(self.logical_pages, 1)
+        """Share of the pages without sharing that sharing saves, f64[steps]; 0 while no sequence runs.
+
+        Below 0 where a shared prefix has too few requests to be worth its pages.
+        """
+        logical, physical = self.logical_pages, self.physical_pages
+        return np.where(logical > 0, 1 - physical / np.maximum(logical, 1), 0.0)
 
     @property
     def mean_saving(self) -> float:
         """What the mean number of tables that hold a page saves: 1 - 1 / mean(logical / physical), as in Figure 15."""
-        holds = self.physical_pages > 0
+        holds = self.logical_pages > 0
         if not holds.any():
             return 0.0
         return float(1 - 1 / (self.logical_pages[holds] / self.physical_pages[holds]).mean())

@@ -29,7 +29,7 @@ class NoCache:
         self.max_step_tokens = limits.max_num_batched_tokens
         self._step_tokens: dict[SequenceGroup, int] = {}  # that each group may come to need
 
-    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
+    def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
         needed = num_samples * _tokens_at_most(prompt_len, max_len)
         if needed > self.max_step_tokens:
             raise ValueError(

@@ -63,7 +63,7 @@ class PrefillQueue:
     def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
         """The last planned row completes a prompt: choose the first token of every sample from it."""
         row = len(plan.rows) - 1
-        if group.beams and group.is_forked:
+        if group.is_prefix or (group.beams and group.is_forked):
             return
         plan.samples.append(Sample(group, sequence, row))
         if group.is_forked or group.beams:
@@ -82,6 +82,8 @@ class PrefillQueue:
 
 def _num_first_samples(group: SequenceGroup) -> int:
     """Samples that the end of a prefill gives: beams choose from one row, and those that come back from none."""
+    if group.is_prefix:
+        return 0
     if group.beams:
         return 0 if group.is_forked else 1
     return 1 if group.is_forked else group.params.num_samples

@@ -57,8 +57,11 @@ class Policy(Protocol):
         """Whether several tables may name one page."""
         ...
 
-    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
-        """ValueError, with the numbers, for a request that the empty pool could not hold."""
+    def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
+        """ValueError, with the numbers, for a request that the empty pool could not hold.
+
+        `prefix_len`: tokens of the prompt that the run shares; 0 where no pages are shared.
+        """
         ...
 
     def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
@@ -95,7 +98,7 @@ class Policy(Protocol):
         ...
 
     def take_copies(self) -> list[PageCopy]:
-        """Copies that forks asked for since the last step, to be carried out before the next one writes."""
+        """Copies that forks and placements asked for, to be carried out before the step that is planned next writes."""
         ...
 
     @property
@@ -130,12 +133,15 @@ class Paged:
         self.page_size = cache.page_size
         self.num_usable_pages = cache.num_usable_pages
         self.allocator = PageAllocator(cache.num_pages, cache.page_size)
+        self._prefix = BlockTable()
+        self._copies: list[PageCopy] = []
 
-    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
-        needed = most_pages(prompt_len, num_samples, max_len, self.page_size)
+    def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
+        needed = most_pages(prompt_len, num_samples, max_len, self.page_size, prefix_len)
         if needed > self.num_usable_pages:
             raise ValueError(
-                f"prompt of {prompt_len} tokens with {num_samples} sample(s) of up to {max_len - prompt_len} tokens "
+                f"{prompt_in_words(prompt_len, prefix_len)} with {num_samples} sample(s) of up to "
+                f"{max_len - prompt_len} tokens "
                 f"needs {needed} pages of {self.page_size} tokens, the pool has {self.num_usable_pages}: "
                 "raise num_pages, or lower max_tokens or n"
             )
@@ -146,10 +152,18 @@ class Paged:
             return False
         for i, (sequence, num_shared, num_to_compute) in enumerate(branches):
             if num_shared:
-                sequence.table = fork(branches[i - 1].sequence.table, self.allocator)
+                parent = self._prefix if num_shared == group.prefix_len else branches[i - 1].sequence.table
+                sequence.table = fork(parent, self.allocator)
                 truncate(sequence.table, num_shared, self.allocator)
-            append_slots([sequence.table], [num_to_compute], self.allocator)
+            copies = append_slots([sequence.table], [num_to_compute], self.allocator)
+            group.pages.copied += len(copies)
+            self._copies += copies
         return True
+
+    def place_prefix(self, num_tokens: int) -> BlockTable:
+        """Pages for the prefix that all groups of the run share; the pool is empty, and has room (`check`)."""
+        append_slots([self._prefix], [num_tokens], self.allocator)
+        return self._prefix
 
     def fork(self, table: BlockTable) -> BlockTable:
         return fork(table, self.allocator)
@@ -173,7 +187,8 @@ class Paged:
         return finished
 
     def take_copies(self) -> list[PageCopy]:
-        return []
+        copies, self._copies = self._copies, []
+        return copies
 
     @property
     def requested_slots(self) -> int:
@@ -193,7 +208,16 @@ class Paged:
             assert self.allocator.ref_count(page_id) == held[page_id], f"page {page_id} is miscounted"
 
 
-def most_pages(prompt_len: int, num_samples: int, max_len: int, page_size: int) -> int:
-    """Pages of a group whose samples all reach `max_len`; the KV of a last token is never written."""
+def most_pages(prompt_len: int, num_samples: int, max_len: int, page_size: int, prefix_len: int = 0) -> int:
+    """Pages of a group whose samples all reach `max_len`; the KV of a last token is never written.
+
+    With those of the prefix that the run shares: the full ones are the group's too, a part-filled one is not.
+    """
     shared = prompt_len // page_size
-    return shared + num_samples * (num_pages_for(max(max_len - 1, prompt_len), page_size) - shared)
+    own = num_samples * (num_pages_for(max(max_len - 1, prompt_len), page_size) - shared)
+    return shared + own + (prefix_len % page_size > 0)
+
+
+def prompt_in_words(prompt_len: int, prefix_len: int) -> str:
+    """For errors."""
+    return f"prompt of {prompt_len} tokens" + (f" ({prefix_len} of them the shared prefix)" if prefix_len else "")

@@ -9,6 +9,8 @@ preempted group goes back to the head of the queue. So the running groups are al
 preempted group gives up all its pages. Either they are kept in host memory (swap.py), and it goes on where it was once
 they fit the pool again; or it is prefilled again, its sharing rebuilt (token_tree.py).
 
+A prefix that all requests share is prefilled before the first is admitted, and never gives way (shared_prefix.py).
+
 `schedule` reads the lengths of sequences, never the values of their last tokens.
 """
 
@@ -24,11 +26,13 @@ from jaxpaged.host.block_table import BlockTable, num_pages_for, num_pages_neede
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.policies import make_policy
 from jaxpaged.host.prefill_queue import PrefillQueue
+from jaxpaged.host.reservation import Paged, prompt_in_words
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
+from jaxpaged.host.shared_prefix import make_prefix
 from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.swap import Swap, SwapSpace
-from jaxpaged.host.token_tree import build_branches
+from jaxpaged.host.token_tree import Branch, build_branches
 from jaxpaged.step_io import StepOutputs
 
 
@@ -42,6 +46,7 @@ class Scheduler:
         self.allocator = self.policy.allocator
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []  # in order of arrival
+        self.prefix: SequenceGroup | None = None  # what all of them share
         self._prefill = PrefillQueue(limits, self.policy)
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
@@ -51,27 +56,45 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._prefill.has_work)
 
     @property
     def tables(self) -> list[BlockTable]:
         """Of every running sequence."""
         return [sample.sequence.table for sample in self._decoding()]
 
-    def check(self, prompt_len: int, num_samples: int, max_len: int) -> None:
-        """Raise ValueError for a request that could not run even alone, with the numbers that say why."""
+    @property
+    def prefix_tables(self) -> list[BlockTable]:
+        """Of the prefix that the run shares, if there is one: held besides those of running sequences."""
+        return [] if self.prefix is None else [self.prefix.sequences[0].table]
+
+    def share_prefix(self, token_ids: list[int]) -> None:
+        """Compute these tokens first, and keep them in the pool for all groups, whose `prefix_len` is their number."""
+        assert isinstance(self.policy, Paged), "only pages are shared by count"
+        assert not self.has_work and self.prefix is None, "a run has one shared prefix, and begins with it"
+        self.prefix = make_prefix(token_ids)
+        (sequence,) = self.prefix.sequences
+        sequence.table = self.policy.place_prefix(len(token_ids))
+        self.swap_space.pinned_pages = sequence.table.pages[: len(token_ids) // self.cache.page_size]
+        self._prefill.add(self.prefix, [Branch(sequence, 0, len(token_ids))])
+
+    def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
+        """Raise ValueError for a request that could not run even alone, with the numbers that say why.
+
+        `prefix_len`: tokens of the prompt that the run shares; 0 where the policy shares no pages.
+        """
         if prompt_len >= self.limits.max_model_len:
             raise ValueError(
-                f"prompt of {prompt_len} tokens leaves no room to generate: "
+                f"{prompt_in_words(prompt_len, prefix_len)} leaves no room to generate: "
                 f"max_model_len is {self.limits.max_model_len}"
             )
         if num_samples > self.limits.max_num_seqs:
             raise ValueError(f"{num_samples} samples of one request exceed max_num_seqs={self.limits.max_num_seqs}")
-        self.policy.check(prompt_len, num_samples, max_len)
+        self.policy.check(prompt_len, num_samples, max_len, prefix_len)
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
-        self.check(group.prompt_len, group.params.num_samples, group.max_len)
+        self.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
         self.policy.expect(group.max_len - group.prompt_len)
         self.waiting.append(group)
 
@@ -79,9 +102,10 @@ class Scheduler:
         """The next step, or None when there is nothing to do. Prefill goes first: it fills the batch for decoding."""
         self._swaps, self.is_short = [], False
         copies = self.policy.take_copies()  # before anything is admitted: nothing has taken their sources yet
-        while self.waiting and self._try_admit(self.waiting[0]):
+        while self._is_prefix_computed and self.waiting and self._try_admit(self.waiting[0]):
             self.waiting.popleft()
-        if not self.running:
+        copies += self.policy.take_copies()  # of part-filled pages of the prefix, for those who were admitted
+        if not self.has_work:
             return None
         if self._prefill.has_work:
             plan = self._prefill.plan()
@@ -93,6 +117,10 @@ class Scheduler:
         return plan
 
     # Admission
+
+    @property
+    def _is_prefix_computed(self) -> bool:
+        return self.prefix is None or self.prefix.sequences[0].num_computed == self.prefix.prompt_len
 
     def _try_admit(self, group: SequenceGroup) -> bool:
         if self._prefill.num_tokens >= self.limits.max_num_batched_tokens:
@@ -228,7 +256,7 @@ class Scheduler:
         """Tables, memory and swap space agree. For tests, between steps."""
         swapped = [group for group in self.waiting if self.swap_space.holds(group)]
         assert sum(map(self.swap_space.num_pages_of, swapped)) + self.swap_space.num_free == self.swap_space.num_pages
-        held: list[BlockTable] = []
+        held = self.prefix_tables
         for group in (*self.running, *self.waiting):
             for sequence in group.sequences:
                 assert len(sequence.table.pages) == num_pages_for(sequence.table.num_slots, self.cache.page_size)

@@ -95,6 +95,7 @@ class SequenceGroup:
     seed: int
     sequences: list[Sequence]
     max_len: int  # tokens of prompt and output at which a sample ends
+    prefix_len: int = 0  # first tokens of the prompt that every request of the run has, and shares (shared_prefix.py)
     eos_ids: frozenset[int] = frozenset()  # empty when the request ignores them
     stop_ids: frozenset[int] = frozenset()
     make_stream: Callable[[], TextStream] | None = None  # for requests with stop strings
@@ -116,6 +117,11 @@ class SequenceGroup:
     @property
     def prompt_len(self) -> int:
         return self.sequences[0].prompt_len
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether this is the shared prefix itself: prefilled, held, and never continued."""
+        return self.prefix_len == self.prompt_len
 
     @property
     def is_forked(self) -> bool:

@@ -8,7 +8,8 @@ look: nothing in the scheduler knows of it. A trace is one JSON object:
     num_pages          of the pool, page 0 included, which is never handed out
     page_size          token positions in a page
     first_label        how page 1 is to be called: 1, unless a figure counts from another number
-    requests           [{"id", "kind": "sample" | "samples" | "beams", "width", "prompt_len"}], in order of arrival
+    requests           [{"id", "kind": "sample" | "samples" | "beams", "width", "prompt_len"}], in order of arrival; a
+                       prefix that all of them share is the first, and never ends
     sequences          the request of each sequence, in order of appearance
     pieces             {token id: text}, if there is a tokenizer
     frames             the run: a frame a plan, and one a commit that changed block tables
@@ -70,6 +71,7 @@ class TraceRecorder:
         self._live: dict[Sequence, _Seen] = {}  # in order of appearance
         self._token_ids: set[int] = set()
         self._num_steps = 0
+        self._prefix_pages: set[int] = set()  # of a prefix that all requests share
 
     def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
         """Call when the scheduler has made `plan`."""
@@ -107,7 +109,9 @@ class TraceRecorder:
     # One look: what differs from the last one
 
     def _look(self, frame: Frame, scheduler: Scheduler, copies: list[PageCopy]) -> None:
-        groups = [*scheduler.running, *scheduler.waiting]
+        shared = [] if scheduler.prefix is None else [scheduler.prefix]
+        self._prefix_pages = {page for table in scheduler.prefix_tables for page in table.pages}
+        groups = [*shared, *scheduler.running, *scheduler.waiting]
         lost: list[int] = []  # pages that some table had at the last look and has no more
         for group in groups:
             if group.beams and group.is_forked:
@@ -188,10 +192,13 @@ class TraceRecorder:
             frame["tables"].append([seen.index, kept, num_slots, *new])
         elif num_slots == seen.num_slots + 1:
             frame["grow"].append(seen.index)
-        if new and new[-1] in copied:
-            frame["events"].append(["copy", seen.index, copied[new[-1]], new[-1]])
-        elif new and is_append:
-            frame["events"].append(["append", seen.index, *new])
+        taken = new if seen.group.is_prefix else [page for page in new if page not in self._prefix_pages]
+        at = next((i for i, page in enumerate(taken) if page in copied), None)
+        if at is not None:
+            frame["events"].append(["copy", seen.index, copied[taken[at]], taken[at]])
+            taken = taken[at + 1 :]
+        if taken and is_append:
+            frame["events"].append(["append", seen.index, *taken])
         seen.pages, seen.num_slots = pages, num_slots
         return lost
 
