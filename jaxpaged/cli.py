@@ -109,6 +109,9 @@ def _add_generate(commands: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for more")
     source.add_argument("--input", metavar="FILE", help="a file of prompts, '-' for standard input")
+    parser.add_argument(
+        "--shared-prefix", metavar="TEXT", help="comes before every prompt; computed once and stored once for all"
+    )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input (default auto)")
     parser.add_argument("--output", metavar="FILE", default="-", help="rows of JSON (default '-': standard output)")
     parser.add_argument("--account", metavar="FILE", help="write where memory was at every step, as .csv or .json")

@@ -77,7 +77,14 @@ def _context(args: argparse.Namespace) -> BatchContext:
         if "tokenizer" in options:
             models.append(model_identity(options["tokenizer"]))
     deciding = {name: options[name] for name in RESULT_OPTIONS if name in options}
-    identity = digest([models, deciding, args.seed])
+    decides = [models, deciding, args.seed]
+    if args.shared_prefix is not None:
+        with usage_errors("--shared-prefix: "):
+            check_encodable(args.shared_prefix, "the text")
+            if not args.shared_prefix:
+                raise ValueError("the text is empty: leave it out to share nothing")
+        decides.append(args.shared_prefix)
+    identity = digest(decides)
     return BatchContext(params, args.seed, identity, options=repr((identity, sorted(options.items()))))
 
 
@@ -131,7 +138,7 @@ def _run(
         kinds=(ValueError, OSError, RuntimeError)
     ):  # RuntimeError: what jax raises without memory or device
         llm = make_llm(model=args.model, seed=args.seed, **given(args, MODEL_FLAGS))
-    accepted, refused = check_requests(llm, requests)
+    accepted, refused = check_requests(llm, requests, args.shared_prefix)
     for request, why in refused:
         if args.prompt is not None:
             raise UsageError(f"prompt {request.index + 1}: {why}")
@@ -153,7 +160,7 @@ def _run(
 
     num_requests, num_settled = num_done + len(requests), num_done + len(refused)
     with ProgressBar(num_requests, lambda: llm.last_run, num_settled, enabled=not on_terminal) as bar:
-        run_batch(llm, accepted, on_finished)
+        run_batch(llm, accepted, on_finished, args.shared_prefix)
     if args.account is not None:
         with usage_errors("cannot write the account: "):
             write_account(llm.last_run, args.account)

@@ -37,12 +37,13 @@ class FakeLLM:
         self.last_run = SimpleNamespace(num_generated_tokens=0, tokens_per_second=0.0, pool_used=0.5)
         self.served = []  # request ids, in the order of their results
 
-    def check_request(self, prompt, params):
-        num_tokens = len(prompt)
+    def check_request(self, prompt, params, shared_prefix=None):
+        num_tokens = len(prompt) + len(shared_prefix or "")
         if not 1 <= num_tokens < self.max_len:
             raise ValueError(f"prompt of {num_tokens} tokens; 1 to {self.max_len - 1} are possible")
 
-    def generate_iter(self, prompts, sampling_params, request_ids=None):
+    def generate_iter(self, prompts, sampling_params, request_ids=None, shared_prefix=None):
+        prompts = [shared_prefix + prompt if shared_prefix else prompt for prompt in prompts]
         requests = list(zip(request_ids, prompts, sampling_params, strict=True))
         for request_id, prompt, params in sorted(requests, key=lambda r: hashlib.md5(r[0].encode()).digest()):
             self._wait()

@@ -209,8 +209,8 @@ def test_rows_reach_the_file_one_by_one(batch):
     written = []
 
     class Watched(FakeLLM):
-        def generate_iter(self, prompts, sampling_params, request_ids=None):
-            for output in super().generate_iter(prompts, sampling_params, request_ids):
+        def generate_iter(self, prompts, sampling_params, request_ids=None, shared_prefix=None):
+            for output in super().generate_iter(prompts, sampling_params, request_ids, shared_prefix):
                 written.append(batch.output.read_bytes())
                 yield output
 

@@ -97,6 +97,24 @@ def test_a_bad_line_is_reported_with_its_number_and_the_others_run(model, tmp_pa
     assert captured.err == "jaxpaged: 1 of 3 lines failed: 2; the reasons are on standard output\n"
 
 
+def test_a_shared_prefix_comes_before_every_line_and_decides_its_result(model, tmp_path, capfd):
+    (tmp_path / "in").write_text("b\nc\n" + "x" * 199 + "\n")
+    arguments = ["generate", model, "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    assert run(*arguments, "--shared-prefix", "a ") == 1  # 2 + 199 tokens are too many
+    rows = {row["index"]: row for row in rows_of((tmp_path / "out").read_text())}
+    assert (rows[0]["prompt"], rows[1]["prompt"], rows[1]["num_prompt_tokens"]) == ("a b", "a c", 3)
+    assert "201 tokens" in rows[2]["error"]["message"]
+    assert run("generate", model, "--prompt", "a b") == 0
+    (whole,) = rows_of(capfd.readouterr().out)
+    assert whole["outputs"][0]["token_ids"] == rows[0]["outputs"][0]["token_ids"]
+    before = (tmp_path / "out").read_bytes()
+    assert run(*arguments, "--shared-prefix", "a ") == 1
+    assert (tmp_path / "out").read_bytes() == before  # an earlier run's results are known again
+    capfd.readouterr()
+    assert run(*arguments, "--shared-prefix", "another ") == 2
+    assert "--overwrite" in error_line(capfd)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -105,6 +123,7 @@ def test_a_bad_line_is_reported_with_its_number_and_the_others_run(model, tmp_pa
         (["generate"], "MODEL"),
         (["generate", "MODEL"], "--prompt --input"),
         (["generate", "MODEL", "--prompt", "a", "--input", "b"], "--input"),
+        (["generate", "MODEL", "--prompt", "a", "--shared-prefix", ""], "--shared-prefix: the text is empty"),
         (["generate", "MODEL", "--prompt", "a", "--tempature", "1"], "--tempature"),
         (["generate", "MODEL", "--prompt", "a", "--temp", "1"], "--temp"),
         (["generate", "MODEL", "--prompt", "a", "--n", "x"], "--n"),
@@ -199,9 +218,9 @@ def test_flags_reach_the_parameters_and_the_model(model, capfd):
             seen["options"] = options
             super().__init__(**options)
 
-        def generate_iter(self, prompts, sampling_params, request_ids=None):
+        def generate_iter(self, prompts, sampling_params, request_ids=None, shared_prefix=None):
             seen["params"] = sampling_params[0]
-            return super().generate_iter(prompts, sampling_params, request_ids)
+            return super().generate_iter(prompts, sampling_params, request_ids, shared_prefix)
 
     flags = "--stop x --stop y --stop-token-ids 1,2 --logit-bias 5=-2.5 --logit-bias 6=1 --ignore-eos --no-detokenize"
     arguments = [
@@ -230,7 +249,7 @@ def test_max_tokens_none_is_up_to_the_models_length(model):
     seen = []
 
     class Recording(FakeLLM):
-        def check_request(self, prompt, params):
+        def check_request(self, prompt, params, shared_prefix=None):
             seen.append(params.max_tokens)
             raise ValueError("seen enough")
 

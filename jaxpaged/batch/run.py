@@ -13,22 +13,22 @@ from jaxpaged.outputs import RequestOutput
 class GeneratingLLM(Protocol):
     """What a batch needs of `jaxpaged.LLM`."""
 
-    def check_request(self, prompt: Any, params: RequestParams) -> None: ...
+    def check_request(self, prompt: Any, params: RequestParams, shared_prefix: Any = None) -> None: ...
 
     def generate_iter(
-        self, prompts: Any, sampling_params: Any, *, request_ids: list[str] | None = None
+        self, prompts: Any, sampling_params: Any, *, request_ids: list[str] | None = None, shared_prefix: Any = None
     ) -> Iterator[RequestOutput]: ...
 
 
 def check_requests(
-    llm: GeneratingLLM, requests: Sequence[BatchRequest]
+    llm: GeneratingLLM, requests: Sequence[BatchRequest], shared_prefix: str | None = None
 ) -> tuple[list[BatchRequest], list[tuple[BatchRequest, str]]]:
     """The requests that this model and pool can run, and those that they cannot, with the reason."""
     accepted, refused = [], []
     for request in requests:
         try:
             for prompt, params in zip(request.prompts, request.params, strict=True):
-                llm.check_request(prompt, params)
+                llm.check_request(prompt, params, shared_prefix)
         except ValueError as error:
             refused.append((request, str(error)))
         else:
@@ -40,13 +40,14 @@ def run_batch(
     llm: GeneratingLLM,
     requests: Sequence[BatchRequest],
     on_finished: Callable[[BatchRequest, list[RequestOutput]], None],
+    shared_prefix: str | None = None,
 ) -> None:
     """Run checked requests together; `on_finished` gets each as it ends, with one output a prompt, in prompt order."""
     owner = {f"{r.index}.{part}": (r, part) for r in requests for part in range(len(r.prompts))}
     prompts = [prompt for r in requests for prompt in r.prompts]
     params = [p for r in requests for p in r.params]
     outputs: dict[int, dict[int, RequestOutput]] = {r.index: {} for r in requests}
-    for output in llm.generate_iter(prompts, params, request_ids=list(owner)):
+    for output in llm.generate_iter(prompts, params, request_ids=list(owner), shared_prefix=shared_prefix):
         request, part = owner[output.request_id]
         finished = outputs[request.index]
         finished[part] = output
