@@ -16,7 +16,7 @@ from jaxpaged.simulate import PAPER_POOL, Simulation, paper_limits
 from jaxpaged.workloads import Workload, make_workload, read_workload
 
 EPILOG = """\
-workloads: sharegpt, alpaca, alpaca-lognormal, azure-code, azure-chat, exponential:PROMPT:MEAN:CAP,
+workloads: sharegpt, alpaca, alpaca-lognormal, azure-code, azure-chat, translation, exponential:PROMPT:MEAN:CAP,
   fixed:PROMPT:OUTPUT, or a .jsonl file with {"prompt_len": ..., "output_len": ...} a line (and "arrival", in seconds)
 
 Means are over the steps in which requests wait for admission, but for the first tenth of all steps; over all steps

@@ -93,12 +93,22 @@ def azure_chat(rng: np.random.Generator, count: int) -> Lengths:
     return rng.lognormal(6.633, 0.985, count), rng.lognormal(5.019, 0.859, count)
 
 
+def translation(rng: np.random.Generator, count: int) -> Lengths:
+    """Sentences to be translated, as WMT16's from English to German: means of 30 and 40 tokens.
+
+    Both log-normal with sigma 0.5, and drawn apart. Means and shape are assumptions about the sentences of the vLLM
+    paper's Figure 16, whose lengths it does not print. They are not fitted to data.
+    """
+    return _lognormal(rng, count, 30, 0.5), _lognormal(rng, count, 40, 0.5)
+
+
 WORKLOADS: dict[str, Callable[[np.random.Generator, int], Lengths]] = {
     "sharegpt": sharegpt,
     "alpaca": alpaca,
     "alpaca-lognormal": alpaca_lognormal,
     "azure-code": azure_code,
     "azure-chat": azure_chat,
+    "translation": translation,
 }
 
 

@@ -1,4 +1,4 @@
-"""How many requests a second each way to keep KV memory sustains: figures 12 and 14 of the vLLM paper, by replay.
+"""How many requests a second each way to keep KV memory sustains: figures 12, 14 and 16 of the vLLM paper, by replay.
 
 The engine's scheduler runs the paper's workloads over the paper's pool; a step takes what steps like it took on the
 device that the step times are of. Lengths and arrivals of one seed are the same for all systems and rates.
@@ -27,6 +27,8 @@ THRESHOLDS = (0.2, 0.5)
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0, 1.05, 1.12, 1.25)
 #: Samples or beams of the requests of figure 14.
 WIDTH = 6
+#: Tokens of the prefixes of figure 16 (one example, and five), and the paper's request rates over Orca's (Oracle).
+PREFIXES = {80: 1.67, 341: 3.58}
 
 
 class Kind(NamedTuple):
@@ -125,11 +127,50 @@ def figure_14(seeds: range, requests: int, steps: StepTable) -> Figure:
 
 
 def figure_16(seeds: range, requests: int, steps: StepTable) -> Figure:
-    """Not run: refuses, with the reason."""
-    raise ValueError(
-        "figure 16 is not run: it needs a prefix that is pinned in the pool and shared by all requests, and the "
-        "scheduler shares pages within a request alone (llm.tree() shares them between any, but schedules nothing)"
+    """Sentences to translate behind examples that all requests share, against Orca (Oracle), which computes and stores
+    them for each request."""
+    if not steps.copies:
+        raise ValueError("figure 16 copies pages, whose times are not in the file: step_times.py --parts moves")
+    rows: list[Row] = []
+    gains: dict[int, list[float]] = {}
+    shared: dict[int, list[float]] = {}
+    for prefix_len in PREFIXES:
+        systems = {
+            "paged, shared": ("paged", prefix_len, 0),
+            "paged, not shared": ("paged", 0, prefix_len),
+            "Oracle": ("contiguous-oracle", 0, prefix_len),
+        }
+        rates = {
+            system: [
+                capacity(steps, kv_cache, "translation", requests, seed, longer_by=own_len, prefix_len=shared_len)
+                for seed in seeds
+            ]
+            for system, (kv_cache, shared_len, own_len) in systems.items()
+        }
+        rows += [Row(f"prefix of {prefix_len}: {system}, requests/s", values) for system, values in rates.items()]
+        gains[prefix_len] = ratios(rates["paged, shared"], rates["Oracle"])
+        shared[prefix_len] = ratios(rates["paged, shared"], rates["paged, not shared"])
+    for prefix_len, paper in PREFIXES.items():
+        rows.append(Row(f"paged, shared / Oracle, prefix of {prefix_len}", gains[prefix_len], paper, low=paper))
+    for prefix_len, values in shared.items():
+        rows.append(Row(f"paged, shared / not shared, prefix of {prefix_len}", values))
+
+    def draw(axes: Any) -> None:
+        places = np.arange(len(PREFIXES))
+        axes.bar(places, [float(np.mean(values)) for values in gains.values()], label="ours")
+        axes.plot(places, list(PREFIXES.values()), "k_", markersize=40, label="paper")
+        axes.set_xticks(places, [f"prefix of {prefix_len} tokens" for prefix_len in PREFIXES])
+        axes.set_ylabel("request rate, paged / Oracle")
+        axes.legend()
+
+    method = (
+        f"{described(steps)}; {requests} requests of log-normal lengths (sigma 0.5), means of 30 tokens behind the "
+        "prefix and 40 generated, the rate at which a queue that is never empty is served. The paper's model is "
+        "LLaMA-13B, which takes as much KV a token as OPT-13B. Decode steps read the prefix for every request; times "
+        f"of steps that read more than {most_read(steps):,} tokens are extrapolated. Prefill steps take what their new "
+        "tokens take, whatever these read"
     )
+    return Figure("Figure 16: a prefix that all requests share", method, rows, draw)
 
 
 def make_run(
@@ -141,6 +182,7 @@ def make_run(
     seed: int = 0,
     max_model_len: int = 2048,
     least_rows: int = 1,
+    prefix_len: int = 0,
 ) -> Simulation:
     """A run that takes its time from the table. Several sequences of one request are swapped, as in the paper."""
     preemption = None
@@ -151,14 +193,26 @@ def make_run(
         max_num_batched_tokens=steps.facts["max_num_batched_tokens"], preemption=preemption,
     )  # fmt: skip
     clock = steps.clock(limits, cache, kind.name, least_rows=least_rows)
-    return Simulation(workload, cache, limits, kind.samples, kind.beams, seed, clock)
+    return Simulation(workload, cache, limits, kind.samples, kind.beams, seed, clock, prefix_len=prefix_len)
 
 
 def capacity(
-    steps: StepTable, kv_cache: str, lengths: str, requests: int, seed: int, kind: Kind = GREEDY, **options: Any
+    steps: StepTable,
+    kv_cache: str,
+    lengths: str,
+    requests: int,
+    seed: int,
+    kind: Kind = GREEDY,
+    longer_by: int = 0,
+    **options: Any,
 ) -> float:
-    """Requests a second that are served while others wait, from when the first tenth has been."""
-    simulation = make_run(steps, kv_cache, make_workload(lengths, requests, seed), kind, seed=seed, **options)
+    """Requests a second that are served while others wait, from when the first tenth has been.
+
+    `longer_by`: tokens that every prompt has more than the workload's.
+    """
+    workload = make_workload(lengths, requests, seed)
+    workload = workload._replace(prompt_lens=workload.prompt_lens + longer_by)
+    simulation = make_run(steps, kv_cache, workload, kind, seed=seed, **options)
     stats = simulation.run()
     ended = np.sort(simulation.finished_times)
     waits = np.flatnonzero(stats.waiting)
@@ -205,6 +259,11 @@ def rate_at(curve: list[tuple[float, float]], threshold: float) -> float:
         return math.nan
     above = next(i for i, value in enumerate(latencies) if value > threshold)
     return float(np.interp(np.log(threshold), np.log(latencies[above - 1 : above + 1]), rates[above - 1 : above + 1]))
+
+
+def most_read(steps: StepTable) -> int:
+    """Tokens of KV that a measured greedy decode step read at most."""
+    return max(point["tokens"] for point in steps.points if (point["name"], point["step"]) == ("paged-16", "decode"))
 
 
 def ratios(ours: list[float], theirs: list[float]) -> list[float]:

@@ -2,20 +2,20 @@
 
     python scripts/reproduce_paper.py 2                     # where KV memory goes, in four systems
     python scripts/reproduce_paper.py 13 15 18b --plot docs
-    python scripts/reproduce_paper.py 12 14 batching --step-times TIMES.json    # what scripts/step_times.py measured
+    python scripts/reproduce_paper.py 12 14 16 batching --step-times TIMES.json    # what scripts/step_times.py measured
     python scripts/reproduce_paper.py validate --step-times TIMES.json
     python scripts/reproduce_paper.py 18a 19                # on a GPU
 
 2, 13, 15, 18b   memory: lengths drawn from published distributions (jaxpaged/workloads.py) are replayed through the
                  engine's scheduler over the paper's pool of 983 pages of 16 tokens, outputs forced to their lengths
-12, 14, 18b-time, batching
+12, 14, 16, 18b-time, batching
                  speed: likewise, and each step takes what steps like it took on a device, so that arrivals, latencies
                  and rates are that device's (jaxpaged/step_table.py); needs --step-times
 18a, 19          measured here, on a GPU: the paged kernel, and swapping against computing again
 validate         whether replays take as long as runs of the engine that the step times came with
 
 Prints the method, our figures beside the paper's with a verdict, and the same as JSON on the last line; --plot writes
-one PNG a figure. Figures are means over seeds. 16 is not run; asked for, it says why.
+one PNG a figure. Figures are means over seeds.
 """
 
 from __future__ import annotations

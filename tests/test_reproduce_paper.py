@@ -160,6 +160,19 @@ def test_with_equal_steps_the_batching_figure_is_slot_arithmetic(paper_table, tm
     assert (tmp_path / "figure-batching.png").stat().st_size > 1000
 
 
+def test_with_equal_steps_a_shared_prefix_is_worth_the_requests_that_fit_and_its_prefill(paper_table, capsys):
+    arguments = ["16", "--step-times", str(paper_table), "--seeds", "1", "--requests", "450"]
+    assert reproduce_paper.main(arguments) == 0
+    rows = {what: row["mean"] for what, row in rows_of(capsys, "16").items()}
+    for prefix_len in (80, 341):
+        rates = [rows[f"prefix of {prefix_len}: {name}, requests/s"] for name in ("paged, shared", "Oracle")]
+        assert rows[f"paged, shared / Oracle, prefix of {prefix_len}"] == pytest.approx(rates[0] / rates[1])
+        assert rows[f"paged, shared / not shared, prefix of {prefix_len}"] > 1.2
+    # Steps take the same whatever they read here, so how long the prefix is hardly matters to who shares it.
+    short, long = (rows[f"prefix of {prefix_len}: paged, shared, requests/s"] for prefix_len in (80, 341))
+    assert 0.9 < long / short < 1
+
+
 def test_rates_rise_as_reservations_shrink(paper_table):
     table = StepTable.read(paper_table)
     systems = ("dense-static", "contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged")
@@ -196,10 +209,11 @@ def test_what_is_missing_is_said_in_one_line(paper_table, measured, directory, t
     assert "No such file" in error_of(capfd, ["12", "--step-times", str(tmp_path / "none.json")])
     assert "another model: its family is" in error_of(capfd, ["batching", "--step-times", str(measured)])
     assert "have no runs" in error_of(capfd, ["validate", "--step-times", str(paper_table)])
-    assert "figure 16 is not run: it needs a prefix" in error_of(capfd, ["16", "--step-times", str(paper_table)])
     values = json.loads(paper_table.read_text())
     paper_table.write_text(json.dumps({**values, "swaps": []}))
     assert "step_times.py --parts moves" in error_of(capfd, ["14", "--step-times", str(paper_table)])
+    paper_table.write_text(json.dumps({**values, "copies": []}))
+    assert "figure 16 copies pages" in error_of(capfd, ["16", "--step-times", str(paper_table)])
     with pytest.raises(SystemExit):
         reproduce_paper.main(["1"])
     assert "invalid choice: '1'" in capfd.readouterr().err
