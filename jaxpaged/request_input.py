@@ -34,6 +34,7 @@ class RequestReader:
         self._missing = f"{directory} has no tokenizer.json or tokenizer.model"
         self._seed = seed
         self._num_requests = 0
+        self._prefix: Prefix | None = None  # the latest that was text: a batch file asks for one with every line
 
     def read_all(
         self,
@@ -73,13 +74,18 @@ class RequestReader:
         """None for None; ValueError, which names the prefix, for what is no prompt."""
         if shared_prefix is None:
             return None
+        if isinstance(shared_prefix, str) and self._prefix is not None and self._prefix.text == shared_prefix:
+            return self._prefix
         try:
             prompt = read_prompt(shared_prefix)
             token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing)
             _check_vocabulary(token_ids, engine.model.vocab_size)
         except ValueError as error:
             raise ValueError(f"shared_prefix: {error}") from None
-        return Prefix(prompt.text, token_ids)
+        prefix = Prefix(prompt.text, token_ids)
+        if prefix.text is not None:
+            self._prefix = prefix
+        return prefix
 
     def read(
         self,

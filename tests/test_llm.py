@@ -300,6 +300,7 @@ def test_a_shared_prefix_comes_before_every_prompt(llm):
     forms = [
         (prefix, prompts),
         (ids(prefix), [ids(prompt) for prompt in prompts]),
+        (np.array(ids(prefix)), [ids(prompt) for prompt in prompts]),
         ({"prompt_token_ids": ids(prefix)}, prompts),
         (prefix, [{"prompt_token_ids": ids(prompt)} for prompt in prompts]),
     ]

@@ -256,6 +256,15 @@ def test_preemption_changes_no_token(expected, way):
     assert (stats.swaps_in > 0) == (way != "recompute") and (stats.recomputed_tokens > 0) == (way != "swap")
 
 
+def test_the_prefix_is_there_before_the_first_request_comes(expected):
+    engine = toy_engine(num_pages=1000)
+    groups = load(8)
+    for group in groups:
+        group.arrival_time = 0.05
+    assert run(engine, groups) == expected[8][0]
+    assert engine.stats.steps_after_pauses.tolist() == [1] and engine.stats.batch_tokens[0] == 8
+
+
 def test_leaving_early_lets_go_of_the_prefix(expected):
     engine = toy_engine(num_pages=1000)
     results = engine.run(load(10))

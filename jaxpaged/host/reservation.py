@@ -141,9 +141,8 @@ class Paged:
         if needed > self.num_usable_pages:
             raise ValueError(
                 f"{prompt_in_words(prompt_len, prefix_len)} with {num_samples} sample(s) of up to "
-                f"{max_len - prompt_len} tokens "
-                f"needs {needed} pages of {self.page_size} tokens, the pool has {self.num_usable_pages}: "
-                "raise num_pages, or lower max_tokens or n"
+                f"{max_len - prompt_len} tokens needs {needed} pages of {self.page_size} tokens, "
+                f"the pool has {self.num_usable_pages}: raise num_pages, or lower max_tokens or n"
             )
 
     def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
