@@ -8,6 +8,7 @@ import weakref
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import all_but_slow
 from toy import char_tokenizer, save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
@@ -338,7 +339,7 @@ def test_special_tokens_begin_the_prefix_alone(directory):
     assert out.prompt_token_ids == ids("abcd")
 
 
-@pytest.mark.parametrize("kv_cache", ["contiguous-oracle", "dense-slots", "none"])
+@pytest.mark.parametrize("kv_cache", all_but_slow(("contiguous-oracle", "dense-slots", "none"), "none"))
 def test_systems_that_share_no_pages_compute_the_prefix_for_each_request(directory, llm, kv_cache):
     other = LLM(directory, page_size=4, num_pages=200, max_num_seqs=8, max_model_len=64, kv_cache=kv_cache)
     prompts, params = ["abc", "defg"], [GREEDY, SamplingParams(n=2, max_tokens=5, seed=3)]

@@ -55,7 +55,7 @@ def run_engine(workload, limits: EngineConfig, cache: CacheConfig, params_of, be
     for i, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
         prompt, params = prefix + rng.integers(0, TOY.vocab_size, prompt_len).tolist(), params_of(int(output_len))
         groups.append(beam_group(prompt, params, (), str(i)) if beams else make_group(prompt, params, str(i), seed=i))
-        groups[-1].prefix_len = prefix_len if kv_cache_shares(limits) else 0
+        groups[-1].prefix_len = prefix_len if limits.kv_cache == "paged" else 0
     outputs = []
     launch = engine._launch
     engine._launch = lambda *args: outputs.append(launch(*args)) or outputs[-1]
@@ -68,10 +68,6 @@ POOLS = {
     "paged": 24, "contiguous-max": 100, "contiguous-pow2": 80, "contiguous-oracle": 80, "none": 2,
     **dict.fromkeys(DENSE_CACHES, 100),
 }  # fmt: skip
-
-
-def kv_cache_shares(limits: EngineConfig) -> bool:
-    return limits.kv_cache == "paged"
 
 
 def budget_for(kv_cache, num_tokens=48) -> int:
@@ -94,11 +90,12 @@ def test_simulator_and_engine_agree_at_every_step(kv_cache, preemption):
 
 @pytest.mark.parametrize("preemption", [SWAP, PreemptionConfig()], ids=["swap", "recompute"])
 @pytest.mark.parametrize(
-    ("kv_cache", "prefix_len"), [("paged", 6), ("paged", 8), ("paged", 50), ("contiguous-oracle", 6)]
+    ("kv_cache", "prefix_len"),
+    [("paged", 32), ("paged", 50), pytest.param("contiguous-oracle", 50, marks=pytest.mark.slow)],
 )
 def test_they_agree_where_requests_share_a_prefix(kv_cache, prefix_len, preemption):
     """One of 50 tokens takes two steps of prefill."""
-    workload, cache = small_workload(), CacheConfig(4, POOLS[kv_cache] + prefix_len // 4)
+    workload, cache = small_workload(), CacheConfig(4, 36 if kv_cache == "paged" else 100)
     limits = EngineConfig(100, 8, 48, preemption=preemption, kv_cache=kv_cache)
     for num_samples in (1, 2):
         params = SamplingParams(n=num_samples, ignore_eos=True)
