@@ -9,6 +9,7 @@ import pytest
 from helpers import check_greedy_tokens_of_llm, full_logits, greedy_tokens
 
 from jaxpaged.checkpoint import load_params, open_checkpoint
+from jaxpaged.device import steps
 
 GOLDENS = Path(__file__).parent / "goldens"
 PADDED_LEN = 48  # one length, so that a model compiles once
@@ -51,4 +52,12 @@ def test_windows_are_shorter_than_the_prompts(golden):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_paged_engine_gives_the_same_greedy_tokens(name):
+    check_greedy_tokens_of_llm(GOLDENS / name)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "opt_post_norm"])
+def test_so_it_does_where_a_step_is_two_programs(name, monkeypatch):
+    """As of deep models: windows, rotary embeddings and projections are those of the layers' own numbers."""
+    monkeypatch.setattr(steps, "DEEP", 2)
+    monkeypatch.setattr(steps, "FIRST_SHARE", 0.5)
     check_greedy_tokens_of_llm(GOLDENS / name)
