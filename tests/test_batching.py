@@ -50,6 +50,7 @@ def test_other_prefills_stay_prefills(prompts, params, features):
     assert first_shape(prompts, params, features=features).num_tokens == 64
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_by_either_step():
     """Prompts of one token are decoded; with log-probabilities of some prompt they are prefilled."""
     params = [GREEDY, SamplingParams(temperature=0.8, max_tokens=7)]

@@ -44,7 +44,13 @@ def found(engine, groups: list[SequenceGroup]) -> dict[str, list[tuple[list[int]
     return results
 
 
-@pytest.mark.parametrize("pool", [dict(num_pages=400, page_size=4), dict(num_pages=60, page_size=8)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param(dict(num_pages=400, page_size=4), marks=pytest.mark.slow),
+        dict(num_pages=60, page_size=8),
+    ],
+)
 def test_the_engine_finds_what_the_reference_finds(pool):
     cases = searches()
     groups = [beam_group(PROMPTS[p], params, ends, str(i)) for i, (p, params, ends) in enumerate(cases)]

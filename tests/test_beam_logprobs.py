@@ -93,6 +93,7 @@ def test_groups_that_the_device_merges_find_what_the_reference_finds(llm, others
         np.testing.assert_allclose([b.score for b in output.outputs], [s for _, s, _ in expected], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_after_warm_up_wide_beams_with_logprobs_compile_nothing(tmp_path):
     directory = save_toy_checkpoint(tmp_path / "toy")
     llm = LLM(directory, page_size=4, num_pages=100, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=64)

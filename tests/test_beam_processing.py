@@ -73,6 +73,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_change_in_one_batch_beside_samples_and_greedy_requests(llm):
     """Also that processors act on a sample's logits and on a beam's log-probabilities in one and the same step."""
     requests = [BeamSearchParams(3, max_tokens=MAX_TOKENS, **change) for change in CHANGES]
@@ -107,6 +108,7 @@ def test_a_step_with_beams_and_samples_processes_once(llm):
     assert len(calls) == 2  # the prefill step and the decode step, traced once each
 
 
+@pytest.mark.slow
 def test_widths_from_1_to_256_each_its_own_request(llm):
     widths = [1, 2, 7, 16, 64, 100, 256]
     params = [BeamSearchParams(width, max_tokens=4, ignore_eos=True) for width in widths]

@@ -23,6 +23,7 @@ def bench(monkeypatch: pytest.MonkeyPatch):
     return module
 
 
+@pytest.mark.slow
 def test_every_kernel_has_its_table_and_every_implementation_its_time_or_its_reason(bench, capsys):
     shape = ["--heads", "4/2", "--head-dim", "64", "--page-size", "8", "--dtype", "float16"]
     cases = ["--decode", "3x40", "--prefill", "8+16", "--shared-prefix", "2x3@32+9", "--kernels", *bench.KERNELS]

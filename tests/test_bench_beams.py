@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "checkpoints" / "tiny-python"
 
 
+@pytest.mark.slow
 def test_the_last_line_has_every_case_and_its_parts_add_up(capsys):
     options = ["--cases", "2x2", "1x16", "--prompt-len", "20", "--max-tokens", "4", "--repeats", "1", "--peer", "no"]
     assert bench_beams.main([str(MODEL), *options]) == 0

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "checkpoints" / "tiny-python")
 
 
+@pytest.mark.slow
 def test_the_last_line_has_the_card_and_every_row(capsys, monkeypatch):
     monkeypatch.setattr(bench, "LINK_BYTES", 1 << 20)
     monkeypatch.setitem(bench.MATRIX_ROWS, "cpu", 64)

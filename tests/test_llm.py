@@ -195,6 +195,7 @@ def test_metrics_are_in_order(llm):
     assert 0 <= times.arrival_time <= times.first_scheduled_time <= times.first_token_time <= times.finished_time
 
 
+@pytest.mark.slow
 def test_warm_up_leaves_nothing_to_compile(directory):
     llm = LLM(directory, num_pages=50, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=100)
     params = [GREEDY, SamplingParams(n=3, top_p=0.9, max_tokens=12, min_tokens=2)]

@@ -26,6 +26,7 @@ def step_bytes():
     return make_sizer(MIB).measured_step_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_step_takes_does_not_depend_on_the_size_of_the_pool():
     def transient(num_pages):
         cache = CacheConfig(16, num_pages, "float32")

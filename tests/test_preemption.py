@@ -119,6 +119,7 @@ def test_leaving_a_run_while_groups_are_swapped_out_leaves_the_engine_clean(expe
     assert not engine._swapped and engine.stats.swaps_out > 0
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up_when_groups_swap():
     engine = toy_engine(num_pages=40, max_num_seqs=8, preemption=dataclasses.replace(WAYS["swap"], transfer_pages=7))
     params = SamplingParams(n=3, max_tokens=30)

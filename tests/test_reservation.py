@@ -156,6 +156,7 @@ def toy_results(kv_cache):
     return results, engine.stats
 
 
+@pytest.mark.slow
 def test_all_systems_give_the_same_tokens_samples_and_beams_included():
     expected, paged = toy_results("paged")
     assert paged.preemptions == 0

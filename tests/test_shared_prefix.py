@@ -179,12 +179,14 @@ def test_sharing_does_not_change_a_token():
     assert run_tokens(sharing_engine(), requests()) == run_tokens(toy_engine(), requests())
 
 
+@pytest.mark.slow
 def test_preemption_and_sharing_do_not_change_a_token():
     tight = sharing_engine(num_pages=40)
     assert run_tokens(tight, requests()) == run_tokens(toy_engine(), requests())
     assert tight.stats.preemptions > 0
 
 
+@pytest.mark.slow
 def test_warm_up_compiles_the_shared_steps_too():
     engine = sharing_engine(max_num_seqs=8, max_model_len=64)
     groups = [make_group(prompt[:20], SamplingParams(n=4, max_tokens=9), seed=1) for prompt in random_prompts(2)]
@@ -255,6 +257,7 @@ def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomput
         tree.check_invariants()
 
 
+@pytest.mark.slow
 def test_warming_a_tree_up_compiles_its_shared_steps_too(runs_read):
     engine = sharing_engine(page_size=4, max_num_seqs=8, max_model_len=64)
     with Tree(EngineSteps(engine)) as tree:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from helpers import all_but_slow
 from toy import TOY, make_group, random_prompts, run_tokens, toy_engine, toy_params
 
 from jaxpaged.config import CacheConfig
@@ -118,7 +119,7 @@ def test_nothing_is_compiled_after_warm_up(copies_in_steps):
         assert engine.stats.compilations == 0, f"workload {seed} compiled {engine.stats.compilations} programs"
 
 
-@pytest.mark.parametrize("kv_cache", ["dense-slots", "dense-static-global", "none"])
+@pytest.mark.parametrize("kv_cache", all_but_slow(["dense-slots", "dense-static-global", "none"], "dense-slots"))
 def test_nor_for_the_systems_that_paging_is_compared_with(kv_cache):
     engine = toy_engine(
         num_pages=160, page_size=4, max_num_seqs=8, max_num_batched_tokens=256, max_model_len=64, kv_cache=kv_cache

@@ -108,6 +108,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(train_tiny):
     assert rates == [0.5, 0.9, 0.5, 0.0]
 
 
+@pytest.mark.slow
 def test_a_run_learns_resumes_and_exports(train_tiny, source, tmp_path):
     places = ["--source", str(source), "--output", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work")]
     assert train_tiny.main([*places, *FLAGS, "--steps=40"]) == 0
