@@ -18,7 +18,7 @@ from jaxpaged.device.model import compute_logits, forward
 from jaxpaged.device.params import Params
 
 
-def all_but_slow(names: Iterable[str], *quick: str) -> list:
+def all_but_slow(names: Iterable, *quick: object) -> list:
     """Parameters of a test: all names, of which those that are not `quick` are left to `make test-slow`."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 

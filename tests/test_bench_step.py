@@ -7,11 +7,13 @@ from pathlib import Path
 
 import bench_step
 import jax
+import pytest
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "checkpoints" / "tiny-python"
 
 
+@pytest.mark.slow
 def test_the_last_line_has_the_card_and_every_row(capsys, monkeypatch):
     monkeypatch.setitem(bench_step.COPY_BYTES, "cpu", 1 << 20)
     options = ["--rows", "1", "3", "--context", "33", "--steps", "2", "--repeats", "2", "--dtype", "float32"]

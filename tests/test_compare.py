@@ -166,6 +166,7 @@ def test_the_command_prints_a_table_writes_json_and_draws(directory, tmp_path, c
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").iterdir())
 
 
+@pytest.mark.slow
 def test_a_system_that_cannot_run_is_named_beside_those_that_ran(directory, tmp_path, capfd):
     (tmp_path / "lengths.jsonl").write_text('{"prompt_len": 8, "output_len": 4, "arrival": 0.01}\n' * 3)
     arguments = ("--workload", tmp_path / "lengths.jsonl", "--requests", 2, "--num-pages", 10, *SIZES)

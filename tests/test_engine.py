@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers import all_but_slow
 from scripted_device import most_pages_of
 from toy import TOY, make_group, random_prompts, run_tokens, toy_engine
 
@@ -43,7 +44,7 @@ def test_a_sample_is_the_same_alone(large, expected, i):
     assert run_tokens(large, [mixed_requests()[i]]) == {str(i): expected[str(i)]}
 
 
-@pytest.mark.parametrize("page_size", [1, pytest.param(5, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("page_size", all_but_slow([1, 5, 16], 16))
 def test_the_page_size_changes_no_token(expected, page_size):
     assert run_tokens(toy_engine(num_pages=1 + 1600 // page_size, page_size=page_size), mixed_requests()) == expected
 
@@ -53,7 +54,7 @@ def test_order_batch_and_chunks_change_no_token(expected):
     assert run_tokens(engine, mixed_requests()[::-1]) == expected
 
 
-@pytest.mark.parametrize("spare_pages", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spare_pages", all_but_slow([0, 3], 0))
 def test_preemption_changes_no_token(expected, spare_pages):
     """With a pool that just holds the largest group, every request finishes with the tokens of an endless pool."""
     groups = mixed_requests()

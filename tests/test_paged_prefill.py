@@ -51,22 +51,25 @@ def run(lens, counts, *, page_size=16, heads=2, kv_heads=1, head_dim=64, starts=
 
 
 # Rows share query tiles and start anywhere; some have a context that is already cached, some rows are padding.
+SLOW = pytest.mark.slow
 RAGGED = dict(lens=[130, 0, 40, 300, 7], counts=[60, 0, 40, 45, 1])
 APART = dict(lens=[330, 0, 40], counts=[160, 0, 7], starts=np.array([3, 0, 166]), tokens=200)
 SMALL = [
     pytest.param(dict(RAGGED, heads=4, kv_heads=2), id="ragged"),
-    pytest.param(APART, id="unowned-tokens"),
-    pytest.param(dict(lens=[128, 128], counts=[128, 128], tokens=256), id="aligned", marks=pytest.mark.slow),
-    pytest.param(dict(lens=[0, 5], counts=[0, 5], starts=np.array([0, 130]), tokens=300), id="empty-tiles"),
-    pytest.param(dict(APART, **WINDOW), id="window"),
-    pytest.param(dict(RAGGED, **WINDOW, soft_cap=2.0, kv_heads=2), id="window-and-cap"),
-    pytest.param(dict(lens=[200], counts=[150], head_dim=128, page_size=8, **CAP), id="page-8-cap"),
-    pytest.param(dict(RAGGED, page_size=32, head_dim=80, heads=3), id="page-32-head-80"),
-    pytest.param(dict(lens=[300, 20], counts=[30, 20], page_size=256, head_dim=96), id="page-256-head-96"),
-    pytest.param(dict(lens=[150, 20], counts=[100, 20], head_dim=256, heads=1), id="head-256", marks=pytest.mark.slow),
+    pytest.param(APART, id="unowned-tokens", marks=SLOW),
+    pytest.param(dict(lens=[128, 128], counts=[128, 128], tokens=256), id="aligned", marks=SLOW),
     pytest.param(
-        dict(lens=[140, 9], counts=[31, 9], heads=8, dtype=jnp.float16), id="float16-group-8", marks=pytest.mark.slow
+        dict(lens=[0, 5], counts=[0, 5], starts=np.array([0, 130]), tokens=300),
+        id="empty-tiles",
+        marks=SLOW,
     ),
+    pytest.param(dict(APART, **WINDOW), id="window"),
+    pytest.param(dict(RAGGED, **WINDOW, soft_cap=2.0, kv_heads=2), id="window-and-cap", marks=SLOW),
+    pytest.param(dict(lens=[200], counts=[150], head_dim=128, page_size=8, **CAP), id="page-8-cap", marks=SLOW),
+    pytest.param(dict(RAGGED, page_size=32, head_dim=80, heads=3), id="page-32-head-80", marks=SLOW),
+    pytest.param(dict(lens=[300, 20], counts=[30, 20], page_size=256, head_dim=96), id="page-256-head-96"),
+    pytest.param(dict(lens=[150, 20], counts=[100, 20], head_dim=256, heads=1), id="head-256", marks=SLOW),
+    pytest.param(dict(lens=[140, 9], counts=[31, 9], heads=8, dtype=jnp.float16), id="float16-group-8", marks=SLOW),
 ]
 LARGE = [
     pytest.param(dict(lens=[4000, 2500, 0, 700, 33], counts=[4000, 1100, 0, 700, 1]), id="ragged"),
@@ -106,6 +109,7 @@ def test_no_data_race(capfd):
     assert "RACE DETECTED" not in output.out + output.err
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours():
     """Up to rounding: the interpreter's matrix products, a CPU's, round by the row's place in a tile."""
     together, again, alone = attend_together_and_alone(INTERPRETED)

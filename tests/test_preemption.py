@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from helpers import all_but_slow
 from scripted_device import most_pages_of
 from toy import TOY, beam_group, make_group, random_prompts, toy_engine
 
@@ -76,7 +77,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", all_but_slow(WAYS, "swap", "recompute"))
 def test_a_tight_pool_gives_the_tokens_of_an_endless_one(expected, name):
     engine = tight_engine(WAYS[name])
     groups = mixed_load()

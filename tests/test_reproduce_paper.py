@@ -180,6 +180,7 @@ def test_rates_rise_as_reservations_shrink(paper_table):
     assert rates == sorted(rates)
 
 
+@pytest.mark.slow
 def test_latency_rises_with_the_rate_until_the_sweep_ends(paper_table):
     table = StepTable.read(paper_table)
     diverging = paper_rates.capacity(table, "contiguous-max", "sharegpt", 600, seed=0)

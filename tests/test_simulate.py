@@ -111,7 +111,7 @@ def test_they_agree_where_requests_share_a_prefix(kv_cache, prefix_len, preempti
         assert stats.preemptions > 0 or kv_cache != "paged"
 
 
-@pytest.mark.parametrize("kv_cache", all_but_slow(KV_CACHES, "paged", "contiguous-oracle", "dense-static"))
+@pytest.mark.parametrize("kv_cache", all_but_slow(KV_CACHES, "paged"))
 def test_they_agree_for_samples_and_beams_given_what_the_device_chose(kv_cache):
     """Which beams fork, and where samples part, is in the tokens; the simulator takes the engine's."""
     workload, cache = small_workload(8), CacheConfig(4, POOLS[kv_cache] * (2 if kv_cache == "paged" else 1))

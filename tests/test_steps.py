@@ -66,7 +66,7 @@ def test_more_copies_than_rows_are_made_before_the_step():
     assert launched
 
 
-@pytest.mark.parametrize("kv_cache", ["paged", "dense-slots"])
+@pytest.mark.parametrize("kv_cache", all_but_slow(["paged", "dense-slots"], "paged"))
 def test_a_deep_model_decodes_in_two_programs(monkeypatch, kv_cache):
     """With the same tokens, and copies in both parts of the pool."""
     kernels = REFERENCE._replace(copies_in_steps=True)
@@ -107,7 +107,7 @@ def workload(seed):
     return [make_group(prompt, params[i % 2], str(i), seed=i) for i, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("copies_in_steps", [False, True])
+@pytest.mark.parametrize("copies_in_steps", all_but_slow([False, True], True))
 def test_nothing_is_compiled_after_warm_up(copies_in_steps):
     """Any number of prompts of any length, greedy and sampled, with preemptions: the programs are there."""
     kernels = REFERENCE._replace(copies_in_steps=copies_in_steps)

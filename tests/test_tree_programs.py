@@ -104,7 +104,7 @@ def small_sharing_engine() -> Engine:
     return sharing_engine(num_pages=24, max_num_seqs=8, max_num_batched_tokens=16, max_model_len=MAX_LEN)
 
 
-TestEngineProgram = EngineProgram.TestCase
+TestEngineProgram = pytest.mark.slow(EngineProgram.TestCase)
 TestEngineProgram.settings = settings(max_examples=12, stateful_step_count=20, **SETTINGS)
 
 
