@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import reference
 from pallas_kernels.checks import check_ids
 
 Array = jax.Array
@@ -27,7 +28,8 @@ def copy_pages(pools: tuple[Array, ...], src: Array, dst: Array) -> tuple[Array,
     """Pools [N, S, K, D], all of one shape and dtype; page src[i] of each goes to dst[i], ids i32[C].
 
     In place where the caller donates the pools. A page may be copied several times, and a page onto itself; otherwise
-    no source may be a destination, nor a destination be named twice. Ids must name pages of the pools.
+    no source may be a destination, nor a destination be named twice. Ids must name pages of the pools. Pages whose
+    numbers are no multiple of 512 (one head of 80, say) are copied by XLA.
     """
     shape, dtype = pools[0].shape, pools[0].dtype
     for pool in pools:
@@ -38,7 +40,7 @@ def copy_pages(pools: tuple[Array, ...], src: Array, dst: Array) -> tuple[Array,
     num_pages, size = shape[0], pools[0].size // shape[0]
     row = next((row for row in (ROW, ROW // 2) if size % row == 0), None)
     if row is None:
-        raise ValueError(f"pages of {size} numbers; this kernel copies multiples of {ROW // 2}")
+        return reference.copy_pages(pools, src, dst)
     rows = next(rows for rows in range(MAX_ROWS, 0, -1) if size // row % rows == 0)
     parts = size // row // rows
 
