@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -43,9 +44,11 @@ def test_every_fragment_of_the_guide_runs_with_what_it_takes_for_granted(monkeyp
     few = functools.partial(paged_decode.paged_decode, num_programs=2)
     monkeypatch.setattr(paged_decode, "paged_decode", few)
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "scripts" / "step_times" / "opt-13b-h100.json", "times.json")
     pages = jnp.ones((4, 16, 2, 64), jnp.bfloat16)
     scope: dict[str, object] = dict(
         model=ROOT / "checkpoints" / "tiny-python", prompts=["def f(", "class A:"], seconds=[0.0, 0.1], jnp=jnp,
+        instruction="# Python 3.\n",
         sampling_params=SamplingParams(max_tokens=4), params=SamplingParams(n=2, max_tokens=4), Path=Path,
         q=jnp.ones((1, 4, 64), jnp.bfloat16), k_pages=pages, v_pages=pages, D=64,
         block_tables=jnp.asarray([[2, 1]], jnp.int32), context_lens=jnp.asarray([20], jnp.int32),
