@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import all_but_slow
 from scripted_device import most_pages_of
-from toy import TOY, beam_group, make_group, random_prompts, toy_engine
+from toy import TOY, beam_group, make_group, random_prompts, run_checked, toy_engine
 
 from jaxpaged import preemption
 from jaxpaged.beam_params import BeamSearchParams
@@ -20,7 +20,6 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionCo
 from jaxpaged.device import steps, swap
 from jaxpaged.device.cache import make_paged_cache
 from jaxpaged.host.batching import split
-from jaxpaged.host.beam_state import best_hypotheses
 from jaxpaged.preemption import flops_per_token, resolve_preemption
 from jaxpaged.sampling_params import SamplingParams
 
@@ -44,18 +43,6 @@ def mixed_load(count=40) -> list:
     return groups
 
 
-def run(engine, groups) -> dict[str, list]:
-    results = {}
-    for group in engine.run(groups):
-        results[group.request_id] = (
-            [h.token_ids for h in best_hypotheses(group.beams, 99)]
-            if group.beams
-            else [sequence.output_ids for sequence in group.sequences]
-        )
-        engine.scheduler.check_invariants()
-    return results
-
-
 def tight_engine(way: PreemptionConfig):
     largest = most_pages_of(mixed_load(), page_size=4)
     return toy_engine(num_pages=1 + largest, max_num_seqs=64, preemption=way)
@@ -64,7 +51,7 @@ def tight_engine(way: PreemptionConfig):
 @pytest.fixture(scope="module")
 def expected():
     engine = toy_engine(num_pages=4000, max_num_seqs=64)
-    results = run(engine, mixed_load())
+    results = run_checked(engine, mixed_load())
     assert engine.stats.preemptions == 0 and len(results) == 40
     return results
 
@@ -81,7 +68,7 @@ WAYS = {
 def test_a_tight_pool_gives_the_tokens_of_an_endless_one(expected, name):
     engine = tight_engine(WAYS[name])
     groups = mixed_load()
-    assert run(engine, groups) == expected
+    assert run_checked(engine, groups) == expected
     stats = engine.stats
     assert stats.preemptions == sum(group.num_preemptions for group in groups) > 40
     assert stats.swaps_out == stats.swaps_in == sum(group.num_swaps for group in groups)
@@ -102,7 +89,7 @@ def test_bytes_are_counted_by_the_page_each_once():
         make_group(list(range(1, 17)), SamplingParams(temperature=0, max_tokens=40), "0"),
         make_group(list(range(2, 18)), SamplingParams(n=4, max_tokens=9), "1"),
     ]
-    run(engine, groups)
+    run_checked(engine, groups)
     assert groups[1].num_swaps == engine.stats.swaps_out == 1
     # At most four pages of the prompt, shared by all samples, and two or three of each sample's own; not 4 * 6.
     num_pages, rest = divmod(engine.stats.swapped_out_bytes, PAGE_BYTES)
@@ -116,7 +103,7 @@ def test_leaving_a_run_while_groups_are_swapped_out_leaves_the_engine_clean(expe
         next(results)
     results.close()
     assert not engine._swapped and engine.scheduler.swap_space.num_free == 1000
-    assert run(engine, mixed_load()) == expected
+    assert run_checked(engine, mixed_load()) == expected
     assert not engine._swapped and engine.stats.swaps_out > 0
 
 
@@ -126,7 +113,7 @@ def test_nothing_is_compiled_after_warm_up_when_groups_swap():
     params = SamplingParams(n=3, max_tokens=30)
     groups = [make_group(prompt, params, str(i), seed=i) for i, prompt in enumerate(random_prompts(6, seed=3))]
     engine.warm_up(groups)
-    run(engine, groups)
+    run_checked(engine, groups)
     assert engine.stats.swaps_out > 0 and engine.stats.compilations == 0
 
 
@@ -163,7 +150,7 @@ def test_groups_swap_through_another_kind_of_memory(expected, monkeypatch):
     monkeypatch.setattr(swap, "host_memory", lambda _: pinned)
     fetched = []
     monkeypatch.setattr(swap, "fetch_pages", lambda *args: fetched.append(fetch_pages(*args)) or fetched[-1])
-    assert run(tight_engine(WAYS["swap"]), mixed_load()) == expected
+    assert run_checked(tight_engine(WAYS["swap"]), mixed_load()) == expected
     assert {pages.sharding for swapped in fetched for pages in swapped} == {pinned}
 
 

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_device import make_group as scripted_group
 from scripted_device import make_scheduler, make_search, most_pages_of, run_all, run_searches
-from toy import TOY, beam_group, make_group, toy_engine
+from toy import TOY, beam_group, make_group, run_checked, toy_engine
 
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.host.accounting import RunStats
-from jaxpaged.host.beam_state import best_hypotheses
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.simulate import Simulation
 from jaxpaged.workloads import Workload
@@ -207,24 +206,12 @@ def load(prefix_len, is_shared=True) -> list:
     return groups
 
 
-def run(engine, groups) -> dict[str, list]:
-    results = {}
-    for group in engine.run(groups):
-        results[group.request_id] = (
-            [h.token_ids for h in best_hypotheses(group.beams, 99)]
-            if group.beams
-            else [sequence.output_ids for sequence in group.sequences]
-        )
-        engine.scheduler.check_invariants()
-    return results
-
-
 @pytest.fixture(scope="module")
 def expected():
     """By length of the prefix: what requests give that compute their whole prompts, and how many tokens that takes."""
     engine = toy_engine(num_pages=1000)
     return {
-        length: (run(engine, load(length, is_shared=False)), engine.stats.batch_tokens.sum())
+        length: (run_checked(engine, load(length, is_shared=False)), engine.stats.batch_tokens.sum())
         for length in (1, 3, 8, 10, 30)
     }
 
@@ -233,24 +220,24 @@ def expected():
 def test_a_shared_prefix_changes_no_token(expected, prefix_len):
     engine = toy_engine(num_pages=1000)
     tokens, num_computed = expected[prefix_len]
-    assert run(engine, groups := load(prefix_len)) == tokens
+    assert run_checked(engine, groups := load(prefix_len)) == tokens
     assert engine.stats.num_prompt_tokens == sum(prefix_len + len(suffix) for suffix in SUFFIXES)
     assert engine.stats.batch_tokens.sum() == num_computed - (len(SUFFIXES) - 1) * prefix_len
     assert all(group.pages.copied >= (prefix_len % 4 > 0) for group in groups)
-    assert run(engine, load(prefix_len)) == tokens  # nothing is left of the run before
+    assert run_checked(engine, load(prefix_len)) == tokens  # nothing is left of the run before
 
 
 @pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_the_page_size_changes_no_token(expected, page_size):
     engine = toy_engine(num_pages=2000 // page_size, page_size=page_size)
-    assert run(engine, load(10)) == expected[10][0]
+    assert run_checked(engine, load(10)) == expected[10][0]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_preemption_changes_no_token(expected, way):
     largest = most_pages_of(load(10), page_size=4)
     engine = toy_engine(num_pages=1 + largest, preemption=WAYS[way])
-    assert run(engine, load(10)) == expected[10][0]
+    assert run_checked(engine, load(10)) == expected[10][0]
     stats = engine.stats
     assert stats.preemptions > 0 and stats.pages_used.min() >= 3 and stats.pages_used.max() <= largest
     assert (stats.swaps_in > 0) == (way != "recompute") and (stats.recomputed_tokens > 0) == (way != "swap")
@@ -261,7 +248,7 @@ def test_the_prefix_is_there_before_the_first_request_comes(expected):
     groups = load(8)
     for group in groups:
         group.arrival_time = 0.05
-    assert run(engine, groups) == expected[8][0]
+    assert run_checked(engine, groups) == expected[8][0]
     assert engine.stats.steps_after_pauses.tolist() == [1] and engine.stats.batch_tokens[0] == 8
 
 
@@ -271,4 +258,4 @@ def test_leaving_early_lets_go_of_the_prefix(expected):
     next(results)
     results.close()
     assert engine.scheduler.allocator.num_used == 0 and engine.scheduler.prefix is None
-    assert run(engine, load(8)) == expected[8][0]
+    assert run_checked(engine, load(8)) == expected[8][0]

@@ -16,7 +16,7 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionCo
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
 from jaxpaged.engine import Engine
-from jaxpaged.host.beam_state import BeamState
+from jaxpaged.host.beam_state import BeamState, best_hypotheses
 from jaxpaged.host.prefix_groups import PrefixRule, PrefixSharing
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.sampling_params import SamplingParams
@@ -73,6 +73,19 @@ def sharing_engine(**sizes) -> Engine:
     engine.kernels = REFERENCE._replace(shared_prefix_decode=reference.shared_prefix_decode)
     engine.sharing = PrefixSharing(max_members=4, rule=ALWAYS)
     return engine
+
+
+def run_checked(engine: Engine, groups: list[SequenceGroup]) -> dict[str, list]:
+    """Tokens of all samples, or of all hypotheses, of each request; the books are checked whenever one has finished."""
+    results = {}
+    for group in engine.run(groups):
+        results[group.request_id] = (
+            [h.token_ids for h in best_hypotheses(group.beams, 99)]
+            if group.beams
+            else [sequence.output_ids for sequence in group.sequences]
+        )
+        engine.scheduler.check_invariants()
+    return results
 
 
 def make_group(
