@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_ids, check_options, check_pages, check_scales
-from pallas_kernels.decode_kernel import Options, Phase, attend
+from pallas_kernels.decode_kernel import Phase, attend
+from pallas_kernels.decode_program import Options
 from pallas_kernels.decode_tile import DecodeTile, check_tile, choose_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_pieces
 from pallas_kernels.mosaic import num_multiprocessors

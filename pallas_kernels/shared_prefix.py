@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import FP8, check_ids, check_options, check_pages
-from pallas_kernels.decode_kernel import Options, Phase, attend
+from pallas_kernels.decode_kernel import Phase, attend
+from pallas_kernels.decode_program import Options
 from pallas_kernels.decode_tile import choose_shared_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_with_prefixes
 from pallas_kernels.mosaic import num_multiprocessors

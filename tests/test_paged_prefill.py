@@ -18,7 +18,8 @@ if jax.__version_info__ < (0, 11):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_prefill import PrefillTile, choose_tile, paged_prefill
+from pallas_kernels.paged_prefill import paged_prefill
+from pallas_kernels.prefill_tile import PrefillTile, choose_tile
 
 INTERPRETED = plgpu.InterpretGPUParams()
 WITH_RACE_DETECTOR = plgpu.InterpretGPUParams(detect_races=True)
