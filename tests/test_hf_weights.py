@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxpaged.checkpoint import load_params, open_checkpoint
+from jaxpaged.checkpoint import hf_weights, load_params, open_checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
 CPU = jax.devices("cpu")[0]
@@ -113,7 +113,7 @@ def test_harmless_extra_tensors_are_ignored(tmp_path):
 def test_a_head_that_is_no_copy_of_the_embedding_it_is_tied_to(tmp_path):
     directory = Path(shutil.copytree(GOLDENS / "qwen3", tmp_path / "qwen3"))
     change_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight.*tie_word_embeddings"):
+    with pytest.raises(ValueError, match=r"4,096 of 4,096 values, by at most 1, .*tie_word_embeddings"):
         load(directory)
 
 
@@ -207,7 +207,7 @@ def test_no_weights_at_all(llama):
 
 def test_everything_is_checked_before_any_tensor_is_read(llama, monkeypatch):
     change_tensors(llama, lambda tensors: tensors.pop("model.norm.weight"))
-    monkeypatch.setattr(np, "fromfile", lambda *args, **kwargs: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(hf_weights, "read_tensor", lambda *args, **kwargs: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match="model.norm.weight"):
         load(llama)
 

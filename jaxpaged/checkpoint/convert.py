@@ -7,10 +7,9 @@ from pathlib import Path
 
 import jax
 
+from jaxpaged.checkpoint.files import user_path
 from jaxpaged.checkpoint.native import save_checkpoint
-from jaxpaged.checkpoint.opening import load_params, open_checkpoint
-
-TOKENIZER_CONFIG = "tokenizer_config.json"  # says whether prompts begin with the beginning-of-sequence token
+from jaxpaged.checkpoint.opening import TOKENIZER_CONFIG, load_params, open_checkpoint
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path) -> None:
@@ -18,7 +17,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path) -> None:
 
     The weights pass through main memory as a whole. Nothing is written before they have all been read.
     """
-    checkpoint, destination = open_checkpoint(source), Path(destination).expanduser()
+    checkpoint, destination = open_checkpoint(source), user_path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} is not an empty directory: convert to a new one")
     params = load_params(checkpoint, dtype=checkpoint.config.dtype, device=jax.devices("cpu")[0])

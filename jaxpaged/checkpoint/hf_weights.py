@@ -9,13 +9,15 @@ the conversion to the wanted dtype happen on the device.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpaged.checkpoint.files import find_weight_files
+from jaxpaged.checkpoint.files import INDEX_NAME, find_weight_files, read_weight_map
 from jaxpaged.checkpoint.safetensors_files import DTYPES, StoredTensor, read_headers, read_tensor
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import ModelConfig
@@ -59,7 +61,7 @@ NAMES = {"gemma2": GEMMA_NAMES, "gemma3": GEMMA_NAMES, "opt": OPT_NAMES}  # the 
 PREFIXES = ("model.", "", "model.decoder.", "decoder.", "language_model.model.", "model.language_model.")
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 LOOKUP_TABLES = ("embedding", "position_embedding")  # rows are looked up: stored as they are used
-ROWS_COMPARED = 4096  # at a time, of an output head that should equal the embedding
+ROWS_COMPARED = 512  # at a time, of an output head that should equal the embedding
 
 Stored = dict[str, StoredTensor]  # by name
 
@@ -76,7 +78,7 @@ class Source:
 def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax.Device) -> Params:
     """The weights in `directory` as `dtype` on `device`; ValueError names every tensor that does not fit `config`."""
     treedef = jax.tree.structure(param_shapes(config, dtype))
-    stored = read_headers(find_weight_files(directory))
+    stored = _read_headers(directory)
     sources = _find_sources(stored, config)
     _check(stored, config, sources, directory)
     return jax.tree.unflatten(treedef, [_load(stored, source, dtype, device) for source in sources])
@@ -86,6 +88,14 @@ def stored_dtype(directory: Path) -> str:
     """The dtype of the first tensor, for a config.json that does not say."""
     stored_as = next((tensor.dtype for tensor in read_headers(find_weight_files(directory)[:1]).values()), "F32")
     return DTYPES.get(stored_as, stored_as)
+
+
+def _read_headers(directory: Path) -> Stored:
+    stored = read_headers(find_weight_files(directory))
+    for name, file in read_weight_map(directory).items():
+        if name in stored and stored[name].file.name != file:
+            raise ValueError(f"{directory / INDEX_NAME} has {name} in {file}, but it is in {stored[name].file.name}")
+    return stored
 
 
 def _load(stored: Stored, source: Source, dtype: str, device: jax.Device) -> jax.Array:
@@ -151,11 +161,15 @@ def _check(stored: Stored, config: ModelConfig, sources: list[Source], directory
         expected[head] = expected[embedding]
     found = {name: tensor.shape for name, tensor in stored.items() if name in expected or not _is_harmless(name)}
     check_shapes(found, expected, str(directory))
-    for name in expected:
-        if (stored_as := stored[name].dtype) not in DTYPES:
-            raise ValueError(f"{name} in {stored[name].file} is {stored_as}; supported are {', '.join(DTYPES)}")
+    _check_dtypes({name: stored[name] for name in expected})
     if tied_copy:
-        _check_tied(stored, head, embedding)
+        _check_tied(stored[head], stored[embedding])
+
+
+def _check_dtypes(tensors: Stored) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} in {tensor.file} is {tensor.dtype}; supported are {', '.join(DTYPES)}")
 
 
 def _is_harmless(name: str) -> bool:
@@ -163,11 +177,20 @@ def _is_harmless(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name.startswith(VISION_PREFIXES)
 
 
-def _check_tied(stored: Stored, head: str, embedding: str) -> None:
-    """A stored copy of the embedding is fine; another matrix means that config.json is wrong about the head."""
-    for start in range(0, stored[head].shape[0], ROWS_COMPARED):
-        rows = slice(start, start + ROWS_COMPARED)
-        if read_tensor(stored[head], rows).tobytes() != read_tensor(stored[embedding], rows).tobytes():
-            raise ValueError(
-                f"{head} differs from {embedding}, but config.json ties them: set tie_word_embeddings to false in it"
-            )
+def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+    """A stored copy of the embedding is fine, in whichever dtype; other values mean that config.json is wrong."""
+    different, largest = 0, 0.0
+    for start in range(0, head.shape[0], ROWS_COMPARED):
+        left, right = (read_tensor(tensor, slice(start, start + ROWS_COMPARED)) for tensor in (head, embedding))
+        if left.dtype == right.dtype and left.tobytes() == right.tobytes():
+            continue
+        left, right = left.astype(np.float32), right.astype(np.float32)
+        unequal = (left != right) & ~(np.isnan(left) & np.isnan(right))
+        different += int(np.count_nonzero(unequal))
+        largest = max(largest, float(np.abs(left[unequal] - right[unequal]).max(initial=0.0)))
+    if different:
+        raise ValueError(
+            f"{head.name} ({head.dtype}) differs from {embedding.name} ({embedding.dtype}) in {different:,} of "
+            f"{math.prod(head.shape):,} values, by at most {largest:.3g}, but config.json ties them: "
+            "set tie_word_embeddings to false in it"
+        )

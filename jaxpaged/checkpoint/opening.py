@@ -6,6 +6,8 @@ Opening reads config.json and generation_config.json, which suffices to refuse w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import jax
 
 from jaxpaged.checkpoint import hf_config, hf_weights, native
-from jaxpaged.checkpoint.files import read_json
+from jaxpaged.checkpoint.files import find_file, read_json, user_path
 from jaxpaged.config import DTYPES, ModelConfig
 from jaxpaged.device.params import Params, random_params
 
@@ -24,6 +26,7 @@ TOKENIZER_FILES = {
     "native": ("tokenizer.model", "tokenizer.json"),
     "huggingface": ("tokenizer.json", "tokenizer.model"),
 }
+TOKENIZER_CONFIG = "tokenizer_config.json"  # says whether prompts begin with the beginning-of-sequence token
 
 
 @dataclass(frozen=True)
@@ -38,21 +41,22 @@ class Checkpoint:
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Recognise the format of a local directory and parse its configuration; ValueError says what is not supported."""
-    directory = Path(path).expanduser()
+    directory = user_path(path)
     if not directory.exists():
         raise FileNotFoundError(f"{path} does not exist: give the directory of a checkpoint (nothing is downloaded)")
     if not directory.is_dir():
         raise ValueError(f"{path} is a file: give the directory that holds config.json and the weights")
-    config_file = directory / "config.json"
-    if not config_file.is_file():
+    config_file = find_file(directory, "config.json")
+    if config_file is None:
         found = ", ".join(sorted(file.name for file in directory.iterdir())[:8]) or "nothing"
         raise ValueError(f"{path} has no config.json (it holds {found}): no checkpoint that jaxpaged can read")
     values = read_json(config_file)
     is_native = values.get("format") == native.FORMAT
-    try:
-        config = native.parse_config(values) if is_native else _parse_huggingface(directory, values)
-    except ValueError as error:
-        raise ValueError(f"{config_file}: {error}") from None
+    if is_native:
+        with _naming(config_file):
+            config = native.parse_config(values)
+    else:
+        config = _parse_huggingface(config_file, values)
     checkpoint_format: Format = "native" if is_native else "huggingface"
     return Checkpoint(directory, checkpoint_format, config, _find_tokenizer(directory, checkpoint_format))
 
@@ -76,14 +80,41 @@ def load_params(
     return loader(checkpoint.directory, checkpoint.config, dtype=dtype, device=device)
 
 
-def _parse_huggingface(directory: Path, values: dict[str, Any]) -> ModelConfig:
-    generation_file = directory / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.is_file() else {}
-    if hf_config.declared_dtype(values) is None and any(directory.glob("*.safetensors")):
+def _parse_huggingface(config_file: Path, values: dict[str, Any]) -> ModelConfig:
+    directory = config_file.parent
+    generation = _read_generation_config(directory)
+    with _naming(config_file):
+        declares_dtype = hf_config.declared_dtype(values) is not None
+    if not declares_dtype and any(directory.glob("*.safetensors")):
         values = {**values, "dtype": hf_weights.stored_dtype(directory)}
-    return hf_config.parse_config(values, generation)
+    with _naming(config_file):
+        return hf_config.parse_config(values, generation)
+
+
+def _read_generation_config(directory: Path) -> dict[str, Any]:
+    """The contents of generation_config.json, of which only the ids of special tokens count; {} where there is none."""
+    file = find_file(directory, "generation_config.json")
+    if file is None:
+        return {}
+    values = read_json(file)
+    for key in ("bos_token_id", "eos_token_id"):
+        given = values.get(key)
+        token_ids = given if isinstance(given, list) else [given]
+        if given is not None and not all(type(token_id) is int for token_id in token_ids):
+            raise ValueError(f"{file}: {key} is {given!r}; it must be a token id or a list of them")
+    return values
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Errors of what stands in a file begin with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _find_tokenizer(directory: Path, checkpoint_format: Format) -> Path | None:
-    files = (directory / name for name in TOKENIZER_FILES[checkpoint_format])
-    return next((file for file in files if file.is_file()), None)
+    find_file(directory, TOKENIZER_CONFIG)  # is read with the tokenizer
+    files = [find_file(directory, name) for name in TOKENIZER_FILES[checkpoint_format]]
+    return next((file for file in files if file is not None), None)
