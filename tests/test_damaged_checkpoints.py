@@ -243,6 +243,20 @@ def test_what_is_no_path(path):
             use(path)
 
 
+def test_names_that_are_too_long_for_a_file_system(llama):
+    with pytest.raises(FileNotFoundError, match="aaa does not exist"):
+        open_checkpoint("a" * 300)
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a" * 300}}))
+    with pytest.raises(FileNotFoundError, match="index.json names a{300}, which is not in"):
+        load(llama)
+
+
+def test_a_link_to_itself(llama):
+    (llama / "tokenizer.json").symlink_to("tokenizer.json")
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is a link to tokenizer.json, which does not exist"):
+        open_checkpoint(llama)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

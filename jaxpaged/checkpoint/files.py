@@ -5,6 +5,7 @@ Names come from strangers: whatever is opened is a regular file that stands in t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -47,8 +48,10 @@ def find_file(directory: Path, name: str) -> Path | None:
     path = directory / name
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        if path.is_symlink():
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            raise  # of permission, or of the disk
+        if os.path.islink(path):
             raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist") from None
         return None
     if not stat.S_ISREG(mode):

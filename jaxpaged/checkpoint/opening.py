@@ -6,6 +6,7 @@ Opening reads config.json and generation_config.json, which suffices to refuse w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Recognise the format of a local directory and parse its configuration; ValueError says what is not supported."""
     directory = user_path(path)
-    if not directory.exists():
+    if not os.path.exists(directory):  # a name that is too long does not exist either
         raise FileNotFoundError(f"{path} does not exist: give the directory of a checkpoint (nothing is downloaded)")
     if not directory.is_dir():
         raise ValueError(f"{path} is a file: give the directory that holds config.json and the weights")
