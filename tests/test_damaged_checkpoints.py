@@ -124,7 +124,7 @@ def mutate(content, rng):
     return len(header).to_bytes(8, "little") + header + data
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(12_000, marks=pytest.mark.slow)])
 def test_no_header_with_a_mistake_loads_other_weights(llama, count):
     file = llama / "model.safetensors"
     content, expected, rng = file.read_bytes(), weights(llama), random.Random(count)
@@ -368,7 +368,7 @@ def damage(file, rng):
         file.mkdir()
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1_000, marks=pytest.mark.slow)])
 def test_no_damage_to_the_native_format_loads_other_weights(converted, tmp_path, count):
     expected, rng, refused = weights(converted), random.Random(count), 0
     names = sorted(str(file.relative_to(converted)) for file in converted.rglob("*") if file.is_file())
