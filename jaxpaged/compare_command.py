@@ -144,7 +144,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     from jaxpaged.checkpoint import open_checkpoint  # imports jax, which a mistyped system need not wait for
 
     checkpoint = open_checkpoint(args.model)
-    options.setdefault("max_model_len", min(checkpoint.config.max_position_embeddings, PAPER_MAX_LEN))
+    options.setdefault("max_model_len", min(checkpoint.config.default_model_len, PAPER_MAX_LEN))
     longest = options["max_model_len"]
     if longest > checkpoint.config.max_position_embeddings:
         raise ValueError(

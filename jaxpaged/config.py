@@ -10,34 +10,25 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from jaxpaged.config_checks import (
+    LARGEST,
+    MAX_COUNT,
+    MAX_LAYERS,
+    check_choice,
+    check_flag,
+    check_number,
+    check_size,
+    check_text,
+    check_token_id,
+)
+from jaxpaged.rope_config import RopeConfig
+
 DTYPES = ("float32", "bfloat16", "float16")
 PREEMPTION_MODES = ("auto", "swap", "recompute")
 #: Rows of `max_model_len` in one array: with continuous batching, and with batches that end as a whole (host/slots.py).
 DENSE_CACHES = ("dense-slots", "dense-static", "dense-static-global")
 #: How KV memory is kept: paged, reserved in one piece for each sequence (host/reservation.py), dense, or not at all.
 KV_CACHES = ("paged", "contiguous-max", "contiguous-pow2", "contiguous-oracle", *DENSE_CACHES, "none")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: base frequency and, for contexts longer than trained, how frequencies are scaled.
-
-    "linear" divides every frequency by `factor`; "llama3" does so only for wavelengths longer than
-    `original_max_position / low_freq_factor`, blends up to `original_max_position / high_freq_factor`, and leaves
-    shorter wavelengths alone (Llama 3.1 model card).
-    """
-
-    theta: float = 10_000.0
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-    def __post_init__(self):
-        _check_choice("rope scaling", self.scaling, ("none", "linear", "llama3"))
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
-            _check_positive(f"rope {name}", getattr(self, name))
 
 
 class AttentionOptions(NamedTuple):
@@ -93,28 +84,57 @@ class ModelConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self):
+        self._check_sizes()
+        self._check_switches()
+        self._check_layers()
+        for name in ("rope", "local_rope"):
+            if (rope := getattr(self, name)) is not None:
+                if not isinstance(rope, RopeConfig):
+                    raise ValueError(f"{name} must be a RopeConfig, got {rope!r}")
+                rope.check_head_dim(self.head_dim)
+        for token_id in self.eos_token_ids:
+            check_token_id("eos_token_ids", token_id, self.vocab_size)
+        if self.bos_token_id is not None:
+            check_token_id("bos_token_id", self.bos_token_id, self.vocab_size)
+
+    def _check_sizes(self) -> None:
         for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
             "max_position_embeddings",
         ):  # fmt: skip
-            _check_positive_int(name, getattr(self, name))
+            check_size(name, getattr(self, name))
+        check_size("num_layers", self.num_layers, MAX_LAYERS)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.rope is not None and self.head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+        if self.embedding_size is not None:
+            check_size("embedding_size", self.embedding_size)
+        if self.sliding_window is not None:
+            check_size("sliding_window", self.sliding_window, MAX_COUNT)
+        if self.learned_position_offset != 0:
+            check_size("learned_position_offset", self.learned_position_offset)
+
+    def _check_switches(self) -> None:
+        check_text("family", self.family)
+        check_choice("norm", self.norm, ("rms", "layer"))
+        check_choice("norm_placement", self.norm_placement, ("pre", "post", "sandwich"))
+        check_choice("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu"))
+        check_choice("dtype", self.dtype, DTYPES)
+        for name in ("qk_norm", "gated_mlp", "mlp_bias", "qkv_bias", "attention_out_bias", "tie_word_embeddings"):
+            check_flag(name, getattr(self, name))
+        check_number("norm_eps", self.norm_eps, 0, 1.0)
+        check_number("norm_offset", self.norm_offset, -LARGEST)
+        check_number("embedding_scale", self.embedding_scale, 0)
+        for name in ("attention_scale", "attention_soft_cap", "final_soft_cap"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0)
+
+    def _check_layers(self) -> None:
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
+        for is_sliding in self.sliding_layers:
+            check_flag("sliding_layers", is_sliding)
         if any(self.sliding_layers) and self.sliding_window is None:
             raise ValueError("sliding_layers is set but sliding_window is not")
-        if self.sliding_window is not None:
-            _check_positive_int("sliding_window", self.sliding_window)
-        _check_choice("norm", self.norm, ("rms", "layer"))
-        _check_choice("norm_placement", self.norm_placement, ("pre", "post", "sandwich"))
-        _check_choice("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu"))
-        _check_choice("dtype", self.dtype, DTYPES)
-        for token_id in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"special token id {token_id} is outside the vocabulary of {self.vocab_size}")
 
     @property
     def has_final_norm(self) -> bool:
@@ -136,6 +156,17 @@ class ModelConfig:
     def rope_of(self, layer: int) -> RopeConfig | None:
         return self.local_rope if self.local_rope is not None and self.is_sliding(layer) else self.rope
 
+    @property
+    def default_model_len(self) -> int:
+        """The longest sequence unless somebody asks for more: positions at which short ones are computed as alone."""
+        ropes = [rope for rope in (self.rope, self.local_rope) if rope is not None and rope.depends_on_length]
+        return min([self.max_position_embeddings, *(rope.original_max_position for rope in ropes)])
+
+    def for_length(self, length: int) -> ModelConfig:
+        """The same with its rotations settled for an engine whose sequences have at most `length` tokens."""
+        ropes = {name: getattr(self, name) for name in ("rope", "local_rope")}
+        return dataclasses.replace(self, **{name: rope and rope.for_length(length) for name, rope in ropes.items()})
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token position takes, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
@@ -154,11 +185,12 @@ class ModelConfig:
         if missing := sorted(required - set(values)):
             raise ValueError(f"model configuration lacks the keys {missing}")
         for name in ("rope", "local_rope"):
-            if isinstance(values.get(name), dict):
-                values[name] = RopeConfig(**values[name])
+            if values.get(name) is not None:
+                values[name] = RopeConfig.from_dict(name, values[name])
         for name in ("sliding_layers", "eos_token_ids"):
-            if name in values:
-                values[name] = tuple(values[name])
+            if not isinstance(values.get(name, []), list | tuple):
+                raise ValueError(f"{name} must be a list, got {values[name]!r}")
+            values[name] = tuple(values.get(name, ()))
         return cls(**values)
 
 
@@ -171,9 +203,9 @@ class CacheConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self):
-        _check_positive_int("page_size", self.page_size)
-        _check_positive_int("num_pages", self.num_pages)
-        _check_choice("cache dtype", self.dtype, DTYPES)
+        check_size("page_size", self.page_size, MAX_COUNT)
+        check_size("num_pages", self.num_pages, MAX_COUNT)
+        check_choice("cache dtype", self.dtype, DTYPES)
         if self.num_pages < 2:
             raise ValueError(
                 f"num_pages={self.num_pages}: a pool needs page 0, which stays unused, and at least one more"
@@ -210,8 +242,8 @@ class PreemptionConfig:
     transfer_pages: int = 1  # most pages that one transfer moves
 
     def __post_init__(self):
-        _check_choice("preemption", self.mode, PREEMPTION_MODES)
-        _check_positive_int("transfer_pages", self.transfer_pages)
+        check_choice("preemption", self.mode, PREEMPTION_MODES)
+        check_size("transfer_pages", self.transfer_pages, MAX_COUNT)
         if self.swap_pages < 0 or self.page_cost < 0:
             raise ValueError(f"swap_pages={self.swap_pages} and page_cost={self.page_cost} must be at least 0")
 
@@ -233,23 +265,8 @@ class EngineConfig:
     kv_cache: str = "paged"  # one of KV_CACHES
 
     def __post_init__(self):
-        _check_choice("kv_cache", self.kv_cache, KV_CACHES)
+        check_choice("kv_cache", self.kv_cache, KV_CACHES)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-            _check_positive_int(name, getattr(self, name))
+            check_size(name, getattr(self, name), MAX_COUNT)
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark={self.watermark} is not in [0, 1)")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-
-
-def _check_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")

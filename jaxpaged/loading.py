@@ -93,7 +93,8 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, params: Params 
     """Load the weights, or take those given, and make the page pool; ValueError, with the numbers, for what cannot run
     on this device."""
     device = jax.devices()[0]
-    model = checkpoint.config
+    max_model_len = _max_model_len(options, checkpoint.config)
+    model = checkpoint.config.for_length(max_model_len)
     dtype = resolve_dtype(options.dtype, model, device)
     kernels = _resolve_kernels(options, model, device, dtype)
     if options.shared_prefixes and kernels.shared_prefix_decode is None:
@@ -108,7 +109,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, params: Params 
             device.platform,
         )  # fmt: skip
     limits = EngineConfig(
-        _max_model_len(options, model), options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes,
+        max_model_len, options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes,
         options.watermark, preemption, options.kv_cache,
     )  # fmt: skip
     memory, _ = device_memory(device)
@@ -143,11 +144,23 @@ def resolve_dtype(requested: str, model: ModelConfig, device: jax.Device) -> str
 
 
 def _max_model_len(options: EngineOptions, model: ModelConfig) -> int:
+    """Where the rotary embedding depends on the length (dynamic, longrope), more than its original one is only taken
+    when asked for, since it changes what short sequences are computed with, too."""
     if options.max_model_len is None:
-        return model.max_position_embeddings
+        if model.default_model_len < model.max_position_embeddings:
+            logger.info(
+                "max_model_len: %d of %d positions, within which the rotary embedding is not scaled; more if asked for",
+                model.default_model_len, model.max_position_embeddings,
+            )  # fmt: skip
+        return model.default_model_len
     if options.max_model_len > model.max_position_embeddings:
         raise ValueError(
             f"max_model_len={options.max_model_len} exceeds the {model.max_position_embeddings} positions "
             "that the model was made for"
+        )
+    if options.max_model_len > model.default_model_len:
+        logger.info(
+            "max_model_len: all sequences, short ones too, are computed with the rotary embedding of %d tokens",
+            options.max_model_len,
         )
     return options.max_model_len

@@ -19,8 +19,10 @@ SINGLE_NAME = "model.safetensors"
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError with the place of the mistake when it is not one."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # of JSON, of UTF-8, or an integer of too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")

@@ -19,10 +19,10 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxpaged.config import ModelConfig, RopeConfig
+from jaxpaged.config import ModelConfig
 from jaxpaged.device.params import Params
+from jaxpaged.device.rope import rotate
 
 Array = jax.Array
 Cache = TypeVar("Cache")
@@ -121,7 +121,7 @@ def _attention(weights: Params, config: ModelConfig, layer: int, x: Array, posit
         q = _rms_norm(q, weights["query_norm"]["weight"], config)
         k = _rms_norm(k, weights["key_norm"]["weight"], config)
     if (rope := config.rope_of(layer)) is not None:
-        q, k = _rotate(q, positions, rope), _rotate(k, positions, rope)
+        q, k = rotate(q, positions, rope), rotate(k, positions, rope)
     out, cache = attend(cache, layer, q, k, v)
     return _linear(weights["attention_out"], out.reshape(x.shape[0], heads * head_dim)), cache
 
@@ -161,27 +161,6 @@ def _rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps)
     return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
-
-
-def _rotate(x: Array, positions: Array, rope: RopeConfig) -> Array:
-    """Rotary embedding in the half-split form of Hugging Face checkpoints: x [T, heads, D]."""
-    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(rope, x.shape[-1])
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angle per position of each of the head_dim / 2 rotations, f32[D / 2]."""
-    frequencies = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.scaling == "linear":
-        frequencies /= rope.factor
-    elif rope.scaling == "llama3":
-        turns = rope.original_max_position * frequencies / (2 * np.pi)  # rotations over the trained context
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = np.clip(keep, 0.0, 1.0)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / rope.factor
-    return frequencies.astype(np.float32)
 
 
 def _linear(weights: Params, x: Array) -> Array:
