@@ -1,17 +1,22 @@
 """Make tests/goldens: tiny random checkpoints of every model family, with what transformers computes on them.
 
-    python scripts/make_goldens.py [--output tests/goldens] [--only gemma2 opt]
+    python scripts/make_goldens.py [--output tests/goldens] [--only gemma2 opt rope]
 
 Needs torch and transformers 5 (the tests that read the goldens do not). Every directory is what `save_pretrained`
 writes, plus logits.npz with, for each prompt i: prompt_i int32 [n], logits_i float32 [n, V] at every position, and
 greedy_i int32 [24]. All of it is computed in float32 by eager attention without a cache. Weights are large enough that
 every bias, norm, window, cap and frequency matters. Where a greedy choice is nearly a tie, or the greedy tokens hardly
 vary, another seed is taken, so that the tests neither depend on rounding nor pass by repetition.
+
+"rope" makes one file instead, rope.json: checkpoints of above with other rotary settings, as files of transformers 4 or
+5 spell them, and for texts within and beyond the original length frequencies, attention factor and the last logits.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,19 +86,76 @@ VARIANTS = {
         do_layer_norm_before=False, word_embed_proj_dim=16,
     )),
 }
+LONG_FACTORS = dict(short_factor=[1.0, 1.05, 1.1, 1.2], long_factor=[1.1, 1.7, 2.9, 3.8])
+YARN = dict(factor=4.0, original_max_position_embeddings=16)
+#: name -> (checkpoint, keys of its config.json that are other; None takes one away). Heads of 8 have four rotations.
+ROPES = {
+    "linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=4.0))),
+    "linear, as 4 writes": ("llama", dict(
+        rope_parameters=None, rope_theta=100.0, rope_scaling=dict(type="linear", factor=2.5),
+    )),
+    "dynamic": ("llama", dict(
+        max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=4.0),
+    )),
+    "dynamic, as 4 writes": ("qwen2", dict(
+        max_position_embeddings=20, rope_parameters=None, rope_theta=500.0,
+        rope_scaling=dict(type="dynamic", factor=2.0),
+    )),
+    "llama3, as 4 writes": ("llama", dict(
+        rope_parameters=None, rope_theta=100.0, rope_scaling=dict(
+            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=24,
+        ),
+    )),
+    "yarn": ("llama", dict(rope_parameters=dict(rope_type="yarn", rope_theta=100.0, **YARN, beta_fast=4.0))),
+    "yarn, as 4 writes": ("qwen2", dict(
+        max_position_embeddings=16, rope_parameters=None, rope_theta=100.0, rope_scaling=dict(type="yarn", factor=3.0),
+    )),
+    "yarn, not truncated, two scales": ("mistral", dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=50.0, **YARN, beta_fast=3.0, beta_slow=0.5, truncate=False, mscale=1.0,
+        mscale_all_dim=0.5,
+    ))),
+    "yarn, attention factor": ("qwen3", dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=100.0, **YARN, attention_factor=0.8,
+    ))),
+    "longrope": ("llama", dict(rope_parameters=dict(
+        rope_type="longrope", rope_theta=100.0, original_max_position_embeddings=16, factor=4.0, **LONG_FACTORS,
+    ))),
+    "longrope, as 4 writes": ("llama", dict(
+        original_max_position_embeddings=16, rope_parameters=None, rope_theta=100.0,
+        rope_scaling=dict(type="longrope", **LONG_FACTORS),
+    )),
+    "longrope, attention factor": ("mistral", dict(rope_parameters=dict(
+        rope_type="longrope", rope_theta=100.0, original_max_position_embeddings=16, attention_factor=1.25,
+        **LONG_FACTORS,
+    ))),
+    "yarn of Gemma 3": ("gemma3", dict(rope_parameters=dict(
+        full_attention=dict(rope_type="yarn", rope_theta=1000.0, **YARN),
+        sliding_attention=dict(rope_type="default", rope_theta=50.0),
+    ))),
+    "yarn of Gemma 3, as 4 writes": ("gemma3", dict(
+        rope_parameters=None, rope_theta=1000.0, rope_local_base_freq=50.0,
+        rope_scaling=dict(rope_type="yarn", **YARN),
+    )),
+}
+ROPE_LENGTHS = (12, 40)
 # fmt: on
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "tests" / "goldens")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, "rope"], metavar="NAME")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the same sums in the same order on every machine
-    for name in args.only:
+    names = args.only or [*VARIANTS, "rope"]
+    for name in (name for name in names if name in VARIANTS):
         seed, margin = make_golden(VARIANTS[name], args.output / name)
         size = sum(file.stat().st_size for file in (args.output / name).iterdir())
         print(f"{name}: seed {seed}, smallest greedy margin {margin:.4f}, {size / 1024:.0f} KiB")
+    if "rope" in names:
+        cases = [make_rope_golden(name, *ROPES[name], args.output) for name in ROPES]
+        (args.output / "rope.json").write_text("[\n" + ",\n".join(map(json.dumps, cases)) + "\n]\n")
     return 0
 
 
@@ -155,6 +217,30 @@ def compute_golden(
             tokens.append(int(best.indices[0]))
         arrays[f"greedy_{i}"] = np.array(tokens[len(prompt) :], np.int32)
     return arrays, min(margins)
+
+
+@torch.no_grad()
+def make_rope_golden(name: str, source: str, changes: dict[str, Any], goldens: Path) -> dict[str, Any]:
+    """What transformers computes with the weights of `source` when the keys `changes` of its config.json are other."""
+    values = {**json.loads((goldens / source / "config.json").read_text()), **changes}
+    values = {key: value for key, value in values.items() if value is not None}
+    config_class = transformers.CONFIG_MAPPING[values["model_type"]]
+    config = config_class.from_dict(copy.deepcopy(values), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        goldens / source, config=config, dtype=torch.float32
+    ).eval()
+    results = []
+    for length in ROPE_LENGTHS:
+        prompt = np.random.default_rng(length).integers(3, VOCAB_SIZE, size=length).tolist()
+        logits = model(torch.tensor([prompt]), use_cache=False).logits[0, -1]
+        rotary = model.model.rotary_emb  # as the forward pass has left it
+        prefix = "full_attention_" if "gemma3" in source else ""
+        results.append(dict(
+            prompt=prompt, logits=[round(float(x), 5) for x in logits],
+            frequencies=[float(f"{x:.8g}") for x in getattr(rotary, f"{prefix}inv_freq")],
+            attention_factor=float(getattr(rotary, f"{prefix}attention_scaling")),
+        ))  # fmt: skip
+    return dict(name=name, source=source, changes=changes, results=results)
 
 
 if __name__ == "__main__":
