@@ -33,8 +33,8 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
         raise ValueError(f"{name} must be a number, got {short(value)}")
     too_low = value <= 0 if low == 0 else value < low
     if too_low or not value <= min(high, LARGEST):  # NaN is neither
-        least = "above 0" if low == 0 else f"at least {low:g}"
-        most = "finite" if high == math.inf else f"at most {high:g}"
+        least = "above 0" if low == 0 else f"at least {low:.8g}"
+        most = "finite" if high == math.inf else f"at most {high:.8g}"
         raise ValueError(f"{name} must be {least} and {most}, got {short(value)}")
 
 

@@ -96,4 +96,7 @@ class RopeConfig:
             if not isinstance(values.get(key, []), list | tuple):
                 raise ValueError(f"{name} {key} must be a list of numbers, got {values[key]!r}")
             values[key] = tuple(values.get(key, ()))
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

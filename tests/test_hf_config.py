@@ -260,10 +260,9 @@ def test_model_type_suffices_without_architectures():
         ({**LLAMA_2_7B, "architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not"),
         ({"model_type": "mamba"}, "mamba is not supported"),
         ({}, "None is not supported"),
-        ({**LLAMA_2_7B, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
         (
-            {**QWEN_2_5_7B, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "supported are default, linear, llama3",
+            {**LLAMA_2_7B, "rope_scaling": {"type": "mrope"}},
+            "supported are default, linear, dynamic, yarn, llama3, long",
         ),
         ({**LLAMA_2_7B, "rope_scaling": {"type": "linear"}}, "needs a number for 'factor', got None"),
         ({**LLAMA_2_7B, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),

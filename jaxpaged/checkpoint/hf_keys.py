@@ -72,8 +72,10 @@ def _speaks_of_the_computation(key: str) -> bool:
 def _does_nothing(key: str, value: object) -> bool:
     if value is None or value is False or value in ("", "default", "none"):
         return True
-    if isinstance(value, list | dict):
-        return not value or (isinstance(value, list) and all(item in DENSE for item in value if isinstance(item, str)))
+    if isinstance(value, list):
+        return all(isinstance(item, str) and item in DENSE for item in value)
+    if isinstance(value, dict):
+        return not value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return value == 0 or (value == 1 and any(word in key.lower() for word in FACTORS))
