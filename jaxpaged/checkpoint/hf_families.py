@@ -248,7 +248,8 @@ def _windows(values: Values, window: int | None, sliding: list[bool]) -> Values:
         return {}
     if window is None:
         raise ValueError(
-            "layer_types names layers with sliding_attention, but sliding_window is not set, or use_sliding_window is not true"
+            "layer_types names layers with sliding_attention, but sliding_window is not set, "
+            "or use_sliding_window is not true"
         )
     return {"sliding_window": window, "sliding_layers": tuple(sliding)}
 
