@@ -68,7 +68,8 @@ class LLM:
                 float32 on a CPU.
             load_format: "auto", "native", "safetensors", or "dummy": random weights, from config.json alone.
             seed: of requests that have none of their own (and of dummy weights).
-            max_model_len: tokens of prompt and output at most; by default the model's positions.
+            max_model_len: tokens of prompt and output at most; by default the model's positions (before dynamic and
+                longrope scaling, which depend on it).
             page_size: token positions in a page.
             num_pages: of the pool, page 0 included, which is never used; by default what fits the device.
             memory_utilization: share of the device's memory for weights, pool and temporaries.

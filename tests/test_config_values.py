@@ -29,7 +29,8 @@ HARMLESS = {
     "residual_multiplier": 1, "qk_layernorm": False, "rope_interleaved": False, "quantization_config": None,
     "max_sequence_length": 16, "model_max_length": 8, "bias": None, "output_router_logits": False, "is_decoder": True,
     "router_aux_loss_coef": 0.001, "max_window_layers": 28, "embedding_initializer_range": 0.1,
-    "classifier_dropout": 0.1,
+    "classifier_dropout": 0.1, "warmup_steps": 100, "properties": {"a": 1}, "activation_checkpointing": True,
+    "lora_rank": 16, "conversation": "x", "gradient_checkpointing": True,
 }  # fmt: skip
 #: What acts in a model of transformers and in none of ours.
 ACTING = {

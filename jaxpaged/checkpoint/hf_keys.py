@@ -23,7 +23,7 @@ WORDS = (
     "attention_bias", "attention_out_bias", "attn_bias", "qkv_bias", "qk_", "clip_qkv", "query_pre_attn",
     "bidirectional", "window_size", "window_pattern", "window_layers", "chunk_attention", "attention_chunk",
     "attention_type", "attn_type", "attn_temperature", "attention_temperature", "cross_attention", "kv_shared",
-    "attention_k_eq_v", "lora_rank", "head_dim", "key_value_heads", "kv_heads", "multi_query", "sink",
+    "attention_k_eq_v", "q_lora", "kv_lora", "o_lora", "head_dim", "key_value_heads", "kv_heads", "multi_query", "sink",
     "layer_types",
     # feed-forward
     "mlp_bias", "use_bias", "enable_bias", "hidden_act", "activation", "expert", "moe", "swiglu",
@@ -38,8 +38,8 @@ WORDS = (
     "mamba", "ssm", "conv_", "recurrent", "linear_attn", "linear_attention",
 )  # fmt: skip
 HARMLESS = (
-    "dropout", "pdrop", "init", "loss", "implementation", "flash", "cache", "max_window_layers", "finetun",
-    "lm_head_", "_fp32", "in_fp32",
+    "dropout", "pdrop", "init", "loss", "warmup", "checkpointing", "finetun", "implementation", "flash", "cache",
+    "max_window_layers", "lm_head_", "_fp32", "propert",
 )  # fmt: skip
 #: Words of which 1 is the value that changes nothing.
 FACTORS = ("multiplier", "scale", "scaling", "factor", "pct", "mup")
