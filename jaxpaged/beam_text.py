@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.tokenizer import Tokenizer, decode_continuation, find_stop
+from jaxpaged.text_stream import decode_continuation, find_stop
+from jaxpaged.tokenizer import Tokenizer
 
 
 class BeamText:
@@ -24,19 +25,21 @@ class BeamText:
         params = self._params
         if len(output_ids) < params.min_tokens:
             return None
-        too_early = len(self._decode(output_ids[: params.min_tokens - 1])) if params.min_tokens > 1 else 0
-        return find_stop(self._decode(output_ids), params.stop_strings, too_early)
+        too_early = len(self._decode(output_ids[: params.min_tokens - 1], False)) if params.min_tokens > 1 else 0
+        return find_stop(self._decode(output_ids, False), params.stop_strings, too_early)
 
     def of_output(self, output_ids: Sequence[int], ended_by_token: bool) -> tuple[str, str | None]:
         """The text of a finished beam, cut where it ends, and the stop string that ended it."""
         includes_stop = self._params.include_stop_str_in_output
         if ended_by_token:
             return self._decode(output_ids if includes_stop else output_ids[:-1]), None
-        text, found = self._decode(output_ids), self.find_stop(output_ids)
+        found = self.find_stop(output_ids)
         if found is None:
-            return text, None
+            return self._decode(output_ids), None
         at, stop = found
-        return text[: at + len(stop) if includes_stop else at], stop
+        return self._decode(output_ids)[: at + len(stop) if includes_stop else at], stop
 
-    def _decode(self, output_ids: Sequence[int]) -> str:
-        return decode_continuation(self._tokenizer, self._prompt_ids, output_ids, self._params.skip_special_tokens)
+    def _decode(self, output_ids: Sequence[int], is_finished: bool = True) -> str:
+        """With an incomplete character at the end only where no more tokens come."""
+        skip = self._params.skip_special_tokens
+        return decode_continuation(self._tokenizer, self._prompt_ids, output_ids, skip, is_finished)

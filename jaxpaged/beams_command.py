@@ -22,6 +22,7 @@ from jaxpaged.beam_tree import TextOf, grow_branches, shown, tree_lines
 from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, given
 from jaxpaged.outputs import RequestOutput
+from jaxpaged.text_stream import decode_continuation
 
 DEFAULT_WIDTH = 4
 MAX_DELAY = 3600
@@ -86,12 +87,11 @@ def check_plot(path: Path) -> None:
 
 
 def _text_of(tokenizer: Any, prompt: str) -> TextOf:
-    from jaxpaged.tokenizer import decode_continuation  # imports the tokenizers, which --help does not need
-
     prompt_ids = tokenizer.encode(prompt)
 
     def text_of(before: list[int], token_ids: list[int]) -> str:
-        return decode_continuation(tokenizer, [*prompt_ids, *before], token_ids, skip_special_tokens=False)
+        # What a branch leaves of a character is written with the branch that completes it.
+        return decode_continuation(tokenizer, [*prompt_ids, *before], token_ids, False, is_finished=False)
 
     return text_of
 

@@ -16,7 +16,8 @@ from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.prompts import Prompt, prompt_token_ids, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.tokenizer import StopStringStream, Tokenizer, need_tokenizer
+from jaxpaged.text_stream import StopStringStream
+from jaxpaged.tokenizer import Tokenizer, need_tokenizer
 
 
 class Prefix(NamedTuple):

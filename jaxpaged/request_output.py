@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.beam_text import BeamText
 from jaxpaged.host.beam_logprobs import logprobs_of
@@ -9,19 +12,20 @@ from jaxpaged.host.beam_state import Hypothesis, best_hypotheses
 from jaxpaged.host.logprob_entry import Entry
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
-from jaxpaged.tokenizer import StopStringStream, Tokenizer, decode_continuation
+from jaxpaged.text_stream import StopStringStream, TextStream, decode_continuation
+from jaxpaged.tokenizer import Tokenizer
 
 
 def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOutput:
     """What came of a group that has finished; without a tokenizer all texts are empty."""
     pages = group.pages
-    prompt_logprobs = None
+    prompt_ids, prompt_logprobs = _prompt_ids(group), None
     if group.params.prompt_logprobs is not None:
-        prompt_logprobs = [None, *(_logprobs(entry, tokenizer) for entry in group.prompt_logprobs)]
+        prompt_logprobs = [None, *_logprobs(group.prompt_logprobs, prompt_ids[:1], prompt_ids[1:], tokenizer)]
     return RequestOutput(
         request_id=group.request_id,
         prompt=group.prompt,
-        prompt_token_ids=group.sequences[0].token_ids[: group.prompt_len],
+        prompt_token_ids=prompt_ids,
         prompt_logprobs=prompt_logprobs,
         outputs=_completions(group, tokenizer),
         finished=True,
@@ -33,6 +37,10 @@ def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOut
             group.num_preemptions, group.recomputed_tokens, group.num_swaps,
         ),
     )  # fmt: skip
+
+
+def _prompt_ids(group: SequenceGroup) -> list[int]:
+    return group.sequences[0].token_ids[: group.prompt_len]
 
 
 def _completions(group: SequenceGroup, tokenizer: Tokenizer | None) -> list[CompletionOutput]:
@@ -53,14 +61,14 @@ def _beam(
     ended_by_token = last in group.eos_ids | group.stop_ids
     text, stop = "", None
     if tokenizer is not None and params.detokenize:
-        beam_text = BeamText(tokenizer, group.sequences[0].token_ids[: group.prompt_len], params)
+        beam_text = BeamText(tokenizer, _prompt_ids(group), params)
         text, stop = beam_text.of_output(found.token_ids, ended_by_token)
     if last in group.stop_ids - group.eos_ids:
         stop = last
     logprobs = None
     if params.logprobs is not None:
         entries = logprobs_of(found, group.beams[found.search].logprobs, params.logprobs)
-        logprobs = [_logprobs(entry, tokenizer) for entry in entries]
+        logprobs = _logprobs(entries, _prompt_ids(group), found.token_ids, tokenizer)
     return CompletionOutput(
         index, text, found.token_ids, found.cumulative_logprob, logprobs,
         "length" if stop is None and not ended_by_token else "stop", stop, found.score,
@@ -69,13 +77,15 @@ def _beam(
 
 def _sample(group: SequenceGroup, sequence: Sequence, index: int, tokenizer: Tokenizer | None) -> CompletionOutput:
     assert sequence.finish_reason is not None
-    wants_logprobs = group.params.logprobs is not None
+    output_ids, logprobs = sequence.output_ids, None
+    if group.params.logprobs is not None:
+        logprobs = _logprobs(sequence.logprobs, _prompt_ids(group), output_ids, tokenizer)
     return CompletionOutput(
         index=index,
         text=_text(group, sequence, tokenizer),
-        token_ids=sequence.output_ids,
+        token_ids=output_ids,
         cumulative_logprob=sequence.cumulative_logprob,
-        logprobs=[_logprobs(entry, tokenizer) for entry in sequence.logprobs] if wants_logprobs else None,
+        logprobs=logprobs,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
     )
@@ -94,8 +104,16 @@ def _text(group: SequenceGroup, sequence: Sequence, tokenizer: Tokenizer | None)
     return decode_continuation(tokenizer, prompt, output, params.skip_special_tokens)
 
 
-def _logprobs(entry: Entry, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    return {
-        token_id: Logprob(logprob, rank, tokenizer.decode([token_id], False) if tokenizer else None)
-        for token_id, (logprob, rank) in entry.items()
-    }
+def _logprobs(
+    entries: Iterable[Entry], before_ids: SequenceOf[int], token_ids: SequenceOf[int], tokenizer: Tokenizer | None
+) -> list[dict[int, Logprob]]:
+    """Each token's entry with the text that it, or another in its place, adds to that of the tokens before it."""
+    stream = TextStream(tokenizer.decode, before_ids, skip_special_tokens=False) if tokenizer is not None else None
+    logprobs = []
+    for token_id, entry in zip(token_ids, entries, strict=True):
+        logprobs.append(
+            {i: Logprob(logprob, rank, stream.peek(i) if stream else None) for i, (logprob, rank) in entry.items()}
+        )
+        if stream is not None:
+            stream.push(token_id)
+    return logprobs

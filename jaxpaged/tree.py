@@ -21,7 +21,8 @@ from jaxpaged.host.page_allocator import OutOfPagesError
 from jaxpaged.host.tree_compute import TreeComputer, TreeModel
 from jaxpaged.host.tree_state import Node, TreeStats
 from jaxpaged.prompts import is_one_prompt, prompt_token_ids, read_prompts
-from jaxpaged.tokenizer import Tokenizer, decode_continuation, encode_continuation, need_tokenizer
+from jaxpaged.text_stream import decode_continuation
+from jaxpaged.tokenizer import Tokenizer, encode_continuation, need_tokenizer
 from jaxpaged.tree_input import read_continuations, read_tokens
 from jaxpaged.tree_outputs import Appended, NextTokens, Scores
 
