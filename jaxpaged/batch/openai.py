@@ -4,18 +4,22 @@ One line may hold a list of prompts; choice `p * n + s` is then sample s of prom
 may set every field of `SamplingParams` (top_k, min_p, ...), or of `BeamSearchParams` with a `beam_width`. `model` is
 echoed, not compared: there is one model, the command's. Ids and `created` are functions of the request, never of the
 clock: a resumed run writes the same file.
+
+`tokens` are what each token adds to the text, so they join to it, and `text_offset` says where each begins in it. A
+token that completes no character adds nothing, and so does what is not in the text (an end token, a stop string).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from jaxpaged.batch.json_values import bias_from_json, check_encodable, check_keys, is_token_list, shortened
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, Prompt, make_request
+from jaxpaged.beam_params import RequestParams
 from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput
-
-Decode = Callable[[list[int]], str]
+from jaxpaged.text_stream import Decode, TextStream, text_pieces
 
 OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
 COMPLETIONS_URL = "/v1/completions"
@@ -77,9 +81,7 @@ def completion_body(request: BatchRequest, outputs: Sequence[RequestOutput], dec
     choices = []
     for params, output in zip(request.params, outputs, strict=True):
         for sample in output.outputs:
-            choices.append(
-                _choice(len(choices), request.openai.echo, params.logprobs is not None, output, sample, decode)
-            )
+            choices.append(_choice(len(choices), request.openai.echo, params, output, sample, decode))
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     num_completion = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
     return {
@@ -97,14 +99,26 @@ def completion_body(request: BatchRequest, outputs: Sequence[RequestOutput], dec
 
 
 def _choice(
-    index: int, echo: bool, wants_logprobs: bool, output: RequestOutput, sample: CompletionOutput, decode: Decode | None
+    index: int,
+    echo: bool,
+    params: RequestParams,
+    output: RequestOutput,
+    sample: CompletionOutput,
+    decode: Decode | None,
 ) -> dict[str, Any]:
-    prompt_text = _prompt_text(output, decode) if echo else ""
+    prompt_text = _prompt_text(output, sample, decode, params.skip_special_tokens) if echo else ""
     logprobs = None
-    if wants_logprobs:
-        prompt_logprobs = (output.prompt_logprobs or []) if echo else []
-        prompt_ids = output.prompt_token_ids[: len(prompt_logprobs)]
-        logprobs = _logprobs([*prompt_ids, *sample.token_ids], [*prompt_logprobs, *(sample.logprobs or [])], decode)
+    if params.logprobs is not None:
+        pieces = _output_pieces(output, sample, params, decode)
+        if echo and output.prompt_logprobs is not None:
+            prompt_pieces = _prompt_pieces(output, prompt_text, decode, params.skip_special_tokens)
+            prompt_text = "".join(prompt_pieces)
+            logprobs = _logprobs(
+                [*output.prompt_token_ids, *sample.token_ids],
+                [*output.prompt_logprobs, *(sample.logprobs or [])], [*prompt_pieces, *pieces], 0, decode is not None,
+            )  # fmt: skip
+        else:
+            logprobs = _logprobs(sample.token_ids, sample.logprobs or [], pieces, len(prompt_text), decode is not None)
     return {
         "index": index,
         "text": prompt_text + sample.text,
@@ -113,35 +127,70 @@ def _choice(
     }
 
 
-def _prompt_text(output: RequestOutput, decode: Decode | None) -> str:
-    if output.prompt is not None:
-        return output.prompt
-    return decode(output.prompt_token_ids) if decode is not None else ""
+def _prompt_text(output: RequestOutput, sample: CompletionOutput, decode: Decode | None, skip_special: bool) -> str:
+    """As it was given; of token ids their text, without a character that the sample completes."""
+    if output.prompt is not None or decode is None:
+        return output.prompt or ""
+    prompt_ids = output.prompt_token_ids
+    whole = "".join(text_pieces(decode, [], [*prompt_ids, *sample.token_ids], skip_special))
+    added = "".join(text_pieces(decode, prompt_ids, sample.token_ids, skip_special))
+    return whole.removesuffix(added)
+
+
+def _prompt_pieces(output: RequestOutput, text: str, decode: Decode | None, skip_special: bool) -> list[str]:
+    """Its tokens' pieces; they join to another text only where the tokenizer writes the prompt in another way."""
+    ids = output.prompt_token_ids
+    if decode is None:
+        return [""] * len(ids)
+    for skip in (skip_special, False):  # special tokens that are spelt in the prompt are part of its text
+        stream = TextStream(decode, [], skip)
+        pieces = [stream.push(token_id) for token_id in ids]
+        if text.startswith(joined := "".join(pieces)):
+            return [*pieces[:-1], pieces[-1] + text[len(joined) :]]
+    return text_pieces(decode, [], ids, skip_special)
+
+
+def _output_pieces(
+    output: RequestOutput, sample: CompletionOutput, params: RequestParams, decode: Decode | None
+) -> list[str]:
+    """The sample's text, cut as its tokens come; without a text, what each token would add to it."""
+    if decode is None:
+        return [""] * len(sample.token_ids)
+    pieces = text_pieces(decode, output.prompt_token_ids, sample.token_ids, params.skip_special_tokens)
+    if not params.detokenize:
+        return pieces
+    ends = [0, *itertools.accumulate(map(len, pieces))]
+    return [sample.text[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _logprobs(
-    token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob] | None], decode: Decode | None
+    token_ids: Sequence[int],
+    logprobs: Sequence[dict[int, Logprob] | None],
+    pieces: Sequence[str],
+    offset: int,
+    has_text: bool,
 ) -> dict[str, list[Any]]:
     """OpenAI's four parallel lists. The first prompt token has no log-probability."""
     tokens, token_logprobs, top_logprobs, offsets = [], [], [], []
-    offset = 0
-    for token_id, candidates in zip(token_ids, logprobs, strict=True):
-        if candidates is None:
-            token = decode([token_id]) if decode is not None else f"token_id:{token_id}"
-        else:
-            token = _token_text(token_id, candidates[token_id])
+    for token_id, candidates, piece in zip(token_ids, logprobs, pieces, strict=True):
+        token = piece if has_text else f"token_id:{token_id}"
         tokens.append(token)
         token_logprobs.append(None if candidates is None else rounded(candidates[token_id].logprob))
-        top_logprobs.append(
-            None if candidates is None else {_token_text(i, c): rounded(c.logprob) for i, c in candidates.items()}
-        )
+        top_logprobs.append(None if candidates is None else _top_logprobs(candidates, token_id, token))
         offsets.append(offset)
-        offset += len(token)
+        offset += len(piece)
     return {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs, "text_offset": offsets}
 
 
-def _token_text(token_id: int, candidate: Logprob) -> str:
-    return candidate.decoded_token if candidate.decoded_token is not None else f"token_id:{token_id}"
+def _top_logprobs(candidates: dict[int, Logprob], chosen_id: int, chosen: str) -> dict[str, float]:
+    """One key for each candidate: its text, as in `tokens`, or where that is taken or empty, `token_id:` and its id."""
+    names = {chosen: chosen_id}
+    for token_id, candidate in candidates.items():
+        if token_id != chosen_id:
+            text = candidate.decoded_token
+            name = f"token_id:{token_id}" if not text or text in names else text
+            names[name] = token_id
+    return {name: rounded(candidates[token_id].logprob) for name, token_id in names.items()}
 
 
 def rounded(logprob: float) -> float:
