@@ -20,7 +20,7 @@ from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.beam_snapshot import BeamSnapshot
 from jaxpaged.beam_tree import TextOf, grow_branches, shown, tree_lines
 from jaxpaged.cli_errors import UsageError, usage_errors
-from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, given
+from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, given
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.text_stream import decode_continuation
 
@@ -56,8 +56,8 @@ def beams(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     with usage_errors(kinds=(ValueError, OSError, RuntimeError)):
         llm = make_llm(model=args.model, seed=args.seed, **given(args, MODEL_FLAGS))
     with usage_errors():
-        snapshots = llm.watch_beams(args.prompt, params)
-    text_of = _text_of(llm.tokenizer, args.prompt)
+        snapshots = llm.watch_beams(args.prompt, params, **given(args, PROMPT_FLAGS))
+    text_of = _text_of(llm.tokenizer, llm.tokenizer.encode(args.prompt, **given(args, PROMPT_FLAGS)))
     history: list[BeamSnapshot] = []
     with _display(params, text_of) as show:
         for snapshot in snapshots:
@@ -86,9 +86,7 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {path}: {path.parent} is not a directory: create it, or choose another file")
 
 
-def _text_of(tokenizer: Any, prompt: str) -> TextOf:
-    prompt_ids = tokenizer.encode(prompt)
-
+def _text_of(tokenizer: Any, prompt_ids: list[int]) -> TextOf:
     def text_of(before: list[int], token_ids: list[int]) -> str:
         # What a branch leaves of a character is written with the branch that completes it.
         return decode_continuation(tokenizer, [*prompt_ids, *before], token_ids, False, is_finished=False)

@@ -21,7 +21,7 @@ from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.beams_command import SEARCH_FLAGS, beams
 from jaxpaged.cli_errors import INTERRUPTED, READER_GONE, USAGE, UsageError, usage_errors
-from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, add_flags
+from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags
 from jaxpaged.generate_command import generate
 from jaxpaged.trace_command import EPILOG as TRACE_EPILOG
 from jaxpaged.trace_command import TRACE_FLAGS, TRACE_MODEL_FLAGS, trace
@@ -120,6 +120,7 @@ def _add_generate(commands: Any) -> None:
         "--seed", type=int, default=0, metavar="N",
         help="of lines without a seed of their own, each of which gets one made of N and its line number (default 0)",
     )  # fmt: skip
+    add_flags(parser, "prompts", PROMPT_FLAGS)
     add_flags(parser, "sampling", SAMPLING_FLAGS)
     add_flags(parser, "beam search, with --beam-width", BEAM_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
@@ -132,6 +133,7 @@ def _add_beams(commands: Any) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw the whole search: a .png, .pdf or .svg file")
     parser.add_argument("--delay", type=float, default=0.0, metavar="X", help="seconds to wait after each step")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of beams that are drawn (default 0)")
+    add_flags(parser, "prompts", PROMPT_FLAGS)
     add_flags(parser, "search (4 beams, unless --beam-width says otherwise)", SEARCH_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
 
@@ -147,6 +149,7 @@ def _add_trace(commands: Any) -> None:
     parser.add_argument("--html", metavar="FILE", help="the page: one file, to be opened in any browser")
     parser.add_argument("--json", metavar="FILE", help="the trace as data (jaxpaged/host/trace.py has the format)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+    add_flags(parser, "prompts", PROMPT_FLAGS)
     add_flags(parser, "sampling and search", TRACE_FLAGS)
     add_flags(parser, "model and memory", TRACE_MODEL_FLAGS)
 

@@ -81,6 +81,11 @@ BEAM_FLAGS = (
     Flag("diversity_penalty", float, "what a token costs that an earlier group has chosen in the same step"),
 )  # fmt: skip
 
+PROMPT_FLAGS = (
+    Flag("add_special_tokens", False, "encode prompts without the tokenizer's beginning- and end-of-sequence tokens",
+         option="--no-special-tokens"),
+)  # fmt: skip
+
 MODEL_FLAGS = (
     Flag("tokenizer", str, "file or directory; by default the checkpoint's own"),
     Flag("dtype", str, "float32, bfloat16, float16 or auto (default)"),

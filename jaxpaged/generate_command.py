@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.account_file import check_account_path, write_account
+from jaxpaged.added_tokens import COMPANIONS
 from jaxpaged.batch import (
     BatchContext,
     BatchRequest,
@@ -35,7 +36,7 @@ from jaxpaged.batch.requests import BEAM_ONLY, digest
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.cli_errors import INTERRUPTED, UsageError, usage_errors
-from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
+from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
 
@@ -75,7 +76,7 @@ def _context(args: argparse.Namespace) -> BatchContext:
         make_params({}, params if "beam_width" in params else {n: v for n, v in params.items() if n not in BEAM_ONLY})
         models = [model_identity(args.model)]
         if "tokenizer" in options:
-            models.append(model_identity(options["tokenizer"]))
+            models += [model_identity(path) for path in _tokenizer_files(Path(options["tokenizer"]))]
     deciding = {name: options[name] for name in RESULT_OPTIONS if name in options}
     decides = [models, deciding, args.seed]
     if args.shared_prefix is not None:
@@ -84,8 +85,28 @@ def _context(args: argparse.Namespace) -> BatchContext:
             if not args.shared_prefix:
                 raise ValueError("the text is empty: leave it out to share nothing")
         decides.append(args.shared_prefix)
+    adds_special_tokens = _adds_special_tokens(args)
+    if not adds_special_tokens:
+        decides.append({"add_special_tokens": False})
     identity = digest(decides)
-    return BatchContext(params, args.seed, identity, options=repr((identity, sorted(options.items()))))
+    options_in_words = repr((identity, sorted(options.items())))
+    return BatchContext(params, args.seed, identity, options_in_words, adds_special_tokens)
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    """A directory, or a file with those beside it that belong to it."""
+    beside = [path.parent / name for name in COMPANIONS] if path.suffix == ".model" else []
+    return [path, *(file for file in beside if file.is_file())]
+
+
+def _adds_special_tokens(args: argparse.Namespace) -> bool:
+    return given(args, PROMPT_FLAGS).get("add_special_tokens", True)
+
+
+def _shared_prefix(args: argparse.Namespace) -> Any:
+    if args.shared_prefix is None or _adds_special_tokens(args):
+        return args.shared_prefix
+    return {"prompt": args.shared_prefix, "add_special_tokens": False}
 
 
 def _lines(args: argparse.Namespace, context: BatchContext) -> Sequence[BatchRequest | InvalidLine]:
@@ -138,7 +159,7 @@ def _run(
         kinds=(ValueError, OSError, RuntimeError)
     ):  # RuntimeError: what jax raises without memory or device
         llm = make_llm(model=args.model, seed=args.seed, **given(args, MODEL_FLAGS))
-    accepted, refused = check_requests(llm, requests, args.shared_prefix)
+    accepted, refused = check_requests(llm, requests, _shared_prefix(args))
     for request, why in refused:
         if args.prompt is not None:
             raise UsageError(f"prompt {request.index + 1}: {why}")
@@ -160,7 +181,7 @@ def _run(
 
     num_requests, num_settled = num_done + len(requests), num_done + len(refused)
     with ProgressBar(num_requests, lambda: llm.last_run, num_settled, enabled=not on_terminal) as bar:
-        run_batch(llm, accepted, on_finished, args.shared_prefix)
+        run_batch(llm, accepted, on_finished, _shared_prefix(args))
     if args.account is not None:
         with usage_errors("cannot write the account: "):
             write_account(llm.last_run, args.account)

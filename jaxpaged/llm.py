@@ -20,7 +20,7 @@ from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
-from jaxpaged.prompts import Prompt, read_prompt
+from jaxpaged.prompts import Prompt
 from jaxpaged.request_input import RequestReader
 from jaxpaged.request_output import make_output
 from jaxpaged.sampling_params import SamplingParams
@@ -127,6 +127,7 @@ class LLM:
         sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
         progress: bool = True,
         shared_prefix: Any = None,
+        add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
         """Complete every prompt; results in input order. `progress` shows a bar where stderr is a terminal.
 
@@ -136,9 +137,12 @@ class LLM:
         prompt, special tokens (a beginning-of-sequence token) only with the prefix; so the token ids are those of the
         parts, and may differ from those of the joined text where they meet. Not with `prompt_logprobs`.
 
+        `add_special_tokens=False`: texts that spell their special tokens themselves, as chat templates do, get no other
+        from the tokenizer. A prompt {"prompt": text, "add_special_tokens": ...} says it for itself.
+
         Raises ValueError for a request that cannot run, before any request runs.
         """
-        groups = self._requests.read_all(prompts, sampling_params, None, self.engine, shared_prefix)
+        groups = self._requests.read_all(prompts, sampling_params, None, self.engine, shared_prefix, add_special_tokens)
         order = {group: i for i, group in enumerate(groups)}
         outputs: list[RequestOutput | None] = [None] * len(groups)
         with ProgressBar(len(groups), lambda: self.last_run, enabled=progress) as bar:
@@ -154,6 +158,7 @@ class LLM:
         request_ids: SequenceOf[str] | None = None,
         arrival_times: SequenceOf[float] | None = None,
         shared_prefix: Any = None,
+        add_special_tokens: bool = True,
     ) -> Iterator[RequestOutput]:
         """As `generate`, but yields each result as it finishes; `request_id` tells which it is (by default its index).
 
@@ -161,7 +166,9 @@ class LLM:
         service; by default all are there. Requests are checked when this is called, not at the first result. Leaving
         the loop early drops the others.
         """
-        groups = self._requests.read_all(prompts, sampling_params, request_ids, self.engine, shared_prefix)
+        groups = self._requests.read_all(
+            prompts, sampling_params, request_ids, self.engine, shared_prefix, add_special_tokens
+        )
         set_arrivals(groups, arrival_times)
         return (output for _, output in self._run(groups))
 
@@ -171,6 +178,7 @@ class LLM:
         params: BeamSearchParams | SequenceOf[BeamSearchParams],
         progress: bool = True,
         shared_prefix: Any = None,
+        add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
         """The best continuations of every prompt, best first, with their `score`; the semantics of transformers 5.
 
@@ -179,16 +187,18 @@ class LLM:
         given = params if isinstance(params, SequenceOf) else [params]
         if any(not isinstance(one, BeamSearchParams) for one in given):
             raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {params!r}")
-        return self.generate(prompts, params, progress, shared_prefix)
+        return self.generate(prompts, params, progress, shared_prefix, add_special_tokens)
 
-    def watch_beams(self, prompt: Any, params: BeamSearchParams) -> Iterator[BeamSnapshot]:
+    def watch_beams(
+        self, prompt: Any, params: BeamSearchParams, add_special_tokens: bool = True
+    ) -> Iterator[BeamSnapshot]:
         """Search for one prompt and yield where the search stands after every step; the last one has the `output`.
 
         The request is checked when this is called. Leaving the loop early ends the search.
         """
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"watch_beams takes a BeamSearchParams, got {params!r}")
-        groups = self._requests.read_all(prompt, params, None, self.engine)
+        groups = self._requests.read_all(prompt, params, None, self.engine, add_special_tokens=add_special_tokens)
         if len(groups) != 1:
             raise ValueError(f"watch_beams takes one prompt, got {len(groups)}")
         return self._watch(groups[0])
@@ -235,10 +245,11 @@ class LLM:
         self.__dict__.pop("engine", None)  # and with it the pool
         self.engine = build_engine(self._checkpoint, self._options, self._weights)
 
-    def check_request(self, prompt: Any, params: RequestParams, shared_prefix: Any = None) -> None:
+    def check_request(
+        self, prompt: Any, params: RequestParams, shared_prefix: Any = None, add_special_tokens: bool = True
+    ) -> None:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
-        prefix = self._requests.read_prefix(shared_prefix, self.engine)
-        self._requests.read(read_prompt(prompt), params, "", 0, self.engine, prefix)
+        self._requests.read_one(prompt, params, self.engine, shared_prefix, add_special_tokens)
 
     def _run(self, groups: list[SequenceGroup]) -> Iterator[tuple[SequenceGroup, RequestOutput]]:
         for group in self.engine.run(groups):

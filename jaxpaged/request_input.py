@@ -14,7 +14,7 @@ from jaxpaged.beam_text import BeamText
 from jaxpaged.engine import Engine
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.prompts import Prompt, prompt_token_ids, read_prompt, read_prompts
+from jaxpaged.prompts import Prompt, PromptEncoder, check_add_special_tokens, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.text_stream import StopStringStream
 from jaxpaged.tokenizer import Tokenizer, need_tokenizer
@@ -25,6 +25,7 @@ class Prefix(NamedTuple):
 
     text: str | None  # None if it was given as token ids
     token_ids: list[int]
+    has_special_tokens: bool
 
 
 class RequestReader:
@@ -33,6 +34,7 @@ class RequestReader:
     def __init__(self, tokenizer: Tokenizer | None, directory: Path, seed: int):
         self.tokenizer = tokenizer
         self._missing = f"{directory} has no tokenizer.json or tokenizer.model"
+        self._encoder = PromptEncoder(tokenizer, self._missing)
         self._seed = seed
         self._num_requests = 0
         self._prefix: Prefix | None = None  # the latest that was text: a batch file asks for one with every line
@@ -44,13 +46,14 @@ class RequestReader:
         request_ids: SequenceOf[str] | None,
         engine: Engine,
         shared_prefix: Any = None,
+        add_special_tokens: bool = True,
     ) -> list[SequenceGroup]:
         """A group for each prompt, that `engine` can run; ValueError, which names the prompt, if any cannot be.
 
         `shared_prefix`: a prompt that comes before each of them.
         """
-        prefix = self.read_prefix(shared_prefix, engine)
-        read = read_prompts(prompts)
+        prefix = self.read_prefix(shared_prefix, engine, add_special_tokens)
+        read = [_with_default(prompt, add_special_tokens) for prompt in read_prompts(prompts)]
         all_params = _one_for_each(params, len(read))
         ids = [str(i) for i in range(len(read))] if request_ids is None else list(request_ids)
         if len(ids) != len(read):
@@ -71,19 +74,29 @@ class RequestReader:
             return params.seed
         return int(np.random.SeedSequence([self._seed, self._num_requests + index]).generate_state(1, np.uint64)[0])
 
-    def read_prefix(self, shared_prefix: Any, engine: Engine) -> Prefix | None:
+    def read_one(
+        self, prompt: Any, params: RequestParams, engine: Engine, shared_prefix: Any, add_special_tokens: bool
+    ) -> SequenceGroup:
+        """The group of one prompt, for a look at it alone: it does not count as a request."""
+        prefix = self.read_prefix(shared_prefix, engine, add_special_tokens)
+        return self.read(_with_default(read_prompt(prompt), add_special_tokens), params, "", 0, engine, prefix)
+
+    def read_prefix(self, shared_prefix: Any, engine: Engine, add_special_tokens: bool = True) -> Prefix | None:
         """None for None; ValueError, which names the prefix, for what is no prompt."""
+        check_add_special_tokens(add_special_tokens)
         if shared_prefix is None:
             return None
-        if isinstance(shared_prefix, str) and self._prefix is not None and self._prefix.text == shared_prefix:
-            return self._prefix
         try:
-            prompt = read_prompt(shared_prefix)
-            token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing)
+            prompt = _with_default(read_prompt(shared_prefix), add_special_tokens)
+            has_special_tokens = prompt.add_special_tokens is not False
+            latest = self._prefix
+            if latest is not None and (latest.text, latest.has_special_tokens) == (prompt.text, has_special_tokens):
+                return latest
+            token_ids = self._encoder.encode_prefix(prompt, has_special_tokens)
             _check_vocabulary(token_ids, engine.model.vocab_size)
         except ValueError as error:
             raise ValueError(f"shared_prefix: {error}") from None
-        prefix = Prefix(prompt.text, token_ids)
+        prefix = Prefix(prompt.text, token_ids, has_special_tokens)
         if prefix.text is not None:
             self._prefix = prefix
         return prefix
@@ -100,8 +113,8 @@ class RequestReader:
         """The group of one request; ValueError for one that `engine` could not run even alone."""
         model, limits = engine.model, engine.limits
         params.check_token_ids(model.vocab_size)
-        # Special tokens begin the prefix, where there is one, and are not repeated behind it.
-        token_ids = prompt_token_ids(prompt, self.tokenizer, self._missing, add_special_tokens=prefix is None)
+        encode = self._encoder.encode if prefix is None else self._encoder.encode_behind
+        token_ids = encode(prompt, prompt.add_special_tokens is not False)
         _check_vocabulary(token_ids, model.vocab_size)
         text, prefix_len = prompt.text, 0
         if prefix is not None:
@@ -131,6 +144,11 @@ class RequestReader:
             _prepare_samples(group, params, self.tokenizer)
         engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len, prefix_len)
         return group
+
+
+def _with_default(prompt: Prompt, add_special_tokens: bool) -> Prompt:
+    """Says itself whether special tokens are added, if it does not yet."""
+    return prompt if prompt.add_special_tokens is not None else prompt._replace(add_special_tokens=add_special_tokens)
 
 
 def _check_vocabulary(token_ids: list[int], vocab_size: int) -> None:

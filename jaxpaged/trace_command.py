@@ -14,7 +14,7 @@ from typing import Any
 from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.cli_errors import UsageError, usage_errors
-from jaxpaged.cli_options import MODEL_FLAGS, SAMPLING_FLAGS, Flag, given, with_defaults
+from jaxpaged.cli_options import MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, Flag, given, with_defaults
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.trace_page import dump_trace, example_trace, make_page
 
@@ -62,7 +62,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _bundled(args: argparse.Namespace) -> dict[str, Any]:
-    if args.model is not None or args.prompt or args.seed or given(args, (*TRACE_FLAGS, *TRACE_MODEL_FLAGS)):
+    if (
+        args.model is not None
+        or args.prompt
+        or args.seed
+        or given(args, (*PROMPT_FLAGS, *TRACE_FLAGS, *TRACE_MODEL_FLAGS))
+    ):
         raise UsageError(
             "--example replays a bundled run: it takes no model, no prompt, no seed and no options of them"
         )
@@ -81,9 +86,9 @@ def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> dict[str, An
         llm = make_llm(model=args.model, seed=args.seed, **DEFAULTS | given(args, TRACE_MODEL_FLAGS))
     for number, prompt in enumerate(args.prompt, start=1):
         with usage_errors(f"prompt {number}: "):
-            llm.check_request(prompt, params)
+            llm.check_request(prompt, params, **given(args, PROMPT_FLAGS))
     recorder = llm.record_trace()
-    llm.generate(args.prompt, params)
+    llm.generate(args.prompt, params, **given(args, PROMPT_FLAGS))
     tokenizer = llm.tokenizer
     return recorder.trace(
         f"{Path(args.model).resolve().name}: {_describe(params, len(args.prompt))}",

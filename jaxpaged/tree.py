@@ -20,7 +20,7 @@ import numpy as np
 from jaxpaged.host.page_allocator import OutOfPagesError
 from jaxpaged.host.tree_compute import TreeComputer, TreeModel
 from jaxpaged.host.tree_state import Node, TreeStats
-from jaxpaged.prompts import is_one_prompt, prompt_token_ids, read_prompts
+from jaxpaged.prompts import PromptEncoder, is_one_prompt, read_prompts
 from jaxpaged.text_stream import decode_continuation
 from jaxpaged.tokenizer import Tokenizer, encode_continuation, need_tokenizer
 from jaxpaged.tree_input import read_continuations, read_tokens
@@ -45,6 +45,7 @@ class Tree:
 
     def __init__(self, model: TreeModel, tokenizer: Tokenizer | None = None):
         self.tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer, NO_TOKENIZER)
         self._model = model
         self._computer = TreeComputer(model)
         self._state = self._computer.state
@@ -95,13 +96,14 @@ class Tree:
     def open(self, prompts: Any, top: int | None = None) -> Any:
         """Compute a prompt: a node; or a list of prompts, together: a list of nodes.
 
-        A prompt is text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}. What comes next is kept
-        with the node: `next_tokens`.
+        A prompt is text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; with a text
+        "add_special_tokens": False leaves out the tokenizer's special tokens. What comes next is kept with the node:
+        `next_tokens`.
         """
         self._check_open()
         read = read_prompts(prompts)
         self._check_top(top)
-        token_ids = [prompt_token_ids(prompt, self.tokenizer, NO_TOKENIZER) for prompt in read]
+        token_ids = [self._encoder.encode(prompt, prompt.add_special_tokens is not False) for prompt in read]
         for tokens in token_ids:
             self._state.check_tokens("open", tokens)
             self._state.check_length("open", 0, len(tokens))

@@ -29,6 +29,11 @@ class FakeTokenizer:
         return "".join(chr(i) for i in token_ids)
 
 
+def _text(prompt):
+    """Of a prompt without special tokens, of which this tokenizer has none: its first character is written ~."""
+    return "~" + prompt["prompt"][1:] if isinstance(prompt, dict) else prompt
+
+
 class FakeLLM:
     def __init__(self, model, seed=0, num_pages=None, **options):
         self.tokenizer = FakeTokenizer()
@@ -38,12 +43,12 @@ class FakeLLM:
         self.served = []  # request ids, in the order of their results
 
     def check_request(self, prompt, params, shared_prefix=None):
-        num_tokens = len(prompt) + len(shared_prefix or "")
+        num_tokens = len(_text(prompt)) + len(_text(shared_prefix or ""))
         if not 1 <= num_tokens < self.max_len:
             raise ValueError(f"prompt of {num_tokens} tokens; 1 to {self.max_len - 1} are possible")
 
     def generate_iter(self, prompts, sampling_params, request_ids=None, shared_prefix=None):
-        prompts = [shared_prefix + prompt if shared_prefix else prompt for prompt in prompts]
+        prompts = [_text(shared_prefix) + _text(prompt) if shared_prefix else _text(prompt) for prompt in prompts]
         requests = list(zip(request_ids, prompts, sampling_params, strict=True))
         for request_id, prompt, params in sorted(requests, key=lambda r: hashlib.md5(r[0].encode()).digest()):
             self._wait()

@@ -210,7 +210,7 @@ def test_a_tensor_in_another_file_than_the_index_says(sharded):
 # Regular files only
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"]
-FILES += ["tokenizer.model", "tokenizer_config.json"]
+FILES += ["tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"]
 
 
 @pytest.mark.parametrize("name", FILES)

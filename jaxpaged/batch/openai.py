@@ -24,7 +24,9 @@ from jaxpaged.text_stream import Decode, TextStream, text_pieces
 OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
 COMPLETIONS_URL = "/v1/completions"
 LOWEST_LOGPROB = -9999.0
-BODY_KEYS = ("model", "prompt", "echo", "stream", "stream_options", "suffix", "user", *PARAMETER_NAMES)
+BODY_KEYS = (
+    "model", "prompt", "echo", "stream", "stream_options", "suffix", "user", "add_special_tokens", *PARAMETER_NAMES,
+)  # fmt: skip
 
 
 def completion_request(index: int, line: dict[str, Any], context: BatchContext) -> BatchRequest:
@@ -57,7 +59,8 @@ def _body_request(index: int, custom_id: str, body: dict[str, Any], context: Bat
     if echo and "logprobs" in params:
         params.setdefault("prompt_logprobs", params["logprobs"])
     options = OpenAIOptions(body.get("model"), echo)
-    return make_request(index, custom_id, _prompts(body.get("prompt")), params, context, options)
+    adds = body.get("add_special_tokens")
+    return make_request(index, custom_id, _prompts(body.get("prompt")), params, context, options, adds)
 
 
 def _prompts(prompt: Any) -> list[Prompt]:

@@ -33,7 +33,7 @@ from jaxpaged.batch.requests import (
 )
 
 FORMATS = ("auto", "text", "jsonl")
-LINE_KEYS = ("id", "prompt", "prompt_token_ids", *PARAMETER_NAMES)
+LINE_KEYS = ("id", "prompt", "prompt_token_ids", "add_special_tokens", *PARAMETER_NAMES)
 
 
 def parse_batch(data: bytes, context: BatchContext, file_format: str = "auto") -> list[BatchRequest | InvalidLine]:
@@ -107,7 +107,8 @@ def _parse_object(index: int, values: dict[str, Any], context: BatchContext) -> 
     params = {name: values[name] for name in PARAMETER_NAMES if name in values}
     if "logit_bias" in params:
         params["logit_bias"] = bias_from_json(params["logit_bias"])
-    return make_request(index, request_id, [_prompt(values)], params, context)
+    adds = values.get("add_special_tokens")
+    return make_request(index, request_id, [_prompt(values)], params, context, add_special_tokens=adds)
 
 
 def _prompt(values: dict[str, Any]) -> Prompt:

@@ -39,12 +39,14 @@ class BatchContext:
         seed: lines without a seed get one made of this and their number, so results do not depend on the order of work.
         identity: digest of the model and of the options that decide results.
         options: all options in words; part of the fingerprint of errors only.
+        add_special_tokens: whether the tokenizer's go around text prompts, of lines that do not say it.
     """
 
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     identity: str = ""
     options: str = ""
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,18 @@ class BatchRequest:
     openai: OpenAIOptions | None
     fingerprint: str
     error_fingerprint: str  # of this line's row if the model refuses it
+    add_special_tokens: bool = True
 
     @property
     def is_openai(self) -> bool:
         return self.openai is not None
+
+    @property
+    def given_prompts(self) -> list[Any]:
+        """The prompts, as `LLM.generate` takes them."""
+        if self.add_special_tokens:
+            return list(self.prompts)
+        return [{"prompt": p, "add_special_tokens": False} if isinstance(p, str) else p for p in self.prompts]
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ def make_request(
     values: Mapping[str, Any],
     context: BatchContext,
     openai: OpenAIOptions | None = None,
+    add_special_tokens: bool | None = None,
 ) -> BatchRequest:
     """Check the parameters (`ValueError` names the bad one), fill in seeds, take the fingerprint."""
     params = []
@@ -100,8 +111,17 @@ def make_request(
     content = [index, request_id, prompts, [_changed_fields(p) for p in params], context.identity]
     if openai is not None:
         content.append(dataclasses.asdict(openai))
+    if add_special_tokens is None:
+        add_special_tokens = context.add_special_tokens
+    if not isinstance(add_special_tokens, bool):
+        raise ValueError(f"add_special_tokens must be true or false, got {add_special_tokens!r:.60}")
+    if not add_special_tokens:
+        content.append({"add_special_tokens": False})
     fingerprint = digest(content)
-    return BatchRequest(index, request_id, prompts, params, openai, fingerprint, digest([fingerprint, context.options]))
+    return BatchRequest(
+        index, request_id, prompts, params, openai, fingerprint, digest([fingerprint, context.options]),
+        add_special_tokens,
+    )  # fmt: skip
 
 
 def make_params(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> RequestParams:

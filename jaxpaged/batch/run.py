@@ -21,13 +21,13 @@ class GeneratingLLM(Protocol):
 
 
 def check_requests(
-    llm: GeneratingLLM, requests: Sequence[BatchRequest], shared_prefix: str | None = None
+    llm: GeneratingLLM, requests: Sequence[BatchRequest], shared_prefix: Any = None
 ) -> tuple[list[BatchRequest], list[tuple[BatchRequest, str]]]:
     """The requests that this model and pool can run, and those that they cannot, with the reason."""
     accepted, refused = [], []
     for request in requests:
         try:
-            for prompt, params in zip(request.prompts, request.params, strict=True):
+            for prompt, params in zip(request.given_prompts, request.params, strict=True):
                 llm.check_request(prompt, params, shared_prefix)
         except ValueError as error:
             refused.append((request, str(error)))
@@ -40,11 +40,11 @@ def run_batch(
     llm: GeneratingLLM,
     requests: Sequence[BatchRequest],
     on_finished: Callable[[BatchRequest, list[RequestOutput]], None],
-    shared_prefix: str | None = None,
+    shared_prefix: Any = None,
 ) -> None:
     """Run checked requests together; `on_finished` gets each as it ends, with one output a prompt, in prompt order."""
     owner = {f"{r.index}.{part}": (r, part) for r in requests for part in range(len(r.prompts))}
-    prompts = [prompt for r in requests for prompt in r.prompts]
+    prompts = [prompt for r in requests for prompt in r.given_prompts]
     params = [p for r in requests for p in r.params]
     outputs: dict[int, dict[int, RequestOutput]] = {r.index: {} for r in requests}
     for output in llm.generate_iter(prompts, params, request_ids=list(owner), shared_prefix=shared_prefix):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 
+from jaxpaged.added_tokens import COMPANIONS
 from jaxpaged.checkpoint.files import user_path
 from jaxpaged.checkpoint.native import save_checkpoint
-from jaxpaged.checkpoint.opening import TOKENIZER_CONFIG, load_params, open_checkpoint
+from jaxpaged.checkpoint.opening import load_params, open_checkpoint
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path) -> None:
@@ -22,7 +23,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path) -> None:
         raise FileExistsError(f"{destination} is not an empty directory: convert to a new one")
     params = load_params(checkpoint, dtype=checkpoint.config.dtype, device=jax.devices("cpu")[0])
     destination.mkdir(parents=True, exist_ok=True)
-    for file in (checkpoint.tokenizer_file, checkpoint.directory / TOKENIZER_CONFIG):
+    for file in (checkpoint.tokenizer_file, *(checkpoint.directory / name for name in COMPANIONS)):
         if file is not None and file.is_file():
             shutil.copyfile(file, destination / file.name)
     save_checkpoint(destination, checkpoint.config, params)

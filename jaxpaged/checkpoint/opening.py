@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxpaged.added_tokens import COMPANIONS
 from jaxpaged.checkpoint import hf_config, hf_weights, native
 from jaxpaged.checkpoint.files import find_file, read_json, user_path
 from jaxpaged.config import DTYPES, ModelConfig
@@ -27,7 +28,6 @@ TOKENIZER_FILES = {
     "native": ("tokenizer.model", "tokenizer.json"),
     "huggingface": ("tokenizer.json", "tokenizer.model"),
 }
-TOKENIZER_CONFIG = "tokenizer_config.json"  # says whether prompts begin with the beginning-of-sequence token
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _find_tokenizer(directory: Path, checkpoint_format: Format) -> Path | None:
-    find_file(directory, TOKENIZER_CONFIG)  # is read with the tokenizer
+    for name in COMPANIONS:  # are read with the tokenizer
+        find_file(directory, name)
     files = [find_file(directory, name) for name in TOKENIZER_FILES[checkpoint_format]]
     return next((file for file in files if file is not None), None)
