@@ -119,6 +119,8 @@ def _special_tokens(named: Mapping[str, Any], place: str) -> Iterable[AddedToken
             yield token._replace(special=True)
     for name in NAMED_LISTS:
         tokens = named.get(name) or []
+        if not isinstance(tokens, list | dict):
+            raise ValueError(f"{place}: {name} must be a list, got {tokens!r:.60}")
         for value in tokens.values() if isinstance(tokens, dict) else tokens:
             if (content := _content(value, name, place)) is not None:
                 yield AddedToken(content, special=True)

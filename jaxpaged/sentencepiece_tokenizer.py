@@ -17,10 +17,10 @@ NO_PREFIX = b"\x1a\x04\x18\x00\x20\x00"  # normalizer_spec {add_dummy_prefix: fa
 
 
 class SentencePieceTokenizer:
-    """Encodes and decodes as transformers 5 does with the same files, but for bare control pieces.
+    """Encodes and decodes as transformers 5 does with the same files.
 
-    The pieces of the file write a space at the start of a text, which decoding takes away again. Text between added
-    tokens has none, unless the files say `legacy`.
+    A space goes before a text, which decoding takes away again. Text behind an added token gets none, unless the files
+    say `legacy`: then every part of a text gets one, as in transformers 4, and decoding leaves it there.
     """
 
     def __init__(self, path: Path, settings: TokenizerSettings):

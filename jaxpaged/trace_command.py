@@ -62,12 +62,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _bundled(args: argparse.Namespace) -> dict[str, Any]:
-    if (
-        args.model is not None
-        or args.prompt
-        or args.seed
-        or given(args, (*PROMPT_FLAGS, *TRACE_FLAGS, *TRACE_MODEL_FLAGS))
-    ):
+    options = given(args, (*PROMPT_FLAGS, *TRACE_FLAGS, *TRACE_MODEL_FLAGS))
+    if args.model is not None or args.prompt or args.seed or options:
         raise UsageError(
             "--example replays a bundled run: it takes no model, no prompt, no seed and no options of them"
         )

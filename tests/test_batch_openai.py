@@ -4,6 +4,7 @@ import json
 
 import pytest
 from fake_llm import FakeLLM
+from tokenizer_kinds import sentencepiece_model
 
 from jaxpaged.batch import (
     BatchContext,
@@ -15,6 +16,10 @@ from jaxpaged.batch import (
     result_row,
     run_batch,
 )
+from jaxpaged.outputs import CompletionOutput, KVUsage, RequestMetrics, RequestOutput
+from jaxpaged.request_output import _logprobs
+from jaxpaged.text_stream import decode_continuation
+from jaxpaged.tokenizer import load_tokenizer
 
 
 def line(body, custom_id="a", **changes):
@@ -85,6 +90,80 @@ def test_echo_puts_the_prompt_before_the_text_and_its_logprobs_before_theirs():
 def test_echo_of_token_ids_is_their_text():
     choice = answer({"prompt": [104, 105], "max_tokens": 1, "echo": True})["response"]["body"]["choices"][0]
     assert choice["text"].startswith("hi")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(sentencepiece_model(vocab_size=420, byte_fallback=True, model_type="bpe"))
+    return load_tokenizer(path)
+
+
+def choice_of(tokenizer, prompt, output_ids, num_text_tokens, **body):
+    """The choice of a sample with these tokens, of which so many have a text; five candidates in each place."""
+    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    (request,) = parse(line({"prompt": prompt, "logprobs": 5, **body}))
+    ids = [*prompt_ids, *output_ids]
+    # The first bytes of characters complete none, so in a text they are all written alike.
+    firsts = [3 + byte for byte in range(0xE1, 0xE6)]
+    entries = [{i: (-0.5, 1), **{j: (-float(j), 2) for j in [j for j in firsts if j != i][:4]}} for i in ids]
+    filed = _logprobs(entries[1:], ids[:1], ids[1:], tokenizer)
+    text = decode_continuation(tokenizer, prompt_ids, output_ids[:num_text_tokens])
+    sample = CompletionOutput(0, text, output_ids, 0.0, filed[len(prompt_ids) - 1 :], "length", None)
+    output = RequestOutput(
+        "0", prompt if isinstance(prompt, str) else None, prompt_ids,
+        [None, *filed[: len(prompt_ids) - 1]] if "echo" in body else None, [sample], True,
+        RequestMetrics(0.0, 0.0, 0.0, 0.0), KVUsage(1, 1, 0, 0, 0, 0, 0),
+    )  # fmt: skip
+    (choice,) = result_row(request, [output], tokenizer.decode)["response"]["body"]["choices"]
+    return choice
+
+
+def check_logprobs(choice, num_tokens):
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert len(logprobs["tokens"]) == num_tokens
+    starts = [sum(map(len, logprobs["tokens"][:i])) for i in range(num_tokens)]
+    assert logprobs["text_offset"] == starts
+    for token, value, top in zip(*(logprobs[k] for k in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
+        assert top is None or (len(top) == 5 and top[token] == value == -0.5)
+
+
+def test_tokens_keep_their_spaces_and_join_to_the_text(tokenizer):
+    ids = tokenizer.encode("the quick brown fox")
+    choice = choice_of(tokenizer, "the quick", ids[len(tokenizer.encode("the quick")) :], None)
+    assert choice["text"] == " brown fox" and choice["logprobs"]["tokens"][0].startswith(" ")
+    check_logprobs(choice, len(choice["logprobs"]["tokens"]))
+    echo = choice_of(tokenizer, "the quick", ids[len(tokenizer.encode("the quick")) :], None, echo=True)
+    assert echo["text"] == "the quick brown fox" and echo["logprobs"]["tokens"][0] == ""  # <s>
+    check_logprobs(echo, len(ids))
+
+
+def test_candidates_whose_texts_are_equal_have_keys_of_their_own(tokenizer):
+    ids = tokenizer.encode("the 😀က", add_special_tokens=False)
+    choice = choice_of(tokenizer, "the", ids[1:], None)
+    check_logprobs(choice, len(ids) - 1)
+    first, *_, last = choice["logprobs"]["top_logprobs"][-3:]
+    assert last == {"က": -0.5, **{f"token_id:{i}": -float(i) for i in range(228, 232)}}
+    # The letter's first token, <0xE1>, is written as the others are: the key without a text is its own.
+    assert first == {"": -0.5, **{f"token_id:{i}": -float(i) for i in range(229, 233)}}
+
+
+def test_what_is_not_in_the_text_adds_nothing_to_it(tokenizer):
+    ids = tokenizer.encode("the quick brown", add_special_tokens=False)
+    choice = choice_of(tokenizer, "the", [*ids[1:], 2], -1)
+    assert choice["text"] == " quick brown" and choice["logprobs"]["tokens"][-1] == ""
+    assert choice["logprobs"]["text_offset"][-1] == len(" quick brown")
+    check_logprobs(choice, len(ids))
+    cut = choice_of(tokenizer, "the", ids[1:], -1)
+    check_logprobs(cut, len(ids) - 1)
+
+
+def test_an_echo_of_token_ids_has_no_half_characters(tokenizer):
+    the, emoji = tokenizer.encode("the"), [3 + byte for byte in "😀".encode()]
+    choice = choice_of(tokenizer, [*the, *emoji[:2]], emoji[2:], None, echo=True)
+    assert choice["text"] == "the😀"
+    check_logprobs(choice, len(the) + 4)
 
 
 def test_null_means_the_default():

@@ -22,9 +22,8 @@ SCRIPTS = {
 CORPUS = [SCRIPTS[name] for name in ("latin", "cyrillic", "devanagari", "cjk")] * 20
 
 words = st.one_of(*(st.sampled_from(text.split() + list(text)) for text in SCRIPTS.values()))
-texts = st.lists(st.one_of(words, st.sampled_from([" ", "  ", "\n", ". ", "\ufffd"])), min_size=1, max_size=12).map(
-    "".join
-)
+between = st.sampled_from([" ", "  ", "\n", ". ", "\ufffd"])
+texts = st.lists(st.one_of(words, between), min_size=1, max_size=12).map("".join)
 
 
 def sentencepiece_model(**options) -> bytes:
