@@ -21,7 +21,7 @@ def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOut
     pages = group.pages
     prompt_ids, prompt_logprobs = _prompt_ids(group), None
     if group.params.prompt_logprobs is not None:
-        prompt_logprobs = [None, *_logprobs(group.prompt_logprobs, prompt_ids[:1], prompt_ids[1:], tokenizer)]
+        prompt_logprobs = [None, *make_logprobs(group.prompt_logprobs, prompt_ids[:1], prompt_ids[1:], tokenizer)]
     return RequestOutput(
         request_id=group.request_id,
         prompt=group.prompt,
@@ -68,7 +68,7 @@ def _beam(
     logprobs = None
     if params.logprobs is not None:
         entries = logprobs_of(found, group.beams[found.search].logprobs, params.logprobs)
-        logprobs = _logprobs(entries, _prompt_ids(group), found.token_ids, tokenizer)
+        logprobs = make_logprobs(entries, _prompt_ids(group), found.token_ids, tokenizer)
     return CompletionOutput(
         index, text, found.token_ids, found.cumulative_logprob, logprobs,
         "length" if stop is None and not ended_by_token else "stop", stop, found.score,
@@ -79,7 +79,7 @@ def _sample(group: SequenceGroup, sequence: Sequence, index: int, tokenizer: Tok
     assert sequence.finish_reason is not None
     output_ids, logprobs = sequence.output_ids, None
     if group.params.logprobs is not None:
-        logprobs = _logprobs(sequence.logprobs, _prompt_ids(group), output_ids, tokenizer)
+        logprobs = make_logprobs(sequence.logprobs, _prompt_ids(group), output_ids, tokenizer)
     return CompletionOutput(
         index=index,
         text=_text(group, sequence, tokenizer),
@@ -104,7 +104,7 @@ def _text(group: SequenceGroup, sequence: Sequence, tokenizer: Tokenizer | None)
     return decode_continuation(tokenizer, prompt, output, params.skip_special_tokens)
 
 
-def _logprobs(
+def make_logprobs(
     entries: Iterable[Entry], before_ids: SequenceOf[int], token_ids: SequenceOf[int], tokenizer: Tokenizer | None
 ) -> list[dict[int, Logprob]]:
     """Each token's entry with the text that it, or another in its place, adds to that of the tokens before it."""

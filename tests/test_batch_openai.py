@@ -17,7 +17,7 @@ from jaxpaged.batch import (
     run_batch,
 )
 from jaxpaged.outputs import CompletionOutput, KVUsage, RequestMetrics, RequestOutput
-from jaxpaged.request_output import _logprobs
+from jaxpaged.request_output import make_logprobs
 from jaxpaged.text_stream import decode_continuation
 from jaxpaged.tokenizer import load_tokenizer
 
@@ -107,7 +107,7 @@ def choice_of(tokenizer, prompt, output_ids, num_text_tokens, **body):
     # The first bytes of characters complete none, so in a text they are all written alike.
     firsts = [3 + byte for byte in range(0xE1, 0xE6)]
     entries = [{i: (-0.5, 1), **{j: (-float(j), 2) for j in [j for j in firsts if j != i][:4]}} for i in ids]
-    filed = _logprobs(entries[1:], ids[:1], ids[1:], tokenizer)
+    filed = make_logprobs(entries[1:], ids[:1], ids[1:], tokenizer)
     text = decode_continuation(tokenizer, prompt_ids, output_ids[:num_text_tokens])
     sample = CompletionOutput(0, text, output_ids, 0.0, filed[len(prompt_ids) - 1 :], "length", None)
     output = RequestOutput(

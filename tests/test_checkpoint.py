@@ -205,9 +205,13 @@ def test_convert_takes_the_tokenizer_along(tmp_path):
     source = Path(shutil.copytree(GOLDENS / "llama", tmp_path / "source"))
     (source / "tokenizer.json").write_text("{}")
     (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    (source / "added_tokens.json").write_text('{"<|im_start|>": 97}')
+    (source / "special_tokens_map.json").write_text("{}")
     convert_checkpoint(source, tmp_path / "converted")
     assert open_checkpoint(tmp_path / "converted").tokenizer_file == tmp_path / "converted" / "tokenizer.json"
     assert (tmp_path / "converted" / "tokenizer_config.json").read_text() == '{"add_bos_token": false}'
+    assert (tmp_path / "converted" / "added_tokens.json").read_text() == '{"<|im_start|>": 97}'
+    assert (tmp_path / "converted" / "special_tokens_map.json").read_text() == "{}"
 
 
 def test_convert_refuses_a_destination_in_use(tmp_path):

@@ -35,6 +35,8 @@ FORBIDDEN = {
     "jaxpaged.beam_plot": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
     "jaxpaged.outputs": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.tokenizer": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
+    "jaxpaged.text_stream": ("jaxpaged", "sentencepiece", "tokenizers", *DEVICE_STACK),
+    "jaxpaged.added_tokens": ("jaxpaged", "sentencepiece", "tokenizers", *DEVICE_STACK),
     "jaxpaged.workloads": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.simulate": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.compare": (*DEVICE_STACK, "jaxpaged.checkpoint", *ABOVE_STEPS),
