@@ -78,7 +78,7 @@ def read_prompt(prompt: Any) -> Prompt:
                 raise ValueError('{"prompt_token_ids": ...} takes a list of integers, got text')
         else:
             raise ValueError(
-                'a prompt dict has the key "prompt" (and "add_special_tokens", if you like) or "prompt_token_ids", '
+                'a prompt dict has the key "prompt" or "prompt_token_ids" ("prompt" also with "add_special_tokens"), '
                 f"got {sorted(map(str, prompt))}"
             )
     if isinstance(prompt, str):
