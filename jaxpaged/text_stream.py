@@ -6,7 +6,7 @@ last complete character; the rest waits for the tokens that complete it.
 
 A character that the prompt begins and the continuation completes belongs to the continuation, as a whole. Bytes that
 never become a character are U+FFFD, as often as the decoder writes it: the prompt's are part of the prompt's text, the
-continuation's of the continuation's.
+continuation's of the continuation's. (A U+FFFD that is itself spelt as bytes is the prompt's where that began it.)
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def check_cut(tokenizer, text, cut):
     assert added == decode_continuation(tokenizer, ids[:cut], ids[cut:])
     assert whole.endswith(added)
     before = decode_continuation(tokenizer, [], ids[:cut], is_finished=False)
-    assert before + added == whole
+    if "\ufffd" not in text:  # else its last bytes write what its first ones have written alone
+        assert before + added == whole
+    assert "".join(text_pieces(tokenizer.decode, [], ids)) == whole
     stream = StopStringStream(tokenizer, ids[:cut], ("never",), False, True)
     assert [stream.push(token_id, may_stop=True) for token_id in ids[cut:]] == [None] * len(pieces)
     assert stream.text == added.rstrip("\ufffd")  # which the next token might complete
@@ -143,7 +145,7 @@ def test_stop_strings_are_found_where_they_are_complete(tokenizers, kind, text, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(text=texts | st.text(max_size=30), cut=st.integers(0, 200), start=st.integers(0, 50), length=st.integers(1, 4))
 def test_thousands_of_cuts(tokenizers, kind, text, cut, start, length):
     if text:
