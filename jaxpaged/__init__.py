@@ -1,14 +1,14 @@
 """jaxpaged: language-model inference in JAX over a paged KV cache. The public names, nothing else."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.beam_snapshot import BeamSnapshot
-from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
-from jaxpaged.sampling_params import SamplingParams
-
+TYPE_CHECKING = False  # as typing's, which takes longer to import than the rest of this
 if TYPE_CHECKING:
+    from jaxpaged.beam_params import BeamSearchParams
+    from jaxpaged.beam_snapshot import BeamSnapshot
     from jaxpaged.llm import LLM
+    from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+    from jaxpaged.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,12 +23,27 @@ __all__ = [
     "SamplingParams",
     "__version__",
 ]
+_MODULES = {
+    "LLM": "llm",
+    "BeamSearchParams": "beam_params",
+    "BeamSnapshot": "beam_snapshot",
+    "CompletionOutput": "outputs",
+    "KVUsage": "outputs",
+    "Logprob": "outputs",
+    "RequestMetrics": "outputs",
+    "RequestOutput": "outputs",
+    "SamplingParams": "sampling_params",
+}
 
 
 def __getattr__(name: str):
-    """`LLM` is imported when it is first used: the host side and `jaxpaged --help` need no jax."""
-    if name == "LLM":
-        from jaxpaged.llm import LLM
+    """Names are imported when they are first used: the host side and `jaxpaged --help` need no jax, and a command that
+    is interrupted as it starts has begun."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'jaxpaged' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"jaxpaged.{_MODULES[name]}"), name)
+    return value
 
-        return LLM
-    raise AttributeError(f"module 'jaxpaged' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,6 +23,7 @@ from jaxpaged.beams_command import SEARCH_FLAGS, beams
 from jaxpaged.cli_errors import INTERRUPTED, READER_GONE, USAGE, UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags
 from jaxpaged.generate_command import generate
+from jaxpaged.interrupts import exit_at_interrupt
 from jaxpaged.trace_command import EPILOG as TRACE_EPILOG
 from jaxpaged.trace_command import TRACE_FLAGS, TRACE_MODEL_FLAGS, trace
 from jaxpaged.trace_page import example_names
@@ -158,7 +159,8 @@ def _make_llm(**options: Any) -> Any:
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         # The process is ours alone: --memory-utilization is of this share of a GPU, by XLA's default of three quarters.
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    from jaxpaged.llm import LLM  # imports jax: seconds that --help and a mistyped flag need not cost
+    with exit_at_interrupt():
+        from jaxpaged.llm import LLM  # imports jax: seconds that --help and a mistyped flag need not cost
 
     return LLM(**options)
 
@@ -174,7 +176,8 @@ def _simulate(args: argparse.Namespace, _make_llm: object) -> int:
 
 
 def _info(args: argparse.Namespace, _make_llm: object) -> int:
-    from jaxpaged.checkpoint import describe_checkpoint
+    with exit_at_interrupt():
+        from jaxpaged.checkpoint import describe_checkpoint
 
     with usage_errors():
         print(describe_checkpoint(args.path), flush=True)
@@ -182,7 +185,8 @@ def _info(args: argparse.Namespace, _make_llm: object) -> int:
 
 
 def _convert(args: argparse.Namespace, _make_llm: object) -> int:
-    from jaxpaged.checkpoint import convert_checkpoint
+    with exit_at_interrupt():
+        from jaxpaged.checkpoint import convert_checkpoint
 
     with usage_errors():
         convert_checkpoint(args.source, args.destination)

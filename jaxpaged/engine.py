@@ -31,6 +31,7 @@ from jaxpaged.host.shared_prefix import prefix_of
 from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.swap import Swap
 from jaxpaged.host.trace import TraceRecorder
+from jaxpaged.ownership import TREE, Hold, Ownership, pool_ownership
 from jaxpaged.step_io import (
     NULL_PAGE,
     DecodeBatch,
@@ -50,6 +51,10 @@ class Engine:
 
     State: the parameters, the pool (replaced by every step), the pages that are swapped out, and the scheduler's queues
     and tables. There is no random state: a row's random numbers follow from its seed, sample index and position.
+
+    All of it belongs to one caller at a time (`owner`, ownership.py): a run from its first result to its end, a tree
+    until it is closed. Where a method takes a `hold`, it is for who has the pool already; others need none, and own the
+    pool for the call. RuntimeError while another has it, before anything is changed.
     """
 
     def __init__(
@@ -60,7 +65,9 @@ class Engine:
         limits: EngineConfig,
         kernels: AttentionKernels,
         device: jax.Device,
+        owner: Ownership | None = None,
     ):
+        self.owner = owner or pool_ownership()
         self.model = model
         self.cache_config = cache
         self.limits = limits
@@ -82,21 +89,25 @@ class Engine:
         self.stats = RunStats.for_cache(cache)
         self.recorder: TraceRecorder | None = None  # takes down the run, if someone sets it
         self._began = time.perf_counter()
-        self._is_lent = False  # a tree plans the steps, not the scheduler
 
-    def run(self, groups: list[SequenceGroup]) -> Iterator[SequenceGroup]:
+    def run(self, groups: list[SequenceGroup], hold: Hold | None = None) -> Generator[SequenceGroup, None, None]:
         """Run the groups together; yields each when all its samples have ended. Leaving early drops the others.
 
         A group is queued when its `arrival_time` has come; while nothing is there to run, the engine sleeps. Where the
         groups have a `prefix_len`, their first so many tokens are the same, and are computed and kept once.
         """
-        with contextlib.closing(self.run_steps(groups)) as steps_taken:
+        with contextlib.closing(self.run_steps(groups, hold)) as steps_taken:
             for finished in steps_taken:
                 yield from finished
 
-    def run_steps(self, groups: list[SequenceGroup]) -> Generator[list[SequenceGroup], None, None]:
+    def run_steps(
+        self, groups: list[SequenceGroup], hold: Hold | None = None
+    ) -> Generator[list[SequenceGroup], None, None]:
         """As `run`, but yields after every step: the groups that it finished, often none."""
-        self._check_idle()
+        with self._from_idle("Engine.run", hold) as hold:
+            yield from self._run_steps(groups, hold)
+
+    def _run_steps(self, groups: list[SequenceGroup], hold: Hold) -> Iterator[list[SequenceGroup]]:
         for group in groups:  # before any of them runs
             self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
         prefix = prefix_of(groups)
@@ -116,76 +127,85 @@ class Engine:
                     stats.add_pause()
                     time.sleep(arrivals.seconds_to_next(self._seconds_since_start))
                     continue
-                finished = self.step()
+                finished = self.step(hold)
                 stats.compilations = steps.num_compiled() - compiled_before
                 yield finished
         finally:
-            self._reset()
+            self.recorder = None
 
-    def lend_pool(self) -> PageAllocator:
-        """Leave the pool and its pages to a caller who plans the steps (tree_steps.py), until `take_back_pool`."""
-        self._check_idle()
-        allocator = self.scheduler.allocator
-        if not isinstance(allocator, PageAllocator):
-            raise ValueError(f"a tree shares pages, and kv_cache={self.limits.kv_cache!r} cannot: use kv_cache='paged'")
-        self._is_lent = True
-        return allocator
-
-    def take_back_pool(self) -> None:
-        """All pages are free again, whatever the borrower left."""
-        self._is_lent = False
-        self._reset()
+    @contextlib.contextmanager
+    def lend_pool(self) -> Iterator[tuple[PageAllocator, Hold]]:
+        """Leave the pool and its pages for the block to a caller who plans the steps (tree_steps.py)."""
+        with self._from_idle(TREE) as hold:
+            allocator = self.scheduler.allocator
+            if not isinstance(allocator, PageAllocator):
+                raise ValueError(
+                    f"a tree shares pages, and kv_cache={self.limits.kv_cache!r} cannot: use kv_cache='paged'"
+                )
+            yield allocator, hold
 
     @property
     def has_lost_pool(self) -> bool:
         """Whether a step that was interrupted had taken the pool by donation and never gave it back."""
         return any(pool.is_deleted() for pool in self.pool.k)
 
-    def compute(self, batch: StepBatch, features: SamplingFeatures) -> StepOutputs:
+    def compute(self, batch: StepBatch, features: SamplingFeatures, hold: Hold | None = None) -> StepOutputs:
         """Run one step for the borrower of the pool; `features` are those that `batch` was made for."""
-        self.features = features
-        return self._launch(*pack(self._ready(batch)))
+        with self.owner.held("Engine.compute", hold):
+            self.features = features
+            return self._launch(*pack(self._ready(batch)))
 
-    def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
+    def compile_step(self, batch: StepBatch, features: SamplingFeatures, hold: Hold | None = None) -> None:
         """Run an empty batch, with and without shared prefixes, so that the programs for such batches are there."""
-        self.features = features
-        self._launch(*pack(batch))
-        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
-            shared = share_nothing(batch, sharing)
-            if shared is not None:
-                self._launch(*pack(shared))
+        with self.owner.held("Engine.compile_step", hold):
+            self.features = features
+            self._launch(*pack(batch))
+            if isinstance(batch, DecodeBatch) and (sharing := self._sharing_in_use) is not None:
+                shared = share_nothing(batch, sharing)
+                if shared is not None:
+                    self._launch(*pack(shared))
 
     def lower_steps(self, shape: StepShape, features: SamplingFeatures) -> list[jax.stages.Lowered]:
         """The programs of a step of this shape, lowered for the engine's own arrays: it finds them once they are
         compiled, which several threads may do."""
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)
-        self.features = features
-        batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, features)
-        packed, layout = pack(self._with_copies(self._ready(batch), [])[0])
-        static = static_arguments(self.model, self.kernels, layout, features)
-        if nothing.is_prefill:
-            return [steps.prefill_step.lower(self.params, self.pool, packed, **static)]
-        return steps.lower_decode_step(self.params, self.pool, packed, self.device, **static)
+        with self.owner.held("Engine.lower_steps"):
+            self.features = features
+            batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, features)
+            packed, layout = pack(self._with_copies(self._ready(batch), [])[0])
+            static = static_arguments(self.model, self.kernels, layout, features)
+            if nothing.is_prefill:
+                return [steps.prefill_step.lower(self.params, self.pool, packed, **static)]
+            return steps.lower_decode_step(self.params, self.pool, packed, self.device, **static)
 
-    def compile_copies(self) -> None:
-        for size in self.buckets.copies:
-            self.copy_pages(np.full((2, size), NULL_PAGE, np.int32))
+    def compile_copies(self, hold: Hold | None = None) -> None:
+        with self.owner.held("Engine.compile_copies", hold):
+            for size in self.buckets.copies:
+                self.copy_pages(np.full((2, size), NULL_PAGE, np.int32))
 
     def copy_pages(self, copies: np.ndarray) -> None:
-        """copies i32[2, C] as `make_copies` pads them: source and destination pages."""
+        """copies i32[2, C] as `make_copies` pads them: source and destination pages. For who owns the pool."""
         check_copies(copies, self.cache_config)
         self.pool = steps.copy_pages(self.pool, copies, kernels=self.kernels)
 
-    def _check_idle(self) -> None:
-        if self._is_lent:
-            raise RuntimeError("a tree is open and owns the page pool: close it first")
-        if self.scheduler.has_work:
-            raise RuntimeError("another run is in progress: take all its results, or close its iterator, first")
+    @contextlib.contextmanager
+    def _from_idle(self, who: str, hold: Hold | None = None) -> Iterator[Hold]:
+        """The pool for the block alone, with all its pages free, whatever an interrupt left, before and behind it."""
+        with self.owner.held(who, hold) as hold:
+            self._reset()
+            try:
+                yield hold
+            finally:
+                self._reset()
+
+    def reset(self) -> None:
+        """Drop what was queued by hand, for `step`; all pages are free again."""
+        with self._from_idle("Engine.reset"):
+            pass
 
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.cache_config, self.limits)
         self._swapped.clear()
-        self.recorder = None
         if self.has_lost_pool:
             self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
 
@@ -193,8 +213,12 @@ class Engine:
     def _seconds_since_start(self) -> float:
         return time.perf_counter() - self._began
 
-    def step(self) -> list[SequenceGroup]:
+    def step(self, hold: Hold | None = None) -> list[SequenceGroup]:
         """One step of the device for whatever the scheduler decides; returns the groups that it finished."""
+        with self.owner.held("Engine.step", hold):
+            return self._step()
+
+    def _step(self) -> list[SequenceGroup]:
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         assert plan is not None, "step() without work"
@@ -227,12 +251,16 @@ class Engine:
 
     def warm_up(self, groups: list[SequenceGroup]) -> None:
         """Compile every program that requests like these can need, whatever their number and lengths."""
+        with self._from_idle("warm_up") as hold:
+            self._warm_up(groups, hold)
+
+    def _warm_up(self, groups: list[SequenceGroup], hold: Hold) -> None:
         self.features = SamplingFeatures.of(groups, self.model.vocab_size)
         for shape in self.buckets.shapes():
             nothing = StepPlan(is_prefill=shape.num_tokens is not None)
             batch = make_batch(nothing, shape, self.cache_config, self.model.vocab_size, self.features)
-            self.compile_step(self._with_copies(batch, [])[0], self.features)
-        self.compile_copies()
+            self.compile_step(self._with_copies(batch, [])[0], self.features, hold)
+        self.compile_copies(hold)
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
             self.pool = swap.restore_pages(self.pool, nothing, self._fetch(nothing), self.device)

@@ -6,11 +6,8 @@ Whatever can be refused is refused before the model is loaded, which may take mi
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +32,13 @@ from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.batch.requests import BEAM_ONLY, digest
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.cli_errors import INTERRUPTED, UsageError, usage_errors
+from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
+from jaxpaged.interrupts import exit_at_interrupt
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
 
-STDOUT, STDERR = 1, 2
+STDOUT = 1
 
 
 def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
@@ -59,7 +57,8 @@ def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     try:
         for line in invalid:
             results.write(error_row(line, line.reason))
-        with _exit_at_interrupt(args):
+        remedy = "" if args.output == "-" else "; the same command (without --overwrite) goes on from here"
+        with exit_at_interrupt(remedy):  # the output is made for processes that are killed
             refused = _run(args, requests, results, len(earlier.done) + len(invalid), make_llm) if requests else []
     finally:
         results.close()
@@ -186,26 +185,6 @@ def _run(
         with usage_errors("cannot write the account: "):
             write_account(llm.last_run, args.account)
     return [request for request, _ in refused]
-
-
-@contextmanager
-def _exit_at_interrupt(args: argparse.Namespace) -> Iterator[None]:
-    """Control-C ends the process as `kill -9` does, which the output is made for, only with a word and an exit code.
-
-    A KeyboardInterrupt is raised wherever Python happens to be: in a callback of jax it would be printed and forgotten.
-    """
-    remedy = "" if args.output == "-" else "; the same command (without --overwrite) goes on from here"
-    show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress bar hides it
-
-    def handle(_signal_number: int, _frame: object) -> None:
-        os.write(STDERR, f"{show_cursor}jaxpaged: interrupted{remedy}\n".encode())
-        os._exit(INTERRUPTED)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _print(output: RequestOutput) -> None:

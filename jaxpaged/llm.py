@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.beam_snapshot import BeamSnapshot
 from jaxpaged.checkpoint import open_checkpoint
+from jaxpaged.engine import Engine
 from jaxpaged.host.accounting import RunStats
 from jaxpaged.host.arrivals import set_arrivals
 from jaxpaged.host.beam_watch import take_snapshot
@@ -19,6 +21,7 @@ from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.trace import TraceRecorder
 from jaxpaged.loading import EngineOptions, build_engine
 from jaxpaged.outputs import RequestOutput
+from jaxpaged.ownership import Hold, pool_ownership
 from jaxpaged.progress import ProgressBar
 from jaxpaged.prompts import Prompt
 from jaxpaged.request_input import RequestReader
@@ -33,6 +36,10 @@ Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids},
 
 class LLM:
     """A model, its tokenizer and its page pool, ready to generate.
+
+    One run, tree or other call at a time has the pool, in whichever thread: a second is refused with a RuntimeError
+    that names the first, and has then changed nothing. What iterates has it from its first result to its last, or until
+    it is closed or dropped. In a process that was forked off, everything is refused.
 
     Attributes:
         tokenizer: None where the checkpoint has none; prompts are then token ids and outputs have no text.
@@ -105,8 +112,22 @@ class LLM:
         self._options = options
         self._checkpoint = checkpoint = open_checkpoint(model)
         self._requests = RequestReader(find_tokenizer(tokenizer, checkpoint.tokenizer_file), checkpoint.directory, seed)
-        self.engine = build_engine(checkpoint, options)
-        self._weights = self.engine.params
+        self._owner = pool_ownership()
+        self._engine: Engine | None = build_engine(checkpoint, options, owner=self._owner)
+        self._weights = self._engine.params
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests; RuntimeError where there is none: while it is rebuilt, after a rebuild that failed,
+        and in a process that was forked off."""
+        self._owner.check_process()
+        engine = self._engine
+        if engine is None:
+            with self._owner.held("LLM.engine"):
+                raise RuntimeError(
+                    "this LLM has no engine, since its last rebuild failed: call rebuild again, with options that work"
+                )
+        return engine
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -118,8 +139,10 @@ class LLM:
 
     def record_trace(self) -> TraceRecorder:
         """Have the next run taken down, step by step; the recorder's `trace` then has what the page pool did."""
-        self.engine.recorder = TraceRecorder(self.engine.cache_config)
-        return self.engine.recorder
+        engine = self.engine
+        with self._owner.held("record_trace"):
+            engine.recorder = recorder = TraceRecorder(engine.cache_config)
+        return recorder
 
     def generate(
         self,
@@ -142,11 +165,13 @@ class LLM:
 
         Raises ValueError for a request that cannot run, before any request runs.
         """
-        groups = self._requests.read_all(prompts, sampling_params, None, self.engine, shared_prefix, add_special_tokens)
+        engine = self.engine
+        groups = self._requests.read_all(prompts, sampling_params, None, engine, shared_prefix, add_special_tokens)
         order = {group: i for i, group in enumerate(groups)}
         outputs: list[RequestOutput | None] = [None] * len(groups)
-        with ProgressBar(len(groups), lambda: self.last_run, enabled=progress) as bar:
-            for done, (group, output) in enumerate(self._run(groups), start=1):
+        run = self._run("generate", groups, weakref.ref(engine))
+        with closing(run), ProgressBar(len(groups), lambda: engine.stats, enabled=progress) as bar:
+            for done, (group, output) in enumerate(run, start=1):
                 outputs[order[group]] = output
                 bar.update(done)
         return [output for output in outputs if output is not None]
@@ -163,14 +188,16 @@ class LLM:
         """As `generate`, but yields each result as it finishes; `request_id` tells which it is (by default its index).
 
         `arrival_times`: seconds after the first result is asked for at which each request comes, as from users of a
-        service; by default all are there. Requests are checked when this is called, not at the first result. Leaving
+        service; by default all are there. Requests are checked when this is called, not at the first result; the pool
+        is theirs from the first result that is asked for, which is where RuntimeError comes if another has it. Leaving
         the loop early drops the others.
         """
+        engine = self.engine
         groups = self._requests.read_all(
-            prompts, sampling_params, request_ids, self.engine, shared_prefix, add_special_tokens
+            prompts, sampling_params, request_ids, engine, shared_prefix, add_special_tokens
         )
         set_arrivals(groups, arrival_times)
-        return (output for _, output in self._run(groups))
+        return (output for _, output in self._run("generate_iter", groups, weakref.ref(engine)))
 
     def beam_search(
         self,
@@ -194,18 +221,23 @@ class LLM:
     ) -> Iterator[BeamSnapshot]:
         """Search for one prompt and yield where the search stands after every step; the last one has the `output`.
 
-        The request is checked when this is called. Leaving the loop early ends the search.
+        The request is checked when this is called; the pool is taken with the first snapshot. Leaving the loop early
+        ends the search.
         """
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"watch_beams takes a BeamSearchParams, got {params!r}")
-        groups = self._requests.read_all(prompt, params, None, self.engine, add_special_tokens=add_special_tokens)
+        engine = self.engine
+        groups = self._requests.read_all(prompt, params, None, engine, add_special_tokens=add_special_tokens)
         if len(groups) != 1:
             raise ValueError(f"watch_beams takes one prompt, got {len(groups)}")
-        return self._watch(groups[0])
+        return self._watch(groups[0], weakref.ref(engine))
 
-    def _watch(self, group: SequenceGroup) -> Iterator[BeamSnapshot]:
+    def _watch(self, group: SequenceGroup, checked_for: weakref.ref[Engine]) -> Iterator[BeamSnapshot]:
         step = 0
-        with closing(self.engine.run_steps([group])) as steps:
+        with (
+            self._begin("watch_beams", [group], checked_for) as hold,
+            closing(self.engine.run_steps([group], hold)) as steps,
+        ):
             for finished in steps:
                 if max(state.num_generated for state in group.beams) > step:
                     step += 1
@@ -214,8 +246,8 @@ class LLM:
     def tree(self) -> Tree:
         """Sequences that you fork, append to and free yourself (tree.py): for searches that `generate` does not have.
 
-        It owns the page pool until it is closed, so it is to be used as `with llm.tree() as tree`. RuntimeError while
-        another is open or a run is in progress.
+        It owns the page pool until it is closed or dropped, so it is to be used as `with llm.tree() as tree`.
+        RuntimeError while another is open or a run is in progress.
         """
         return Tree(EngineSteps(self.engine), self.tokenizer)
 
@@ -235,15 +267,18 @@ class LLM:
         """Make the engine anew with other options, the weights kept: `llm.rebuild(kv_cache="contiguous-max")`.
 
         Takes the constructor's arguments, except those that choose the weights. The old pool is freed before the new
-        one is made. Raises ValueError as the constructor does; after one, the LLM can only be rebuilt.
+        one is made. Raises ValueError as the constructor does; after one, the LLM can only be rebuilt, from the options
+        of the last engine that there was. RuntimeError, which costs nothing, while a run or a tree is open.
         """
         if fixed := sorted({"model", "tokenizer", "dtype", "load_format", "seed"} & set(options)):
             raise ValueError(
                 f"{', '.join(fixed)} cannot change without another LLM; rebuild takes the engine's options"
             )
-        self._options = dataclasses.replace(self._options, **options)
-        self.__dict__.pop("engine", None)  # and with it the pool
-        self.engine = build_engine(self._checkpoint, self._options, self._weights)
+        new = dataclasses.replace(self._options, **options)
+        with self._owner.held("rebuild"):
+            self._engine = None  # and with it the pool
+            self._engine = build_engine(self._checkpoint, new, self._weights, self._owner)
+            self._options = new
 
     def check_request(
         self, prompt: Any, params: RequestParams, shared_prefix: Any = None, add_special_tokens: bool = True
@@ -251,6 +286,19 @@ class LLM:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
         self._requests.read_one(prompt, params, self.engine, shared_prefix, add_special_tokens)
 
-    def _run(self, groups: list[SequenceGroup]) -> Iterator[tuple[SequenceGroup, RequestOutput]]:
-        for group in self.engine.run(groups):
-            yield group, make_output(group, self.tokenizer)
+    def _run(
+        self, who: str, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]
+    ) -> Generator[tuple[SequenceGroup, RequestOutput], None, None]:
+        with self._begin(who, groups, checked_for) as hold, closing(self.engine.run(groups, hold)) as run:
+            for group in run:
+                yield group, make_output(group, self.tokenizer)
+
+    @contextmanager
+    def _begin(self, who: str, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]) -> Iterator[Hold]:
+        """The pool for a run of these groups, which get their seeds now; a call that is refused takes no numbers."""
+        with self._owner.held(who) as hold:
+            engine = checked_for()
+            if engine is None or engine is not self._engine:
+                raise RuntimeError(f"the engine was rebuilt since {who} checked these requests: call it again")
+            self._requests.give_seeds(groups)
+            yield hold

@@ -28,6 +28,7 @@ from jaxpaged.device.attention import AttentionKernels, resolve_attention, resol
 from jaxpaged.device.memory import device_memory
 from jaxpaged.device.params import Params
 from jaxpaged.engine import Engine
+from jaxpaged.ownership import Ownership
 from jaxpaged.pool_size import PoolSizer
 from jaxpaged.preemption import reserve_swap_space, resolve_preemption
 
@@ -89,9 +90,11 @@ class EngineOptions:
             )
 
 
-def build_engine(checkpoint: Checkpoint, options: EngineOptions, params: Params | None = None) -> Engine:
+def build_engine(
+    checkpoint: Checkpoint, options: EngineOptions, params: Params | None = None, owner: Ownership | None = None
+) -> Engine:
     """Load the weights, or take those given, and make the page pool; ValueError, with the numbers, for what cannot run
-    on this device."""
+    on this device. `owner` is of an LLM that builds several engines, one after the other."""
     device = jax.devices()[0]
     max_model_len = _max_model_len(options, checkpoint.config)
     model = checkpoint.config.for_length(max_model_len)
@@ -123,7 +126,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, params: Params 
     num_pages = sizer.choose(params) if num_pages is None else num_pages
     cache = CacheConfig(options.page_size, num_pages, dtype)
     limits = reserve_swap_space(limits, cache, model, device)
-    return Engine(params, model, cache, limits, kernels, device)
+    return Engine(params, model, cache, limits, kernels, device, owner)
 
 
 def _resolve_kernels(options: EngineOptions, model: ModelConfig, device: jax.Device, dtype: str) -> AttentionKernels:

@@ -50,7 +50,7 @@ class RequestReader:
     ) -> list[SequenceGroup]:
         """A group for each prompt, that `engine` can run; ValueError, which names the prompt, if any cannot be.
 
-        `shared_prefix`: a prompt that comes before each of them.
+        `shared_prefix`: a prompt that comes before each of them. Seeds come when the groups begin to run: `give_seeds`.
         """
         prefix = self.read_prefix(shared_prefix, engine, add_special_tokens)
         read = [_with_default(prompt, add_special_tokens) for prompt in read_prompts(prompts)]
@@ -61,18 +61,21 @@ class RequestReader:
         groups = []
         for i, (prompt, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
             try:
-                seed = self._request_seed(one_params, i)
+                seed = 0 if one_params.seed is None else one_params.seed
                 groups.append(self.read(prompt, one_params, request_id, seed, engine, prefix))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(read) > 1 else str(error)) from None
-        self._num_requests += len(groups)
         return groups
 
-    def _request_seed(self, params: RequestParams, index: int) -> int:
-        """The request's own seed, or one that follows from the LLM's and the number of requests before it."""
-        if params.seed is not None:
-            return params.seed
-        return int(np.random.SeedSequence([self._seed, self._num_requests + index]).generate_state(1, np.uint64)[0])
+    def give_seeds(self, groups: list[SequenceGroup]) -> None:
+        """Count the requests, and give those without a seed one that follows from the LLM's and their number.
+
+        For who owns the page pool: a call that is refused, or never begins, must not change the seeds of later ones.
+        """
+        for number, group in enumerate(groups, start=self._num_requests):
+            if group.params.seed is None:
+                group.seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1, np.uint64)[0])
+        self._num_requests += len(groups)
 
     def read_one(
         self, prompt: Any, params: RequestParams, engine: Engine, shared_prefix: Any, add_special_tokens: bool

@@ -11,15 +11,18 @@ raises has changed nothing. `ToyLM` (toy.py) has the same `tree()` over a functi
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
 from jaxpaged.host.page_allocator import OutOfPagesError
 from jaxpaged.host.tree_compute import TreeComputer, TreeModel
 from jaxpaged.host.tree_state import Node, TreeStats
+from jaxpaged.ownership import Ownership
 from jaxpaged.prompts import PromptEncoder, is_one_prompt, read_prompts
 from jaxpaged.text_stream import decode_continuation
 from jaxpaged.tokenizer import Tokenizer, encode_continuation, need_tokenizer
@@ -31,6 +34,20 @@ __all__ = ["Appended", "NextTokens", "Node", "OutOfPagesError", "Scores", "Tree"
 Nodes = Node | SequenceOf[Node]
 NO_TOKENIZER = "this model has none"
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def one_call(method: Callable[Concatenate[Tree, P], R]) -> Callable[Concatenate[Tree, P], R]:
+    """A method of an open tree, which no other call may be in: of two threads the second is refused."""
+
+    @functools.wraps(method)
+    def call(self: Tree, *args: P.args, **options: P.kwargs) -> R:
+        with self._turn.held(method.__name__):
+            self._check_open()
+            return method(self, *args, **options)
+
+    return call
+
 
 class Tree:
     """Sequences that share their common pages, for as long as the `with` block lasts: it owns the whole page pool.
@@ -40,7 +57,7 @@ class Tree:
 
     Raises ValueError for what can never work (freed or foreign nodes, a node twice in one append, pinned nodes that
     would change, tokens outside the vocabulary, lengths past the end), OutOfPagesError where pages do not suffice now,
-    RuntimeError when the tree is closed; always before anything is changed.
+    RuntimeError when the tree is closed or another call of it has not returned; always before anything is changed.
     """
 
     def __init__(self, model: TreeModel, tokenizer: Tokenizer | None = None):
@@ -49,6 +66,7 @@ class Tree:
         self._model = model
         self._computer = TreeComputer(model)
         self._state = self._computer.state
+        self._turn = Ownership(_turn_refusal)
         self._close_model = weakref.finalize(self, model.close)  # also when a tree is dropped without `close`
         self._close_model.atexit = False
 
@@ -67,10 +85,11 @@ class Tree:
 
     def close(self) -> None:
         """Free all nodes and give the pool back; closing twice does nothing."""
-        if self._close_model.alive:
-            for node in list(self._state.nodes):
-                self._state.free(node)
-            self._close_model()
+        with self._turn.held("close"):
+            if self._close_model.alive:
+                for node in list(self._state.nodes):
+                    self._state.free(node)
+                self._close_model()
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +112,7 @@ class Tree:
 
     # Making nodes and parting with them
 
+    @one_call
     def open(self, prompts: Any, top: int | None = None) -> Any:
         """Compute a prompt: a node; or a list of prompts, together: a list of nodes.
 
@@ -100,7 +120,6 @@ class Tree:
         "add_special_tokens": False leaves out the tokenizer's special tokens. What comes next is kept with the node:
         `next_tokens`.
         """
-        self._check_open()
         read = read_prompts(prompts)
         self._check_top(top)
         token_ids = [self._encoder.encode(prompt, prompt.add_special_tokens is not False) for prompt in read]
@@ -110,12 +129,12 @@ class Tree:
         nodes = self._computer.open(token_ids, top)
         return nodes[0] if is_one_prompt(prompts) else nodes
 
+    @one_call
     def fork(self, nodes: Nodes, n: int | None = None) -> Any:
         """Second nodes on the same pages; costs tables and counts, and never fails for want of pages.
 
         fork(node) -> a node; fork(node, n) -> n of them; fork(list) -> one of each, where a node may be listed often.
         """
-        self._check_open()
         if isinstance(nodes, Node):
             self._state.check_nodes("fork", [nodes])
             if n is None:
@@ -129,13 +148,13 @@ class Tree:
         self._state.check_nodes("fork", nodes)
         return [self._state.fork(node) for node in nodes]
 
+    @one_call
     def reorder(self, nodes: SequenceOf[Node], parents: SequenceOf[int] | np.ndarray) -> list[Node]:
         """The step of beam and particle searches: go on with nodes[i] for each i of `parents`, and free the others.
 
         The first that names a parent gets the parent itself, every further one a fork, so that the next append copies
         no page more than it must. Pinned nodes stay, and are forked every time.
         """
-        self._check_open()
         nodes, indices = list(nodes), np.asarray(parents, np.int64).tolist()
         self._state.check_nodes("reorder", nodes)
         if len(set(nodes)) < len(nodes):
@@ -152,9 +171,9 @@ class Tree:
                 self._state.free(node)
         return children
 
+    @one_call
     def truncate(self, nodes: Nodes, length: int) -> None:
         """Go back to the first `length` tokens (at least 1). Copies nothing; the next append does, if it must."""
-        self._check_open()
         listed = _listed(nodes)
         self._state.check_nodes("truncate", listed, changes=True)
         for node in listed:
@@ -163,9 +182,9 @@ class Tree:
         for node in listed:
             self._state.truncate(node, length)
 
+    @one_call
     def free(self, nodes: Nodes) -> None:
         """Give up nodes, pinned ones too; their pages are free when no other node holds them."""
-        self._check_open()
         listed = _listed(nodes)
         self._state.check_nodes("free", listed)
         if len(set(listed)) < len(listed):
@@ -173,9 +192,9 @@ class Tree:
         for node in listed:
             self._state.free(node)
 
+    @one_call
     def pin(self, nodes: Nodes) -> None:
         """Make nodes read-only: they can be forked, scored and freed, and nothing else."""
-        self._check_open()
         listed = _listed(nodes)
         self._state.check_nodes("pin", listed)
         for node in listed:
@@ -183,13 +202,13 @@ class Tree:
 
     # Computing
 
+    @one_call
     def append(self, nodes: Nodes, tokens: Any, top: int | None = None) -> Appended:
         """Append one or more tokens to each node: one id each, or a list of lists, which may differ in length.
 
         All or nothing, for the whole call: where the pages do not suffice, OutOfPagesError says how many are needed,
         and every node is as it was.
         """
-        self._check_open()
         listed = _listed(nodes)
         self._state.check_nodes("append", listed, changes=True)
         new = read_tokens("append", tokens, len(listed), is_single=isinstance(nodes, Node))
@@ -199,13 +218,13 @@ class Tree:
             self._state.check_length("append", node.length, len(row))
         return Appended(*self._computer.append(listed, new, top))
 
+    @one_call
     def next_tokens(self, nodes: Nodes, top: int | None = None) -> NextTokens:
         """The log-probabilities of what comes next, without appending: after a fork, a truncate, or much later.
 
         What the latest append to a node gave is kept with it and its forks; only where that does not suffice is the
         node's last token computed again.
         """
-        self._check_open()
         listed = _listed(nodes)
         self._state.check_nodes("next_tokens", listed)
         self._check_top(top)
@@ -219,13 +238,13 @@ class Tree:
                 ids[i] = row.token_ids
         return NextTokens(logprobs, ids)
 
+    @one_call
     def score(self, nodes: Nodes, continuations: Any) -> Scores:
         """How likely given continuations are: of one node a list of them, or of a list of nodes one each.
 
         The nodes stay as they are: pages are taken for a while, for as many continuations at a time as the free pages
         hold, and none at all for continuations of one token.
         """
-        self._check_open()
         listed = _listed(nodes)
         self._state.check_nodes("score", listed)
         rows = read_continuations(continuations, len(listed), is_single=isinstance(nodes, Node))
@@ -235,9 +254,9 @@ class Tree:
             self._state.check_length("score", node.length, len(row) - 1)
         return Scores(*self._computer.score(parents, rows))
 
+    @one_call
     def warm_up(self, top: int | None = None) -> None:
         """Compile everything that calls with this `top` can need; no later one compiles anything."""
-        self._check_open()
         self._check_top(top)
         self._model.warm_up(top)
 
@@ -285,3 +304,7 @@ class Tree:
 
 def _listed(nodes: Nodes) -> list[Node]:
     return [nodes] if isinstance(nodes, Node) else list(nodes)
+
+
+def _turn_refusal(who: str) -> str:
+    return f"another call of this tree has not returned ({who}): wait for it; a tree takes one call at a time"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from jaxpaged.host.features import SamplingFeatures
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.tree_batching import Span, SpanOutputs, SpanStep, likeliest, make_span_batch, plan_spans
+from jaxpaged.ownership import TREE
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import WHOLE_VOCABULARY, TokenLogprobs
 
@@ -25,7 +27,8 @@ class EngineSteps:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self.allocator = engine.lend_pool()
+        self._loan = ExitStack()
+        self.allocator, self._hold = self._loan.enter_context(engine.lend_pool())
         self.vocab_size = engine.model.vocab_size
         self.max_len = engine.limits.max_model_len
         self.eos_token_ids = frozenset(engine.model.eos_token_ids)
@@ -36,8 +39,9 @@ class EngineSteps:
         return self._engine.has_lost_pool
 
     def copy_pages(self, copies: SequenceOf[PageCopy]) -> None:
-        for part in make_copies(copies, self._engine.buckets):
-            self._engine.copy_pages(part)
+        with self._engine.owner.held(TREE, self._hold):
+            for part in make_copies(copies, self._engine.buckets):
+                self._engine.copy_pages(part)
 
     def run(self, spans: SequenceOf[Span], top: int | None, wants_targets: bool) -> SpanOutputs:
         engine, limits = self._engine, self._engine.limits
@@ -50,7 +54,7 @@ class EngineSteps:
         for step in steps:
             features = self._features(top, step.plan.is_prefill and wants_targets)
             batch = make_span_batch(step, spans, engine.buckets, engine.cache_config, self.vocab_size, features)
-            outputs = engine.compute(batch, features)
+            outputs = engine.compute(batch, features, self._hold)
             if width:
                 logprobs[step.ended], tokens = _best(outputs.token_logprobs, len(step.ended), top)
                 if ids is not None:
@@ -70,11 +74,11 @@ class EngineSteps:
             for features in kinds:
                 nothing = StepPlan(is_prefill=is_prefill)
                 batch = make_batch(nothing, shape, engine.cache_config, self.vocab_size, features)
-                engine.compile_step(batch, features)
-        engine.compile_copies()
+                engine.compile_step(batch, features, self._hold)
+        engine.compile_copies(self._hold)
 
     def close(self) -> None:
-        self._engine.take_back_pool()
+        self._loan.close()
 
     def _features(self, top: int | None, wants_targets: bool) -> SamplingFeatures:
         size = WHOLE_VOCABULARY

@@ -173,7 +173,7 @@ def time_decode(
     assert engine.stats.prefill_steps == 0 and engine.stats.preemptions == 0
     device = (engine.stats.seconds["device"] - device) / args.steps
     copied = (engine.stats.page_copies - copied) / args.steps
-    engine.take_back_pool()
+    engine.reset()
     engine.features = SamplingFeatures()
     kind = "beams" if beam_width else "samples" if num_samples > 1 else "greedy"
     seconds = statistics.median(walls[WARM_UP_STEPS:]) - copy_seconds(m, copied)
@@ -226,7 +226,7 @@ def time_prefill(m: Measurement, num_tokens: int, longest: int) -> None:
         walls.append(time.perf_counter() - began)
         assert engine.stats.batch_tokens.tolist() == [num_tokens], "the prompts were not computed in one step"
         device += engine.stats.seconds["device"] if repeat >= WARM_UP_STEPS else 0.0
-        engine.take_back_pool()
+        engine.reset()
     name = name_of(engine.limits.kv_cache, engine.cache_config.page_size)
     seconds = statistics.median(walls[WARM_UP_STEPS:])
     m.add_point(name, "prefill", len(prompts), num_tokens, seconds, device / args.steps)
@@ -235,7 +235,7 @@ def time_prefill(m: Measurement, num_tokens: int, longest: int) -> None:
 def run_requests(m: Measurement, system: str) -> None:
     """Requests at once, on the engine as users run it."""
     engine, args = m.engine, m.args
-    engine.take_back_pool()  # with a scheduler of this system
+    engine.reset()  # with a scheduler of this system
     count = max(2, round(RUNS[system] * args.run_share))
     workload = make_workload(args.workload, count, seed=1, max_len=engine.limits.max_model_len)
     result = measure(m.llm, make_requests(workload, engine.model.vocab_size, seed=1), system, None)

@@ -140,7 +140,7 @@ def measure_runs(m: Measurement) -> None:
         engine.limits = dataclasses.replace(engine.limits, kv_cache=system)
         run_requests(m, system)
     engine.cache_config, engine.limits = before
-    engine.take_back_pool()
+    engine.reset()
 
 
 def measure_dense(m: Measurement) -> None:

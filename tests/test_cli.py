@@ -195,7 +195,7 @@ def test_info_for_a_reader_that_went_away_is_no_error_of_its_input():
     reader, writer = os.pipe()
     os.close(reader)
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "jaxpaged.cli", "info", str(root / "checkpoints" / "tiny-python")]
+    command = [sys.executable, "-m", "jaxpaged", "info", str(root / "checkpoints" / "tiny-python")]
     done = subprocess.run(command, cwd=root, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (cli.READER_GONE, b"")

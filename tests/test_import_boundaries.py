@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ABOVE_ENGINE = (
     "jaxpaged.pool_size", "jaxpaged.llm", "jaxpaged.request_input", "jaxpaged.request_output", "jaxpaged.cli",
-    "jaxpaged.cli_errors", "jaxpaged.cli_options", "jaxpaged.generate_command",
+    "jaxpaged.cli_errors", "jaxpaged.cli_options", "jaxpaged.interrupts",
+    "jaxpaged.__main__", "jaxpaged.generate_command",
     "jaxpaged.beams_command", "jaxpaged.beam_plot", "jaxpaged.batch", "jaxpaged.tree", "jaxpaged.tree_steps",
     "jaxpaged.toy", "jaxpaged.search", "jaxpaged.trace_command", "jaxpaged.trace_page",
 )  # fmt: skip
@@ -33,6 +34,7 @@ FORBIDDEN = {
     "jaxpaged.beam_snapshot": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.beam_tree": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.beam_plot": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", "jaxpaged.engine", "jaxpaged.llm"),
+    "jaxpaged.ownership": ("jaxpaged", *DEVICE_STACK),
     "jaxpaged.outputs": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.tokenizer": (*DEVICE_STACK, "jaxpaged.host", "jaxpaged.checkpoint", *ABOVE_STEPS),
     "jaxpaged.text_stream": ("jaxpaged", "sentencepiece", "tokenizers", *DEVICE_STACK),

@@ -257,7 +257,7 @@ def test_physical_ids_do_not_influence_results(engine):
 def test_calls_are_cut_to_the_limits_and_as_few_steps_as_they_allow(engine, tree, monkeypatch):
     batches = []
     compute = engine.compute
-    monkeypatch.setattr(engine, "compute", lambda batch, features: batches.append(batch) or compute(batch, features))
+    monkeypatch.setattr(engine, "compute", lambda batch, *rest: batches.append(batch) or compute(batch, *rest))
     root = tree.open(list(range(40)))  # 16 tokens a step at most
     assert [int((batch.inputs.query_lens).sum()) for batch in batches] == [16, 16, 8]
     del batches[:]
