@@ -197,7 +197,12 @@ class LLM:
             prompts, sampling_params, request_ids, engine, shared_prefix, add_special_tokens
         )
         set_arrivals(groups, arrival_times)
-        return (output for _, output in self._run("generate_iter", groups, weakref.ref(engine)))
+        return self._iterate(groups, weakref.ref(engine))
+
+    def _iterate(self, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]) -> Iterator[RequestOutput]:
+        with closing(self._run("generate_iter", groups, checked_for)) as run:
+            for _, output in run:
+                yield output
 
     def beam_search(
         self,
