@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -56,6 +57,9 @@ class Engine:
     until it is closed. Where a method takes a `hold`, it is for who has the pool already; others need none, and own the
     pool for the call. RuntimeError while another has it, before anything is changed.
     """
+
+    #: Whether Python ends, and has taken the names from its modules: kept here for a run that is open until then.
+    _is_ending = staticmethod(sys.is_finalizing)
 
     def __init__(
         self,
@@ -190,13 +194,19 @@ class Engine:
 
     @contextlib.contextmanager
     def _from_idle(self, who: str, hold: Hold | None = None) -> Iterator[Hold]:
-        """The pool for the block alone, with all its pages free, whatever an interrupt left, before and behind it."""
+        """The pool for the block alone, with all its pages free, whatever an interrupt left, before and behind it.
+
+        What it leaves behind asks nothing of jax, since a run may be dropped at any moment, the process' end included.
+        """
         with self.owner.held(who, hold) as hold:
             self._reset()
+            if self.has_lost_pool:
+                self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
             try:
                 yield hold
             finally:
-                self._reset()
+                if not self._is_ending():
+                    self._reset()
 
     def reset(self) -> None:
         """Drop what was queued by hand, for `step`; all pages are free again."""
@@ -206,8 +216,6 @@ class Engine:
     def _reset(self) -> None:
         self.scheduler = Scheduler(self.cache_config, self.limits)
         self._swapped.clear()
-        if self.has_lost_pool:
-            self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
 
     @property
     def _seconds_since_start(self) -> float:

@@ -68,7 +68,6 @@ class Tree:
         self._state = self._computer.state
         self._turn = Ownership(_turn_refusal)
         self._close_model = weakref.finalize(self, model.close)  # also when a tree is dropped without `close`
-        self._close_model.atexit = False
 
     def __enter__(self) -> Tree:
         self._check_open()
