@@ -34,7 +34,8 @@ __all__ = ["Appended", "NextTokens", "Node", "OutOfPagesError", "Scores", "Tree"
 Nodes = Node | SequenceOf[Node]
 NO_TOKENIZER = "this model has none"
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def one_call(method: Callable[Concatenate[Tree, P], R]) -> Callable[Concatenate[Tree, P], R]:
