@@ -200,6 +200,7 @@ class Engine:
         """
         with self.owner.held(who, hold) as hold:
             self._reset()
+            steps.begin_run()
             if self.has_lost_pool:
                 self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
             try:

@@ -80,7 +80,6 @@ def test_a_deep_model_decodes_in_two_programs(monkeypatch, kv_cache):
         return decode_layers(*args, layers=layers, **static)
 
     monkeypatch.setattr(steps, "decode_layers", launch)
-    monkeypatch.setattr(steps, "num_compiled", decode_layers._cache_size)
     engine = toy_engine(num_pages=400, kv_cache=kv_cache, kernels=kernels)
     assert run_tokens(engine, workload(seed=1)) == expected
     assert launched == {(0, 1), (1, 2)}

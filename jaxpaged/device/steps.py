@@ -1,13 +1,12 @@
-"""The jitted steps: everything that runs on the device between two decisions of the host. The only file with jax.jit.
+"""The compiled steps: everything that runs on the device between two decisions of the host.
 
 Each takes the cache by donation and returns its successor, so the pool is updated in place. Static are the model, the
 attention kernels and the layout of the packed inputs (hence the bucket); everything else is data. A step returns what
-the host must learn in one int32 array.
+the host must learn in one int32 array. programs.py keeps what is compiled.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from jaxpaged.device.beam_candidates import beam_columns
 from jaxpaged.device.cache import KVCache, PagedCache
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.params import Params
+from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
 from jaxpaged.device.sampling import likeliest_tokens, process_logits, sample_tokens, token_logprobs
 from jaxpaged.sampling_params import LogitsProcessor
 from jaxpaged.step_io import TOKENS_ALONE, DecodeBatch, Layout, PrefillBatch, SamplingInputs, StepInputs, Wanted
@@ -35,8 +35,6 @@ DEEP, FIRST_SHARE = 16, 0.2
 
 #: Packed tokens whose prompt log-probabilities are computed at a time: bounds the logits in memory.
 LOGPROB_TILE = 128
-
-_STATIC = ("config", "kernels", "layout", "wanted", "processors")
 
 
 def decode_step(
@@ -99,7 +97,7 @@ def _decode_parts(
             yield (start, end), {**params, "layers": params["layers"][start:end]}, static
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "layers"), donate_argnames="cache")
+@takes_cache
 def decode_layers(
     params: Params,
     cache: KVCache,
@@ -132,7 +130,7 @@ def decode_layers(
     return x, cache.kept()
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
+@takes_cache
 def prefill_step(
     params: Params,
     cache: KVCache,
@@ -162,30 +160,32 @@ def prefill_step(
     return outputs, _for_host(prompt), cache
 
 
-@functools.partial(jax.jit, static_argnames="kernels", donate_argnames="cache")
+@takes_cache
 def copy_pages(cache: KVCache, copies: Array, *, kernels: AttentionKernels) -> KVCache:
     """copies i32[2, C]: source and destination pages; copy-on-write for all layers in one launch."""
     return cache.copy_pages(copies[0], copies[1], kernels)
 
 
-@jax.jit
+@reads_cache
 def gather_pages(cache: PagedCache, page_ids: Array) -> Array:
     """Pages i32[C] of all layers, keys and then values, in one array [2 * layers, C, S, K, D], ready to leave."""
     return cache.gather_pages(page_ids)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@takes_cache
 def scatter_pages(cache: PagedCache, page_ids: Array, pages: Array) -> PagedCache:
     """What `gather_pages` took, [2 * layers, C, S, K, D], into the pages i32[C]."""
     return cache.scatter_pages(page_ids, pages)
 
 
 def num_compiled() -> int:
-    """Programs that this process has compiled for the steps above."""
-    jitted: tuple[Any, ...] = (
-        decode_layers, prefill_step, copy_pages, gather_pages, scatter_pages,
-    )  # fmt: skip
-    return sum(step._cache_size() for step in jitted)  # private to jax, and its own tests' way of counting
+    """Programs that this process has compiled for the steps above, those that were given back too."""
+    return PROGRAMS.num_compiled
+
+
+def begin_run() -> None:
+    """Whoever runs steps says so first: what they use from here on is kept until the next run."""
+    PROGRAMS.begin_run()
 
 
 def unpack(packed: Array, layout: Layout) -> Any:

@@ -1,0 +1,157 @@
+"""Compiled programs: keyed by what they compute, so many kept, and those not used for longest given back.
+
+Linux gives a process 65,530 memory maps, and XLA takes about a hundred of them for each program that runs on the CPU.
+What jax has compiled it keeps as long as the function is there, so a process that asks for ever new programs (a logits
+processor made in each call) would end in a crash. Here every program has a function of its own, and goes with it.
+
+What a run in progress has used is not given back; what it needs and is gone is compiled again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpaged.device.processors import what_they_compute
+from jaxpaged.sampling_params import LogitsProcessor
+from jaxpaged.step_io import Layout
+
+#: Programs kept at most. All that a run can need, with default limits, are some 60 on a CPU, and on a GPU, for a long
+#: model, a few hundred.
+MAX_PROGRAMS = 512
+#: Of the memory maps that the process may have: all programs of some four kinds of requests on a CPU.
+MAPS_SHARE = 0.5
+#: Programs given back before maps are counted again, which takes milliseconds.
+GIVEN_BACK_AT_ONCE = 8
+
+MAPS, MAPS_LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
+
+@dataclasses.dataclass
+class Kept:
+    """A program, and when it was last used."""
+
+    program: Any  # a jitted function
+    run: int = 0
+    use: int = 0
+
+
+class Programs:
+    """The programs of a process."""
+
+    def __init__(self):
+        self.max_programs = MAX_PROGRAMS
+        self.max_maps = default_max_maps()
+        self.num_compiled = 0  # ever; what was given back counts
+        self._kept: dict[Hashable, Kept] = {}
+        self._run = 0
+        self._use = 0
+        self._computations: dict[Hashable, Hashable] = {}  # of logits processors in this run, by sizes
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def begin_run(self) -> None:
+        """From here on programs that are used are kept, and processors are looked at again: they may have changed."""
+        self._run += 1
+        self._computations = {}
+
+    def find(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is None:
+                kept = self._kept[key] = Kept(make())
+            self._use += 1
+            kept.run, kept.use = self._run, self._use
+        return kept.program
+
+    def computation_of(self, processors: tuple[LogitsProcessor, ...], layout: Layout, vocab_size: int) -> Hashable:
+        known, key = self._computations, (processors, layout, vocab_size)
+        if key not in known:
+            known[key] = what_they_compute(processors, layout, vocab_size)
+        return known[key]
+
+    def note_compiled(self, count: int) -> None:
+        with self._lock:
+            self.num_compiled += count
+            self._make_room()
+
+    def _make_room(self) -> None:
+        while len(self._kept) > self.max_programs or self._has_many_maps():
+            old = [key for key, kept in self._kept.items() if kept.run != self._run]
+            if not old:
+                return
+            for key in sorted(old, key=lambda key: self._kept[key].use)[:GIVEN_BACK_AT_ONCE]:
+                self._kept.pop(key).program.clear_cache()
+
+    def _has_many_maps(self) -> bool:
+        return self.max_maps is not None and num_maps() > self.max_maps
+
+
+def num_maps() -> int:
+    """Memory maps of this process."""
+    with MAPS.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def default_max_maps() -> int | None:
+    """None where there is no such limit, or none that can be read."""
+    if not (MAPS.exists() and MAPS_LIMIT.exists()):
+        return None
+    return int(int(MAPS_LIMIT.read_text()) * MAPS_SHARE)
+
+
+PROGRAMS = Programs()
+
+
+class Step:
+    """A function that runs on the device, as programs: one for each set of keyword arguments and each size of `cache`.
+
+    Called, and lowered, as `jax.jit` of the function would be, with all keyword arguments static.
+    """
+
+    def __init__(self, function: Callable[..., Any], donates_cache: bool):
+        self._function = function
+        self._donated = "cache" if donates_cache else None
+        self._cache_index = list(inspect.signature(function).parameters).index("cache")
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        program = self._program(args, static)
+        before = program._cache_size()  # private to jax, and its own tests' way of counting
+        results = program(*args)
+        if compiled := program._cache_size() - before:
+            PROGRAMS.note_compiled(compiled)
+        return results
+
+    def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
+        return self._program(args, static).lower(*args)
+
+    def _program(self, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
+        values = dict(static)
+        if processors := values.get("processors"):
+            values["processors"] = PROGRAMS.computation_of(processors, static["layout"], static["config"].vocab_size)
+        pool = jax.tree.leaves(args[self._cache_index])[:1]
+        key = (self._function, tuple(sorted(values.items())), *((leaf.shape, leaf.dtype) for leaf in pool))
+        return PROGRAMS.find(key, lambda: self._jitted(static))
+
+    def _jitted(self, static: dict[str, Any]) -> Any:
+        """A function of its own: jax keeps together what it compiled of one function, and this is to go alone."""
+        return jax.jit(functools.partial(self._function, **static), donate_argnames=self._donated)
+
+
+def takes_cache(function: Callable[..., Any]) -> Step:
+    """A step that takes its cache by donation."""
+    return Step(function, donates_cache=True)
+
+
+def reads_cache(function: Callable[..., Any]) -> Step:
+    return Step(function, donates_cache=False)
