@@ -12,13 +12,10 @@ import numpy as np
 from jaxpaged.host.accounting import RunStats
 
 
-def check_account_path(path: str | Path) -> None:
-    """ValueError where the file could not be written, before a run that may take long."""
-    path = Path(path)
-    if path.suffix not in (".csv", ".json"):
+def check_account_name(path: str | Path | None) -> None:
+    """ValueError where the name does not say in which form the account is to be written; None: there is to be none."""
+    if path is not None and Path(path).suffix not in (".csv", ".json"):
         raise ValueError(f"{path}: the account is written as .csv or .json; choose a name that ends so")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is not a directory: create it, or choose another file")
 
 
 def write_account(stats: RunStats, path: str | Path) -> None:

@@ -21,6 +21,7 @@ from jaxpaged.beam_snapshot import BeamSnapshot
 from jaxpaged.beam_tree import TextOf, grow_branches, shown, tree_lines
 from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, given
+from jaxpaged.output_files import Named, check_outputs
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.text_stream import decode_continuation
 
@@ -52,7 +53,7 @@ def beams(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
         if not 0 <= args.delay <= MAX_DELAY:
             raise ValueError(f"--delay must be from 0 to {MAX_DELAY} seconds, got {args.delay}")
     if args.plot is not None:
-        check_plot(Path(args.plot))
+        check_plot(Path(args.plot), {"MODEL": args.model, "--tokenizer": getattr(args, "tokenizer", None)})
     with usage_errors(kinds=(ValueError, OSError, RuntimeError)):
         llm = make_llm(model=args.model, seed=args.seed, **given(args, MODEL_FLAGS))
     with usage_errors():
@@ -75,15 +76,13 @@ def beams(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     return 0
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, models: Named) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot draws with matplotlib, which is not installed: pip install 'jaxpaged[plots]'")
     if path.suffix.lower() not in PLOT_FORMATS:
         raise UsageError(f"--plot {path}: name a file that ends in one of {', '.join(PLOT_FORMATS)}")
-    if path.is_dir():
-        raise UsageError(f"--plot {path} is a directory: name a file in it")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: {path.parent} is not a directory: create it, or choose another file")
+    with usage_errors():
+        check_outputs({"--plot": path}, models=models)
 
 
 def _text_of(tokenizer: Any, prompt_ids: list[int]) -> TextOf:

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jaxpaged
@@ -24,6 +25,7 @@ from jaxpaged.cli_errors import INTERRUPTED, READER_GONE, USAGE, UsageError, usa
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags
 from jaxpaged.generate_command import generate
 from jaxpaged.interrupts import exit_at_interrupt
+from jaxpaged.output_files import check_new_folder
 from jaxpaged.trace_command import EPILOG as TRACE_EPILOG
 from jaxpaged.trace_command import TRACE_FLAGS, TRACE_MODEL_FLAGS, trace
 from jaxpaged.trace_page import example_names
@@ -189,6 +191,7 @@ def _convert(args: argparse.Namespace, _make_llm: object) -> int:
         from jaxpaged.checkpoint import convert_checkpoint
 
     with usage_errors():
+        check_new_folder(Path(args.destination).expanduser(), "DST")
         convert_checkpoint(args.source, args.destination)
     return 0
 

@@ -32,6 +32,7 @@ from jaxpaged.compare import (
 )
 from jaxpaged.compare_table import print_table
 from jaxpaged.config import KV_CACHES, CacheConfig
+from jaxpaged.output_files import check_new_folder, check_outputs
 from jaxpaged.progress import ProgressBar
 from jaxpaged.workloads import Workload, make_workload, read_workload
 
@@ -170,11 +171,13 @@ def _setting(args: argparse.Namespace) -> Setting:
 def _check_outputs(args: argparse.Namespace) -> None:
     if args.requests is not None and args.requests < 1:
         raise ValueError(f"--requests must be at least 1, got {args.requests}")
-    if args.json not in (None, "-"):
-        path = Path(args.json)
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"--json: {path} cannot be written: give a file in a directory that exists, or '-'")
+    is_file = Path(args.workload).suffix == ".jsonl"
+    check_outputs(
+        {"--json": None if args.json == "-" else args.json}, {"workload": args.workload if is_file else None},
+        {"MODEL": args.model},
+    )  # fmt: skip
     if args.plot is not None:
+        check_new_folder(Path(args.plot), "--plot")
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install 'jaxpaged[plots]'")
 

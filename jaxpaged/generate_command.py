@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.account_file import check_account_path, write_account
+from jaxpaged.account_file import check_account_name, write_account
 from jaxpaged.added_tokens import COMPANIONS
 from jaxpaged.batch import (
     BatchContext,
@@ -22,19 +22,20 @@ from jaxpaged.batch import (
     error_row,
     make_params,
     make_request,
-    model_identity,
     open_result_file,
     parse_batch,
     result_row,
     run_batch,
 )
 from jaxpaged.batch.json_values import check_encodable
-from jaxpaged.batch.requests import BEAM_ONLY, digest
+from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
 from jaxpaged.interrupts import exit_at_interrupt
+from jaxpaged.model_files import digest, model_identity
+from jaxpaged.output_files import check_outputs
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
 
@@ -45,15 +46,15 @@ def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     context = _context(args)
     lines = _lines(args, context)
     _check_used(context, lines)
-    if args.account is not None:
-        with usage_errors("cannot write the account: "):
-            check_account_path(args.account)
+    _check_outputs(args)
     results, earlier = _open_output(args, lines)
     if earlier.done:
         print(f"jaxpaged: {args.output} has {len(earlier.done)} of {len(lines)} lines already", file=sys.stderr)
     left = [line for line in lines if line.index not in earlier.done]
     invalid = [line for line in left if isinstance(line, InvalidLine)]
     requests = [line for line in left if isinstance(line, BatchRequest)]
+    if args.account is not None and not requests:
+        print("jaxpaged: nothing is left to run, so no account is written", file=sys.stderr)
     try:
         for line in invalid:
             results.write(error_row(line, line.reason))
@@ -78,18 +79,22 @@ def _context(args: argparse.Namespace) -> BatchContext:
             models += [model_identity(path) for path in _tokenizer_files(Path(options["tokenizer"]))]
     deciding = {name: options[name] for name in RESULT_OPTIONS if name in options}
     decides = [models, deciding, args.seed]
+    settings = {"model": models[0]} | ({"--tokenizer": digest(models[1:])} if models[1:] else {})
+    settings |= {"--" + name.replace("_", "-"): value for name, value in {**deciding, "seed": args.seed}.items()}
     if args.shared_prefix is not None:
         with usage_errors("--shared-prefix: "):
             check_encodable(args.shared_prefix, "the text")
             if not args.shared_prefix:
                 raise ValueError("the text is empty: leave it out to share nothing")
         decides.append(args.shared_prefix)
+        settings["--shared-prefix"] = args.shared_prefix
     adds_special_tokens = _adds_special_tokens(args)
     if not adds_special_tokens:
         decides.append({"add_special_tokens": False})
+        settings["--no-special-tokens"] = True
     identity = digest(decides)
     options_in_words = repr((identity, sorted(options.items())))
-    return BatchContext(params, args.seed, identity, options_in_words, adds_special_tokens)
+    return BatchContext(params, args.seed, identity, options_in_words, adds_special_tokens, settings)
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
@@ -132,6 +137,16 @@ def _check_used(context: BatchContext, lines: Sequence[BatchRequest | InvalidLin
         raise UsageError(f"{option} is for beam search, and no prompt asks for one: give --beam-width too")
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    with usage_errors():
+        check_account_name(args.account)
+        check_outputs(
+            {"--output": None if args.output == "-" else args.output, "--account": args.account},
+            {"input": None if args.input == "-" else args.input},
+            {"MODEL": args.model, "--tokenizer": given(args, MODEL_FLAGS).get("tokenizer")},
+        )
+
+
 def _open_output(
     args: argparse.Namespace, lines: Sequence[BatchRequest | InvalidLine]
 ) -> tuple[ResultStream, EarlierRun]:
@@ -139,10 +154,6 @@ def _open_output(
         return ResultStream(STDOUT), EarlierRun()
     path = Path(args.output)
     with usage_errors("cannot write the output: "):
-        if args.input not in (None, "-") and path.exists() and path.samefile(args.input):
-            raise ValueError(f"{path} is also the input: choose another --output")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path.parent} is not a directory: create it, or choose another --output")
         return open_result_file(path, lines, args.overwrite)
 
 
@@ -175,7 +186,7 @@ def _run(
         if is_readable:
             _print(outputs[0])
         else:
-            results.write(result_row(request, outputs, decode))
+            results.write(result_row(request, outputs, decode), request.settings)
         bar.update(num_finished)
 
     num_requests, num_settled = num_done + len(requests), num_done + len(refused)

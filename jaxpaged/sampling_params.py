@@ -19,8 +19,8 @@ from jaxpaged.param_checks import (
 )
 
 #: `processor(token_ids i32[L], num_tokens i32[], logits f32[V]) -> f32[V]`, traceable by jax: `token_ids` holds the
-#: prompt and the output so far, padded with -1 behind the first `num_tokens`. It is compiled into the step, so keep
-#: one function object for many requests.
+#: prompt and the output so far, padded with -1 behind the first `num_tokens`. It is traced in each run and compiled
+#: into the step. Functions that compute the same share a program from run to run; within a run keep one object.
 LogitsProcessor = Callable[[Any, Any, Any], Any]
 
 LOGIT_BIAS_LIMIT = 100.0

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.account_file import check_account_path, saturated_steps, summarise, write_account
+from jaxpaged.account_file import check_account_name, saturated_steps, summarise, write_account
 from jaxpaged.config import KV_CACHES, CacheConfig, PreemptionConfig
 from jaxpaged.host.memory_account import CATEGORIES
+from jaxpaged.output_files import check_outputs
 from jaxpaged.progress import ProgressBar
 from jaxpaged.simulate import PAPER_POOL, Simulation, paper_limits
 from jaxpaged.workloads import Workload, make_workload, read_workload
@@ -50,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError or OSError for what cannot run, before anything does."""
     systems = args.kv_cache or [name for name in KV_CACHES if name != "none"]
-    if args.account is not None:
-        check_account_path(args.account)
-        if len(systems) != 1:
-            raise ValueError(f"--account writes one run, but {len(systems)} systems are to run: give one --kv-cache")
+    check_account_name(args.account)
+    check_outputs({"--account": args.account}, {"workload": args.workload if _is_file(args.workload) else None})
+    if args.account is not None and len(systems) != 1:
+        raise ValueError(f"--account writes one run, but {len(systems)} systems are to run: give one --kv-cache")
     workload = _workload(args)
     simulations = {name: _simulation(args, name, workload) for name in systems}
     print(f"{'per cent of the pool':20}" + "".join(f"{name:>10}" for name in (*CATEGORIES, "stranded", "sequences")))
@@ -74,8 +75,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _is_file(workload: str) -> bool:
+    return Path(workload).suffix == ".jsonl"
+
+
 def _workload(args: argparse.Namespace) -> Workload:
-    if Path(args.workload).suffix == ".jsonl":
+    if _is_file(args.workload):
         return read_workload(args.workload)
     return make_workload(args.workload, args.requests, args.seed, args.rate, args.max_model_len)
 

@@ -15,6 +15,7 @@ from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, Flag, given, with_defaults
+from jaxpaged.output_files import check_outputs
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.trace_page import dump_trace, example_trace, make_page
 
@@ -49,16 +50,11 @@ def trace(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    paths = [Path(path) for path in (args.html, args.json) if path is not None]
-    if not paths:
+    if args.html is None and args.json is None:
         raise UsageError("say where the trace goes: --html FILE for the page, --json FILE for the data, or both")
-    for path in paths:
-        if path.is_dir():
-            raise UsageError(f"{path} is a directory: name a file in it")
-        if not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is not a directory: create it, or write elsewhere")
-    if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
-        raise UsageError(f"--html and --json both name {paths[0]}: give two files")
+    models = {"MODEL": args.model, "--tokenizer": getattr(args, "tokenizer", None)}
+    with usage_errors():
+        check_outputs({"--html": args.html, "--json": args.json}, models=models)
 
 
 def _bundled(args: argparse.Namespace) -> dict[str, Any]:

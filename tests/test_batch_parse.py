@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpaged import BeamSearchParams, SamplingParams
-from jaxpaged.batch import BatchContext, BatchRequest, InvalidLine, model_identity, parse_batch
+from jaxpaged.batch import BatchContext, BatchRequest, InvalidLine, parse_batch
+from jaxpaged.model_files import model_identity
 
 CONTEXT = BatchContext(identity="model")
 

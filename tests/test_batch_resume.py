@@ -170,6 +170,97 @@ def test_results_of_another_run_are_refused_and_left_alone(batch, change, capsys
     assert batch.run("--overwrite", *flags) in (0, 1)
 
 
+@pytest.mark.parametrize(
+    "flags, line, words",
+    [
+        (["--temperature", "0.5"], LINES[0], "temperature was the default, is 0.5"),
+        (["--dtype", "float16"], LINES[0], '--dtype was the default, is "float16"'),
+        (["--seed", "7"], LINES[0], "--seed was 0, is 7"),
+        (["--shared-prefix", "To all: "], LINES[0], '--shared-prefix was the default, is "To all: "'),
+        (["model"], LINES[0], "the model (a digest of its files) was "),
+        ([], '{"prompt": "eins", "id": "first", "max_tokens": 3}', "max_tokens was 2, is 3"),
+        ([], '{"prompt": "eins", "id": "first"}', "max_tokens was 2, is the default"),
+        ([], '{"prompt": "eins", "id": "first", "max_tokens": null}', "max_tokens was 2, is null"),
+        ([], '{"prompt": "eins", "id": "first", "max_tokens": 2, "seed": 5}', ", is 5"),
+        ([], '{"prompt": "eins", "id": "first", "max_tokens": 2, "beam_width": 2}', "beam_width was the default, is 2"),
+        ([], '{"prompt": "eins", "id": 1, "max_tokens": 2}', 'id was "first", is 1'),
+        ([], '{"prompt": "drei", "id": "first", "max_tokens": 2}', 'prompt was "eins", is "drei"'),
+        ([], '{"prompt": "eins", "id": "first", "max_tokens": 0}', "the line is not valid now (max_tokens"),
+        ([], "", "the input has no such line now"),
+    ],
+)
+def test_what_has_changed_is_named_with_both_values(batch, flags, line, words, capsys):
+    batch.run()
+    rows = batch.rows
+    batch.output.write_bytes(next(row for row in rows if b'"first"' in row))
+    if flags == ["model"]:
+        (batch.model / "config.json").write_text('{"other": 1}')
+        flags = []
+    batch.write([line, *LINES[1:]])
+    capsys.readouterr()
+    assert batch.run(*flags) == 2
+    message = capsys.readouterr().err
+    assert "line 1: the result of input line 1 does not stand: " in message and words in message
+
+
+def test_what_has_changed_of_an_openai_line_is_named(batch, capsys):
+    batch.run()
+    before = batch.rows
+    for old, new, words in (
+        ('"max_tokens": 1', '"max_tokens": 1, "echo": true', "echo was the default, is true"),
+        ('["a", "b"]', '["a", "c"]', "the line has another prompt now"),
+        ("äöü", "aou", 'id was "äöü", is "aou"'),
+        ('"max_tokens": 1', '"max_tokens": 1, "logit_bias": {"5": 2}', 'logit_bias was the default, is {"5": 2}'),
+    ):
+        batch.write([*LINES[:5], LINES[5].replace(old, new), *LINES[6:]])
+        capsys.readouterr()
+        assert batch.run() == 2
+        message = capsys.readouterr().err
+        assert "the result of input line 6 does not stand: " in message and words in message
+    assert batch.rows == before
+
+
+#: As version 0.1.0 wrote it for the first line of LINES: without its settings.
+OLD_ROW = (
+    b'{"id": "first", "index": 0, "prompt": "eins", "num_prompt_tokens": 4, "outputs": [{"index": 0, "text'
+    b'": "jf", "token_ids": [106, 102], "finish_reason": "length", "stop_reason": null}], "seed": 21527286'
+    b'9291430, "fingerprint": "1990184b71411d97"}\n'
+)
+
+
+def test_rows_of_version_0_1_0_stand(batch, capsys):
+    batch.output.write_bytes(OLD_ROW)
+    assert batch.run() == 1
+    assert batch.rows[0] == OLD_ROW and len(batch.rows) == NUM_ROWS
+    batch.output.write_bytes(OLD_ROW)
+    capsys.readouterr()
+    assert batch.run("--temperature", "0.5") == 2
+    assert "rows of version 0.1.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("planted", ["link", "file", "dangling link"])
+def test_what_lies_where_rows_are_copied_is_removed_and_not_written_to(batch, tmp_path, planted):
+    batch.run()
+    victim, beside = tmp_path / "victim", tmp_path / ".out.jsonl.partial"
+    if planted == "file":
+        beside.write_text("of a run that was killed\n" * 1000)
+    else:
+        beside.symlink_to(victim)
+    if planted == "link":
+        victim.write_text("precious")
+    assert batch.run("--num-pages", "1000") == 1  # a refused line is tried again, and its row goes
+    assert len(batch.rows) == NUM_ROWS
+    assert not beside.is_symlink() and not beside.exists()
+    assert not victim.exists() if planted != "link" else victim.read_text() == "precious"
+
+
+def test_an_account_that_nothing_was_run_for_is_not_passed_over_in_silence(batch, capsys):
+    batch.write([LINES[0]])
+    batch.run()
+    assert batch.run("--account", str(batch.output.parent / "a.csv")) == 0
+    assert "nothing is left to run, so no account is written" in capsys.readouterr().err
+
+
 FOREIGN = [
     b"notes",
     b"notes\n",

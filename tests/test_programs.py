@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import TOY, make_group, run_tokens, toy_engine
+from toy import TOY, make_group, run_tokens, toy_params
 
+from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.device import programs, steps
+from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.device.programs import PROGRAMS, Step, num_maps, reads_cache
+from jaxpaged.engine import Engine
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, SamplingInputs, pack
 
@@ -144,8 +148,10 @@ def test_calls_into_python_are_the_same_only_if_the_function_is():
 
 @pytest.fixture(scope="module")
 def small():
-    """An engine with one program for each processor: it only prefills."""
-    return toy_engine(num_pages=16, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=32)
+    """An engine with one small program for each processor: it only prefills."""
+    model = dataclasses.replace(TOY, num_layers=1)
+    limits = EngineConfig(32, 1, 16, preemption=PreemptionConfig())
+    return Engine(toy_params(model), model, CacheConfig(4, 16, "float32"), limits, REFERENCE, jax.devices()[0])
 
 
 def first_token(engine, processor) -> int:

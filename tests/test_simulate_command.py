@@ -90,7 +90,7 @@ def test_generate_writes_its_account_and_takes_the_system(tmp_path, capfd):
 def test_an_account_that_cannot_be_written_is_refused_before_the_model_is_opened(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert main(["generate", str(tmp_path), "--prompt", "a", "--account", str(tmp_path / "no" / "a.csv")]) == 2
-    assert "cannot write the account" in capsys.readouterr().err
+    assert "--account" in capsys.readouterr().err
 
 
 def test_the_memory_figure_of_the_paper_is_reproduced(tmp_path, capsys):

@@ -4,7 +4,7 @@ requests.py  what one input line asks for, or why it asks for nothing
 parse.py     bytes -> requests: which format a file has, one prompt or JSON object a line
 openai.py    the body of an OpenAI `/v1/completions` batch line, and of its answer
 rows.py      outputs -> the JSON row that is written
-resume.py    which rows of an earlier run still stand
+resume.py    which rows of an earlier run still stand; changes.py: what is different where one does not
 results.py   the output file: locked, appended row by row, never a row half or twice
 run.py       requests through an LLM to rows
 
@@ -18,7 +18,6 @@ from jaxpaged.batch.requests import (
     InvalidLine,
     make_params,
     make_request,
-    model_identity,
 )
 from jaxpaged.batch.results import ResultStream, WriteError, open_result_file
 from jaxpaged.batch.rows import error_row, result_row
@@ -34,7 +33,6 @@ __all__ = [
     "error_row",
     "make_params",
     "make_request",
-    "model_identity",
     "open_result_file",
     "parse_batch",
     "result_row",

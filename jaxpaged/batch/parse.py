@@ -28,9 +28,9 @@ from jaxpaged.batch.requests import (
     BatchRequest,
     InvalidLine,
     Prompt,
-    digest,
     make_request,
 )
+from jaxpaged.model_files import digest
 
 FORMATS = ("auto", "text", "jsonl")
 LINE_KEYS = ("id", "prompt", "prompt_token_ids", "add_special_tokens", *PARAMETER_NAMES)

@@ -8,14 +8,13 @@ An error's fingerprint covers every option: a failed line is tried again as soon
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.model_files import digest
 from jaxpaged.sampling_params import SamplingParams
 
 Prompt = str | list[int]
@@ -27,7 +26,8 @@ BEAM_ONLY = frozenset(BEAM_NAMES) - frozenset(SAMPLING_NAMES)
 #: What a line may set. Logits processors are functions, which JSON cannot hold.
 PARAMETER_NAMES = (*SAMPLING_NAMES, *(name for name in BEAM_NAMES if name in BEAM_ONLY))
 
-SAMPLE_BYTES = 4096  # read at the start, middle and end of every model file
+#: A setting longer than that, as JSON, stands in a row as its beginning and a digest.
+MAX_SETTING = 100
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class BatchContext:
         identity: digest of the model and of the options that decide results.
         options: all options in words; part of the fingerprint of errors only.
         add_special_tokens: whether the tokenizer's go around text prompts, of lines that do not say it.
+        settings: what `identity` is a digest of, by name, as far as it is not the default; written to rows, so that a
+            run which cannot go on says what has changed.
     """
 
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,6 +49,7 @@ class BatchContext:
     identity: str = ""
     options: str = ""
     add_special_tokens: bool = True
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class BatchRequest:
     openai: OpenAIOptions | None
     fingerprint: str
     error_fingerprint: str  # of this line's row if the model refuses it
+    settings: Mapping[str, Any]  # what decides its result, by name and readable; prompts and default values left out
     add_special_tokens: bool = True
 
     @property
@@ -103,12 +107,15 @@ def make_request(
     add_special_tokens: bool | None = None,
 ) -> BatchRequest:
     """Check the parameters (`ValueError` names the bad one), fill in seeds, take the fingerprint."""
+    given_seed = values.get("seed", context.params.get("seed"))
     params = []
     for part in range(len(prompts)):
-        seed = values.get("seed", context.params.get("seed"))
-        seed = derived_seed(context.seed, index, part) if seed is None else seed
+        seed = derived_seed(context.seed, index, part) if given_seed is None else given_seed
         params.append(make_params(context.params, {**values, "seed": seed}))
     content = [index, request_id, prompts, [_changed_fields(p) for p in params], context.identity]
+    settings = {**context.settings, **_changed_fields(params[0])}
+    if given_seed is None:
+        del settings["seed"]  # it is one prompt's own
     if openai is not None:
         content.append(dataclasses.asdict(openai))
     if add_special_tokens is None:
@@ -117,11 +124,21 @@ def make_request(
         raise ValueError(f"add_special_tokens must be true or false, got {add_special_tokens!r:.60}")
     if not add_special_tokens:
         content.append({"add_special_tokens": False})
+        settings["add_special_tokens"] = False
+    if openai is not None:
+        settings |= {"echo": True} if openai.echo else {}
+        settings |= {} if openai.model is None else {"body.model": openai.model}
     fingerprint = digest(content)
     return BatchRequest(
         index, request_id, prompts, params, openai, fingerprint, digest([fingerprint, context.options]),
-        add_special_tokens,
+        {name: readable(value) for name, value in settings.items()}, add_special_tokens,
     )  # fmt: skip
+
+
+def readable(value: Any) -> Any:
+    """A setting as a row has it: as JSON gives it back, and no longer than a line."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return json.loads(text) if len(text) <= MAX_SETTING else f"{text[:MAX_SETTING]}... ({digest(value)})"
 
 
 def make_params(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> RequestParams:
@@ -151,44 +168,7 @@ def derived_seed(seed: int, index: int, part: int = 0) -> int:
     return int(digest(["seed", seed, index, part])[:12], 16)
 
 
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _changed_fields(params: RequestParams) -> dict[str, Any]:
     """Only what differs from the default, so that a parameter which a later version adds leaves old results valid."""
     fields = {f.name: (getattr(params, f.name), f.default) for f in dataclasses.fields(params)}
     return {name: value for name, (value, default) in fields.items() if value != default}
-
-
-def model_identity(path: str | Path) -> str:
-    """A digest of a checkpoint or tokenizer that costs milliseconds: names, sizes and a few kilobytes of every file.
-
-    Training changes nearly every weight, so a fine-tuned copy with the same names and sizes differs in the samples.
-    """
-    root = Path(path)
-    if root.is_file():
-        return _sampled_digest(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} does not exist: give the directory of a checkpoint")
-    files = sorted(file for file in root.rglob("*") if file.is_file() and _belongs_to_model(file.relative_to(root)))
-    return digest([[str(file.relative_to(root)), _sampled_digest(file)] for file in files])
-
-
-def _belongs_to_model(path: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in path.parts)
-    return not is_hidden and path.suffix not in (
-        ".md",
-        ".jsonl",
-        ".log",
-    )
-
-
-def _sampled_digest(path: Path) -> str:
-    size = path.stat().st_size
-    hashed = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for offset in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-            file.seek(offset)
-            hashed.update(file.read(SAMPLE_BYTES))
-    return hashed.hexdigest()

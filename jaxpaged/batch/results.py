@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,10 @@ class ResultStream:
         self._is_file = is_file
         self._synced_at = time.monotonic()
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any], settings: Mapping[str, Any] | None = None) -> None:
+        """`settings`: of the row's request; a file, with which a later run may go on, has them too."""
+        if self._is_file and settings:
+            row = {**row, "settings": settings}
         # backslashreplace turns half a surrogate pair (in an error that quotes its line) into a JSON escape.
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         assert line.startswith(ROW_START)
@@ -93,7 +96,7 @@ def open_result_file(
 def _open_locked(path: Path) -> int:
     """Two runs appending to one file would each think the other's lines missing."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -112,11 +115,14 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _rewrite_without(earlier: EarlierRun, path: Path, descriptor: int) -> int:
-    """Drop the stale rows: copy the others beside the file, then take its place in one step, holding both locks."""
+    """Drop the stale rows: copy the others beside the file, then take its place in one step, holding both locks.
+
+    What lies there already, of a run that was killed or a link that somebody made, is removed and never written to.
+    """
     beside = path.with_name(f".{path.name}.partial")
-    copy = os.open(
-        beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, stat.S_IMODE(os.fstat(descriptor).st_mode)
-    )
+    beside.unlink(missing_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND
+    copy = os.open(beside, flags, stat.S_IMODE(os.fstat(descriptor).st_mode))
     try:
         fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
         kept_from = 0

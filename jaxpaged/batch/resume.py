@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxpaged.batch.changes import describe_change
 from jaxpaged.batch.requests import BatchRequest, InvalidLine
 from jaxpaged.batch.rows import ROW_START
 
@@ -63,7 +64,7 @@ def _account(earlier: EarlierRun, raw: bytes, place: str, by_index: dict[int, Ba
         earlier.finished.add(index)
     else:
         raise ValueError(
-            f"{place}: the result of input line {index + 1} is of another prompt, parameters, seed or model: {REMEDY}"
+            f"{place}: the result of input line {index + 1} does not stand: {describe_change(row, line)}: {REMEDY}"
         )
 
 
