@@ -342,7 +342,7 @@ def test_a_file_may_mix_beams_and_samples_and_is_resumed(model, tmp_path, capfd)
     capfd.readouterr()
     lines.write_text(lines.read_text().replace('"beam_width": 2', '"beam_width": 4'))
     assert run("generate", model, *options) == 2
-    assert "the result of input line 1 is of another prompt, parameters, seed or model" in error_line(capfd)
+    assert "the result of input line 1 does not stand: beam_width was 2, is 4" in error_line(capfd)
 
 
 @pytest.mark.parametrize(

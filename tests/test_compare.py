@@ -212,7 +212,7 @@ def test_a_system_that_fails_while_it_starts_is_named_and_the_others_run(directo
         (["--n", "2", "--beam-width", "2"], "--n"),
         (["--json", "missing/file.json"], "cannot be written"),
         (["--kv-cache", "paged"], "--kv-cache"),
-        (["--plot", "lengths"], "lengths: File exists"),
+        (["--plot", "lengths"], "lengths is not a directory"),
         (["--max-num-seqs", "0"], "max_num_seqs"),
     ],
 )  # fmt: skip
