@@ -79,7 +79,7 @@ def _context(args: argparse.Namespace) -> BatchContext:
             models += [model_identity(path) for path in _tokenizer_files(Path(options["tokenizer"]))]
     deciding = {name: options[name] for name in RESULT_OPTIONS if name in options}
     decides = [models, deciding, args.seed]
-    settings = {"model": models[0]} | ({"--tokenizer": digest(models[1:])} if models[1:] else {})
+    settings: dict[str, Any] = {"model": models[0]} | ({"--tokenizer": digest(models[1:])} if models[1:] else {})
     settings |= {"--" + name.replace("_", "-"): value for name, value in {**deciding, "seed": args.seed}.items()}
     if args.shared_prefix is not None:
         with usage_errors("--shared-prefix: "):

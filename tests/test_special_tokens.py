@@ -105,4 +105,4 @@ def test_the_flag_leaves_them_out_and_another_run_does_not_go_on_without_it(tmp_
     assert main([*command, "--no-special-tokens", "--shared-prefix", "xyz"], FakeLLM) == 0
     assert json.loads(output.read_text())["prompt"] == "~yz~bc"  # how the stand-in marks them
     assert main([*command, "--shared-prefix", "xyz"], FakeLLM) == 2
-    assert "is of another prompt, parameters, seed or model" in capsys.readouterr().err
+    assert "--no-special-tokens was true, is the default" in capsys.readouterr().err
