@@ -50,7 +50,7 @@ class SamplingParams:
         logit_bias: token id -> added to its logit, clamped to [-100, 100].
         allowed_token_ids: only these tokens can be chosen.
         bad_words: strings that are never generated: the last token of each is banned where the others precede it.
-        logits_processors: functions of (token ids, their number, logits), see `LogitsProcessor`.
+        logits_processors: functions of (token ids, their number, logits), in this order, see `LogitsProcessor`.
         logprobs: log-probabilities of that many likeliest tokens per generated token, besides the chosen one's; -1 is
             the whole vocabulary.
         prompt_logprobs: the same for every prompt token but the first.

@@ -441,6 +441,74 @@ def test_diverse_groups_equal_turns_over_the_whole_vocabulary(make_model):
     assert some_end_first  # a group that is done costs the others nothing
 
 
+def drawn_step(states: list[BeamState], logprobs: list[np.ndarray], seeds: list[int | None], extra: int):
+    """As `device_step` where the searches with a seed are drawn: rows ranked by keys, which are the sums of the others.
+
+    `extra`: candidates that another request of the run needs more of a row than these do.
+    """
+    k = max(state.row_candidates for state in states) + extra
+    scores, tokens, keys, starts = [], [], [], []
+    for state, rows, seed in zip(states, logprobs, seeds, strict=True):
+        sums = rows[:1] if state.num_generated == 0 else rows + state.running_scores[:, None]
+        noise = np.float32(0)
+        if seed is not None:
+            noise = np.random.default_rng([seed, state.num_generated]).gumbel(size=sums.shape).astype(np.float32)
+        top, ids = top_rows(sums + noise, k)
+        starts.append(sum(map(len, scores)))
+        scores.append(np.take_along_axis(sums, ids, 1))
+        tokens.append(ids)
+        keys.append(top)
+    return np.concatenate(scores), np.concatenate(tokens), starts, np.concatenate(keys)
+
+
+def pools_of(requests: list[tuple[Model, list[BeamState], int | None]], extra: int) -> list[list]:
+    """All searches of all requests at once to their end, ranked by keys: every request's finished pools."""
+    while active := [(model, s, seed) for model, states, seed in requests for s in states if not s.is_done]:
+        states = [state for _, state, _ in active]
+        rows = [model([[*PROMPT, *ids] for ids in state.running_token_ids().tolist()]) for model, state, _ in active]
+        advance_beams(states, *drawn_step(states, rows, [seed for _, _, seed in active], extra))
+    return [[[(h.token_ids, h.score) for h in s.hypotheses()] for s in states] for _, states, _ in requests]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["plain", "drawn", "diverse"]), st.sampled_from([(2, 1), (4, 2), (6, 3), (3, 3)]),
+            st.sampled_from([0.3, 0.8, 1.0, 2.0]), st.sampled_from([False, True, "never"]), st.integers(0, 255),
+        ),
+        min_size=2, max_size=5,
+    ),
+    st.sampled_from([toy_model, lattice_model]), st.integers(0, 9),
+)  # fmt: skip
+def test_searches_ranked_by_keys_beside_drawn_ones_find_what_each_finds_alone(cases, make_model, extra):
+    def requests():
+        for kind, (width, groups), strength, early_stopping, salt in cases:
+            is_diverse = kind == "diverse" and groups > 1
+            params = BeamSearchParams(
+                width, early_stopping=early_stopping, num_beam_groups=groups if is_diverse else 1,
+                diversity_penalty=strength if is_diverse else 0.0,
+            )  # fmt: skip
+            states = BeamState.of(params, [2, 3], 5)
+            yield make_model(17, bytes([salt])), states, salt if kind == "drawn" else None, params
+
+    together = pools_of([(model, states, seed) for model, states, seed, _ in requests()], extra)
+    for (model, states, seed, params), found in zip(requests(), together, strict=True):
+        if seed is None:
+            assert found == diverse_reference(model, PROMPT, params, [2, 3], 5)
+        else:
+            assert found == pools_of([(model, states, seed)], 0)[0]
+
+
+def test_a_penalty_counts_where_candidates_are_ranked_by_keys():
+    """The third group has lost what the others chose, though the step has keys, since a drawn search is part of it."""
+    scores = np.array([[-1.0, -1.1, -1.2, -4.0]], np.float32)
+    states = BeamState.of(BeamSearchParams(3, num_beam_groups=3, diversity_penalty=0.8), [], 3)
+    advance_beams(states, scores, np.array([[5, 6, 7, 8]], np.int32), [0, 0, 0], scores.copy())
+    assert [state.tokens[-1].tolist() for state in states] == [[5], [6], [7]]
+    assert [state.running_scores.tolist() for state in states] == scores[:, :3].T.tolist()
+
+
 def test_diverse_groups_of_width_1_first_choose_different_tokens():
     def flat(lists):
         return np.tile(log_softmax(np.linspace(0, -0.1, 8).astype(np.float32)), (len(lists), 1))

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import make_group
 
 from jaxpaged.device.sampling import _filter, _largest_threshold, process_logits, sample_tokens, token_logprobs
+from jaxpaged.host.features import SamplingFeatures
+from jaxpaged.host.sampling_batch import make_sampling_inputs
+from jaxpaged.host.step_plan import Sample
+from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.step_io import WHOLE_VOCABULARY, SamplingInputs, unpack_logprobs
 
 ROWS, VOCAB = 4, 50
@@ -127,6 +132,24 @@ def test_penalties_follow_vllm():
     processed = np.asarray(process_logits(jnp.asarray(logits), inputs, ()))
     np.testing.assert_allclose(processed[0], [1.0, 2.0, -8.0, 2.0, 1.9])
     np.testing.assert_allclose(processed[1], [1.0, 4.0, 3.25, 3.25, 3.9])  # generated tokens only
+
+
+def test_each_request_has_its_processors_in_its_own_order_and_number():
+    """Whatever order other requests of the run ask for, of functions that do not commute."""
+
+    def halved(token_ids, num_tokens, logits):
+        return logits / 2
+
+    def raised(token_ids, num_tokens, logits):
+        return logits + 3
+
+    orders = [[raised, halved], [halved, raised], [halved], [raised, raised], []]
+    groups = [make_group([1], SamplingParams(logits_processors=order), str(i)) for i, order in enumerate(orders)]
+    features = SamplingFeatures.of(groups, VOCAB)
+    samples = [Sample(group, group.sequences[0], i) for i, group in enumerate(groups)]
+    inputs = make_sampling_inputs(samples, 8, 4, VOCAB, features)
+    processed = process_logits(jnp.ones((8, VOCAB)), inputs, features.processors)
+    assert processed[:, 0].tolist() == [2.0, 3.5, 0.5, 7.0, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_allowed_tokens_edits_and_processors():

@@ -218,10 +218,11 @@ def _advance(
     elif is_diverse or is_first.any():
         # What the device has not added to these rows. The beams of a prompt's row are one until a step has run.
         change = np.where(is_first[:, None] & in_group, batch.beams.running_scores, np.float32(0))[:, :, None]
-        scores, row_tokens = scores[rows] + change, tokens[rows]
-        keys = None if keys is None else keys[rows] + change
-        if is_diverse:
-            scores = scores - _diversity(states, row_tokens)
+        row_tokens = tokens[rows]
+        cost = _diversity(states, row_tokens) if is_diverse else np.float32(0)
+        # Keys change as sums do: a search that is not drawn is ranked by them, too, where another of the step is drawn.
+        scores = scores[rows] + change - cost
+        keys = None if keys is None else keys[rows] + change - cost
         scores, tokens, keys = _in_row_order(scores, row_tokens, keys)
         rows = np.where(in_group, np.arange(rows.size).reshape(rows.shape), -1)
     _decide(states, batch, merge_candidates(scores, tokens, rows, batch.counts, keys))

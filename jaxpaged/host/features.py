@@ -5,7 +5,7 @@ The union over a whole run is taken, not over one step, so that programs do not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
@@ -59,7 +59,7 @@ class SamplingFeatures:
             is_penalised=any(penalties(p) != (1, 0, 0) for p in params),
             max_edits=_power_of_two(max(map(_most_edits, groups), default=0)),
             max_allowed=_power_of_two(max((len(p.allowed_token_ids or ()) for p in params), default=0)),
-            processors=tuple(dict.fromkeys(f for p in params for f in p.logits_processors or ())),
+            processors=_all_processors(params),
             num_logprobs=_logprob_size([p.logprobs for p in params], vocab_size),
             num_prompt_logprobs=_logprob_size([p.prompt_logprobs for p in params], vocab_size),
         )
@@ -80,8 +80,32 @@ class SamplingFeatures:
         return self.is_penalised or bool(self.processors)
 
 
+def processor_places(processors: Sequence[LogitsProcessor], params: RequestParams) -> list[int]:
+    """Where a request's own processors stand among those of a run, one behind the other: up to the first that does not.
+
+    Processors do not commute, so a place that is out of the request's order is none of its.
+    """
+    places: list[int] = []
+    for processor in params.logits_processors or ():
+        start = places[-1] + 1 if places else 0
+        place = next((i for i in range(start, len(processors)) if processors[i] == processor), None)
+        if place is None:
+            break
+        places.append(place)
+    return places
+
+
 def penalties(params: RequestParams) -> tuple[float, float, float]:
     return params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+
+
+def _all_processors(params: list[RequestParams]) -> tuple[LogitsProcessor, ...]:
+    """The processors of all requests, each request's in its order: one stands there twice where orders differ."""
+    processors: list[LogitsProcessor] = []
+    for one in params:
+        known = len(processor_places(processors, one))
+        processors += list(one.logits_processors or ())[known:]
+    return tuple(processors)
 
 
 def _most_edits(group: SequenceGroup) -> int:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.host.features import SamplingFeatures, penalties
+from jaxpaged.host.features import SamplingFeatures, penalties, processor_places
 from jaxpaged.host.step_plan import Sample
 from jaxpaged.sampling_params import LOGIT_BIAS_LIMIT, SamplingParams
 from jaxpaged.step_io import SamplingInputs
@@ -49,8 +49,10 @@ def make_sampling_inputs(
     if features.is_penalised:
         inputs = inputs._replace(penalties=_rows([penalties(p) for p in params], (num_rows, 3), np.float32, 1.0))
     if features.processors:
-        uses = [[f in (p.logits_processors or ()) for f in features.processors] for p in params]
-        inputs = inputs._replace(uses_processor=_rows(uses, (num_rows, len(features.processors)), np.int32))
+        uses = np.zeros((num_rows, len(features.processors)), np.int32)
+        for row, p in enumerate(params):
+            uses[row, processor_places(features.processors, p)] = 1
+        inputs = inputs._replace(uses_processor=uses)
     if features.needs_history:
         inputs = _with_history(inputs, samples, num_rows, history_len)
     if features.max_edits:
