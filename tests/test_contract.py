@@ -98,7 +98,7 @@ def test_the_runs_did_what_the_contract_is_about(total):
     if total.runs < len(MODELS) * ENGINES * RUNS_OF_ENGINE:
         pytest.skip("counts the runs of all models, and not all ran")
     print(total)
-    assert total.runs == 200
+    assert total.runs >= 200
     events = ("preemptions", "swaps", "recomputations", "swap overflows", "copies", "prefix", "arrivals")
     places = [f"page size {size}" for size in PAGE_SIZES] + ["paged", *SYSTEMS]
     befores = [f"before: {before}" for before in ("nothing", "warm_up", "dropped run")]
