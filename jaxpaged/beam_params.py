@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxpaged.param_checks import (
-    check_counts,
-    check_flags,
-    check_int,
-    check_lists,
-    check_number,
-    check_penalties,
-    check_text,
     check_token_ids,
+    read_counts,
+    read_flags,
+    read_int_field,
+    read_lists,
+    read_number_field,
+    read_optional_int,
+    read_penalties,
+    read_temperature,
+    read_text_flags,
     stop_strings,
 )
 from jaxpaged.sampling_params import LogitsProcessor, SamplingParams
+from jaxpaged.values import shortened
 
 #: A generated length raised to a power beyond this could leave the range of float32.
 LENGTH_PENALTY_LIMIT = 5.0
+#: Sums of log-probabilities must stay far above -1e9, which stands for "no beam".
+MIN_DRAWN_TEMPERATURE = 0.01
+MAX_DIVERSITY_PENALTY = 100.0
 
 
 @dataclass(frozen=True)
@@ -86,39 +91,49 @@ class BeamSearchParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self):
-        check_int("beam_width", self.beam_width, 1)
-        if self.n is not None:
-            check_int("n", self.n, 1)
-            if self.n > self.beam_width:
-                raise ValueError(
-                    f"n={self.n} hypotheses cannot be returned of the beam_width={self.beam_width} that are kept: "
-                    "raise beam_width"
-                )
-        check_counts(self)
-        self._check_ending()
-        check_flags(self, "do_sample")
-        self._check_temperature()
-        self._check_groups()
-        check_penalties(self)
-        check_lists(self, "beam")
-        check_text(self)
+        read_int_field(self, "beam_width", 1)
+        read_optional_int(self, "n", 1)
+        if self.n is not None and self.n > self.beam_width:
+            raise ValueError(
+                f"n={self.n} hypotheses cannot be returned of the beam_width={self.beam_width} that are kept: "
+                "raise beam_width"
+            )
+        read_counts(self)
+        self._read_ending()
+        read_flags(self, "do_sample")
+        self._read_temperature()
+        self._read_groups()
+        read_penalties(self)
+        read_lists(self, "beam")
+        read_text_flags(self)
 
-    def _check_ending(self):
+    def _read_ending(self):
         limit = LENGTH_PENALTY_LIMIT
-        check_number("length_penalty", self.length_penalty, -limit, limit, f"in [{-limit:g}, {limit:g}]")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f"early_stopping must be False, True or 'never', got {self.early_stopping!r}")
+        read_number_field(self, "length_penalty", -limit, limit, f"in [{-limit:g}, {limit:g}]")
+        if not (isinstance(self.early_stopping, str) and self.early_stopping == "never"):
+            try:
+                read_flags(self, "early_stopping")
+            except ValueError:
+                raise ValueError(
+                    f"early_stopping must be False, True or 'never', got {shortened(self.early_stopping)}"
+                ) from None
 
-    def _check_temperature(self):
-        check_number("temperature", self.temperature, 0.0, math.inf, "0 or more, and finite")
+    def _read_temperature(self):
+        read_temperature(self, "0 or more")
         if self.do_sample and self.temperature == 0:
             raise ValueError("temperature=0 leaves nothing to draw: set temperature above 0, or do_sample=False")
+        if self.do_sample and self.temperature < MIN_DRAWN_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature} is too low for beams that are drawn: set {MIN_DRAWN_TEMPERATURE} or "
+                "more, or do_sample=False, to which it comes"
+            )
         if not self.do_sample and self.temperature not in (0, 1):
             raise ValueError(f"temperature={self.temperature} would not be used: set do_sample=True, or temperature=1")
 
-    def _check_groups(self):
-        check_int("num_beam_groups", self.num_beam_groups, 1)
-        check_number("diversity_penalty", self.diversity_penalty, 0.0, math.inf, "0 or more, and finite")
+    def _read_groups(self):
+        read_int_field(self, "num_beam_groups", 1)
+        most = MAX_DIVERSITY_PENALTY
+        read_number_field(self, "diversity_penalty", 0.0, most, f"0 or more, and at most {most:g}")
         if self.beam_width % self.num_beam_groups:
             raise ValueError(
                 f"beam_width={self.beam_width} cannot be split into num_beam_groups={self.num_beam_groups} groups of "

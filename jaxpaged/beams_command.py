@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.batch.requests import BEAM_NAMES
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.beam_snapshot import BeamSnapshot
@@ -24,6 +23,7 @@ from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING
 from jaxpaged.output_files import Named, check_outputs
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.text_stream import decode_continuation
+from jaxpaged.values import check_encodable
 
 DEFAULT_WIDTH = 4
 MAX_DELAY = 3600

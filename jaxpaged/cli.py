@@ -21,7 +21,7 @@ from jaxpaged import compare_command, simulate_command
 from jaxpaged.batch import WriteError
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.beams_command import SEARCH_FLAGS, beams
-from jaxpaged.cli_errors import INTERRUPTED, READER_GONE, USAGE, UsageError, usage_errors
+from jaxpaged.cli_errors import INTERRUPTED, READER_GONE, USAGE, UsageError, one_line, usage_errors
 from jaxpaged.cli_options import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags
 from jaxpaged.generate_command import generate
 from jaxpaged.interrupts import exit_at_interrupt
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = No
             logging.getLogger("jaxpaged").setLevel(logging.INFO)
         return args.run(args, make_llm or _make_llm)
     except UsageError as error:
-        print(f"jaxpaged: {error}", file=sys.stderr)
+        print(f"jaxpaged: {one_line(str(error))}", file=sys.stderr)
         return USAGE
     except WriteError as error:
         print(f"jaxpaged: {error}; mend that and give the same command again to go on", file=sys.stderr)

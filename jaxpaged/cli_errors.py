@@ -26,5 +26,9 @@ def usage_errors(what: str = "", kinds: tuple[type[Exception], ...] = (ValueErro
 def reason(error: Exception) -> str:
     """An exception in one line."""
     if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split())
+        return one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror)
+    return one_line(str(error))
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

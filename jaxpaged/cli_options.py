@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxpaged.cli_errors import UsageError
 from jaxpaged.config import KV_CACHES
 
 
@@ -140,5 +141,8 @@ def given(args: argparse.Namespace, flags: tuple[Flag, ...]) -> dict[str, Any]:
     """The flags of a table that the command line has, as keyword arguments."""
     values = {flag.name: getattr(args, flag.name) for flag in flags if hasattr(args, flag.name)}
     if "logit_bias" in values:
-        values["logit_bias"] = dict(values["logit_bias"])
+        bias = dict(values["logit_bias"])
+        if len(bias) < len(values["logit_bias"]):
+            raise UsageError("--logit-bias names a token id twice: give each once")
+        values["logit_bias"] = bias
     return values

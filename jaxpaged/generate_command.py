@@ -20,6 +20,7 @@ from jaxpaged.batch import (
     ResultStream,
     check_requests,
     error_row,
+    format_of_name,
     make_params,
     make_request,
     open_result_file,
@@ -27,7 +28,6 @@ from jaxpaged.batch import (
     result_row,
     run_batch,
 )
-from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.beam_params import BeamSearchParams
@@ -38,6 +38,7 @@ from jaxpaged.model_files import digest, model_identity
 from jaxpaged.output_files import check_outputs
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.progress import ProgressBar
+from jaxpaged.values import check_encodable, read_seed
 
 STDOUT = 1
 
@@ -71,6 +72,8 @@ def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 
 def _context(args: argparse.Namespace) -> BatchContext:
     params, options = given(args, (*SAMPLING_FLAGS, *BEAM_FLAGS)), given(args, MODEL_FLAGS)
+    with usage_errors("--"):
+        read_seed(args.seed)
     with usage_errors():
         # Flags of beams without --beam-width are for lines that give one.
         make_params({}, params if "beam_width" in params else {n: v for n, v in params.items() if n not in BEAM_ONLY})
@@ -119,10 +122,12 @@ def _lines(args: argparse.Namespace, context: BatchContext) -> Sequence[BatchReq
             for prompt in args.prompt:  # bytes of the command line that are no UTF-8 arrive as such characters
                 check_encodable(prompt, "the text")
             return [make_request(i, str(i), [prompt], {}, context) for i, prompt in enumerate(args.prompt)]
-    with usage_errors("cannot read the input: ", (OSError,)):
+    with usage_errors(f"{args.input}: "):
+        file_format = format_of_name(args.input, args.format)
+    with usage_errors("cannot read the input: "):
         data = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
     with usage_errors(f"{args.input}: "):
-        lines = parse_batch(data, context, args.format)
+        lines = parse_batch(data, context, file_format)
     if not lines:
         print(f"jaxpaged: {args.input} has no prompts", file=sys.stderr)
     return lines

@@ -30,6 +30,7 @@ from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.tokenizer import Tokenizer, find_tokenizer
 from jaxpaged.tree import Tree
 from jaxpaged.tree_steps import EngineSteps
+from jaxpaged.values import is_list, read_path, shortened
 
 Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
 
@@ -74,7 +75,7 @@ class LLM:
             dtype: of weights, activations and KV: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, but
                 float32 on a CPU.
             load_format: "auto", "native", "safetensors", or "dummy": random weights, from config.json alone.
-            seed: of requests that have none of their own (and of dummy weights).
+            seed: of requests that have none of their own (and of dummy weights), 0 to 2**64 - 1.
             max_model_len: tokens of prompt and output at most; by default the model's positions (before dynamic and
                 longrope scaling, which depend on it).
             page_size: token positions in a page.
@@ -110,7 +111,7 @@ class LLM:
             swap_space_gib, kv_cache, watermark,
         )  # fmt: skip
         self._options = options
-        self._checkpoint = checkpoint = open_checkpoint(model)
+        self._checkpoint = checkpoint = open_checkpoint(read_path("model", model))
         self._requests = RequestReader(find_tokenizer(tokenizer, checkpoint.tokenizer_file), checkpoint.directory, seed)
         self._owner = pool_ownership()
         self._engine: Engine | None = build_engine(checkpoint, options, owner=self._owner)
@@ -216,9 +217,9 @@ class LLM:
 
         The same as `generate`, which takes beams, samples and greedy requests in one batch.
         """
-        given = params if isinstance(params, SequenceOf) else [params]
+        given = params if is_list(params) else [params]
         if any(not isinstance(one, BeamSearchParams) for one in given):
-            raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {params!r}")
+            raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {shortened(params)}")
         return self.generate(prompts, params, progress, shared_prefix, add_special_tokens)
 
     def watch_beams(
@@ -230,7 +231,7 @@ class LLM:
         ends the search.
         """
         if not isinstance(params, BeamSearchParams):
-            raise ValueError(f"watch_beams takes a BeamSearchParams, got {params!r}")
+            raise ValueError(f"watch_beams takes a BeamSearchParams, got {shortened(params)}")
         engine = self.engine
         groups = self._requests.read_all(prompt, params, None, engine, add_special_tokens=add_special_tokens)
         if len(groups) != 1:
@@ -263,9 +264,7 @@ class LLM:
         of features (sampling, filters, penalties, log-probabilities, ...) need programs of their own. So do, with
         `LLM(shared_prefixes=True)`, requests of one sample that read a `shared_prefix`.
         """
-        params = (
-            [sampling_params or SamplingParams()] if not isinstance(sampling_params, SequenceOf) else sampling_params
-        )
+        params = sampling_params if is_list(sampling_params) else [sampling_params or SamplingParams()]
         self.engine.warm_up([self._requests.read(Prompt(None, [0]), one, "", 0, self.engine) for one in params])
 
     def rebuild(self, **options: Any) -> None:

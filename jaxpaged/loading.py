@@ -6,7 +6,6 @@ What can be refused by arithmetic is refused before weights are read.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 
 import jax
@@ -31,8 +30,12 @@ from jaxpaged.engine import Engine
 from jaxpaged.ownership import Ownership
 from jaxpaged.pool_size import PoolSizer
 from jaxpaged.preemption import reserve_swap_space, resolve_preemption
+from jaxpaged.values import as_int, read_flag, read_int, read_number, read_seed, shortened
 
 logger = logging.getLogger("jaxpaged")
+
+#: Ids of pages and slots, and lengths, are 32 bits on the device.
+COUNT_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ class EngineOptions:
     watermark: float = 0.01
 
     def __post_init__(self):
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}; choose one of auto, {', '.join(DTYPES)}")
-        if self.preemption not in PREEMPTION_MODES:
-            raise ValueError(f"preemption={self.preemption!r}; choose one of {', '.join(PREEMPTION_MODES)}")
-        if self.kv_cache not in KV_CACHES:
-            raise ValueError(f"kv_cache={self.kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
+        for name in ("attention", "load_format"):  # which there are is known where they are read
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, got {shortened(getattr(self, name))}")
+        choices = {"dtype": ("auto", *DTYPES), "preemption": PREEMPTION_MODES, "kv_cache": KV_CACHES}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name}={shortened(value)}; choose one of {', '.join(known)}")
         if self.kv_cache != "paged" and self.preemption == "swap":
             raise ValueError(
                 f"kv_cache={self.kv_cache!r} reserves all that a request needs beforehand, so none gives way: "
@@ -70,24 +75,37 @@ class EngineOptions:
         if self.kv_cache != "paged" and self.shared_prefixes:
             raise ValueError(f"kv_cache={self.kv_cache!r} shares nothing: shared_prefixes=True needs kv_cache='paged'")
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens", "num_pages", "max_model_len"):
-            value = getattr(self, name)
-            if value is None and name in ("num_pages", "max_model_len"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        if not 0 < self.memory_utilization <= 1:
-            raise ValueError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
-        if not 0 <= self.watermark < 1:
-            raise ValueError(f"watermark must be in [0, 1), got {self.watermark}")
-        if not 0 <= self.swap_space_gib < math.inf:
-            raise ValueError(f"swap_space_gib must be a number of at least 0, got {self.swap_space_gib}")
+            self._read_count(name, may_be_none=name in ("num_pages", "max_model_len"))
+        self._settle("seed", read_seed(self.seed))
+        self._settle("shared_prefixes", read_flag("shared_prefixes", self.shared_prefixes))
+        self._read_shares()
         if self.preemption == "swap" and self.swap_space_gib == 0:
             raise ValueError(
                 "preemption='swap' needs host memory for the pages that it moves, but swap_space_gib=0: give it some "
                 "(4 is the default), or choose preemption='recompute'"
             )
+
+    def _read_count(self, name: str, may_be_none: bool) -> None:
+        value = getattr(self, name)
+        if value is None and may_be_none:
+            return
+        number = as_int(value)
+        if number is None or number < 1:
+            raise ValueError(f"{name} must be a positive integer, got {shortened(value)}")
+        self._settle(name, read_int(name, number, 1, COUNT_MAX))
+
+    def _read_shares(self) -> None:
+        for name, wanted in (("memory_utilization", "in (0, 1]"), ("watermark", "in [0, 1)")):
+            self._settle(name, read_number(name, getattr(self, name), 0, 1, wanted))
+        if self.memory_utilization == 0:
+            raise ValueError("memory_utilization must be in (0, 1], got 0")
+        if self.watermark == 1:
+            raise ValueError("watermark must be in [0, 1), got 1")
+        wanted = f"a number of at least 0, and at most {COUNT_MAX}"
+        self._settle("swap_space_gib", read_number("swap_space_gib", self.swap_space_gib, 0, COUNT_MAX, wanted))
+
+    def _settle(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
 
 def build_engine(

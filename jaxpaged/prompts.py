@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from jaxpaged.tokenizer import Tokenizer, need_tokenizer
+from jaxpaged.values import TEXT_AND_BYTES, as_int, check_encodable, is_list, shortened, unpacked
 
 logger = logging.getLogger("jaxpaged")
 
@@ -27,8 +28,8 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     """
     if is_one_prompt(prompts):
         return [read_prompt(prompts)]
-    prompts = _as_list(prompts)
-    if not isinstance(prompts, Sequence):
+    prompts = unpacked(prompts)
+    if not is_list(prompts):
         raise ValueError(f"prompts must be text, token ids, a dict or a list of these, got {type(prompts).__name__}")
     read = []
     for i, prompt in enumerate(prompts):
@@ -41,27 +42,17 @@ def read_prompts(prompts: Any) -> list[Prompt]:
 
 def is_one_prompt(prompts: Any) -> bool:
     """Whether `read_prompts` takes this for a single prompt, not for a list of them."""
-    prompts = _as_list(prompts)
+    prompts = unpacked(prompts)
     return isinstance(prompts, str | Mapping) or _are_token_ids(prompts)
 
 
-def _as_list(value: Any) -> Any:
-    """Arrays of token ids as lists; everything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def _are_token_ids(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) > 0
-        and all(hasattr(x, "__index__") and not isinstance(x, bool) for x in value)
-    )
+    return is_list(value) and len(value) > 0 and all(as_int(x) is not None for x in value)
 
 
 def read_prompt(prompt: Any) -> Prompt:
     """One prompt in any of its forms."""
-    prompt, add_special_tokens = _as_list(prompt), None
+    add_special_tokens = None
     if isinstance(prompt, Mapping):
         keys = set(prompt)
         if "prompt" in keys and "add_special_tokens" in keys:
@@ -71,30 +62,41 @@ def read_prompt(prompt: Any) -> Prompt:
         if keys == {"prompt"}:
             prompt = prompt["prompt"]
             if not isinstance(prompt, str):
-                raise ValueError(f'{{"prompt": ...}} takes text, got {prompt!r}')
+                raise ValueError(f'{{"prompt": ...}} takes text, got {shortened(prompt)}')
         elif keys == {"prompt_token_ids"}:
-            prompt = _as_list(prompt["prompt_token_ids"])
+            prompt = prompt["prompt_token_ids"]
             if isinstance(prompt, str):
                 raise ValueError('{"prompt_token_ids": ...} takes a list of integers, got text')
         else:
             raise ValueError(
                 'a prompt dict has the key "prompt" or "prompt_token_ids" ("prompt" also with "add_special_tokens"), '
-                f"got {sorted(map(str, prompt))}"
+                f"got {shortened(list(prompt))}"
             )
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty")
+        check_encodable(prompt, "the prompt")
         return Prompt(prompt, None, add_special_tokens)
-    if isinstance(prompt, Sequence) and len(prompt) == 0:
+    return Prompt(None, _read_token_ids(unpacked(prompt)))
+
+
+def _read_token_ids(values: Any) -> list[int]:
+    if isinstance(values, TEXT_AND_BYTES):
+        raise ValueError(f"a prompt is text or token ids, not bytes: decode {shortened(values)} to text")
+    if not is_list(values):
+        raise ValueError(f"a prompt must be text, a list of token ids or a dict, got {shortened(values)}")
+    if len(values) == 0:
         raise ValueError("the prompt has no tokens")
-    if not _are_token_ids(prompt):
-        raise ValueError(f"a prompt must be text, a list of token ids or a dict, got {prompt!r}")
-    return Prompt(None, [int(token_id) for token_id in prompt])
+    token_ids = [as_int(value) for value in values]
+    if None in token_ids:
+        wrong = shortened(values[token_ids.index(None)])
+        raise ValueError(f"a prompt must be text, a list of token ids or a dict, got a list that has {wrong}")
+    return token_ids  # type: ignore[return-value]
 
 
 def check_add_special_tokens(value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"add_special_tokens must be True or False, got {value!r:.60}")
+        raise ValueError(f"add_special_tokens must be True or False, got {shortened(value)}")
 
 
 class PromptEncoder:
@@ -131,7 +133,7 @@ class PromptEncoder:
         tokenizer = need_tokenizer(self.tokenizer, "a text prompt needs", self._missing)
         token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
-            raise ValueError(f"the prompt {text!r} has no tokens")
+            raise ValueError(f"the prompt {shortened(text)} has no tokens")
         return token_ids
 
     @cached_property

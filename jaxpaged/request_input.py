@@ -18,6 +18,10 @@ from jaxpaged.prompts import Prompt, PromptEncoder, check_add_special_tokens, re
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.text_stream import StopStringStream
 from jaxpaged.tokenizer import Tokenizer, need_tokenizer
+from jaxpaged.values import is_list, read_strings, shortened
+
+#: No token is as long, in characters: not even runs of blanks in vocabularies for source code.
+TOKEN_CHARACTERS = 1024
 
 
 class Prefix(NamedTuple):
@@ -55,9 +59,7 @@ class RequestReader:
         prefix = self.read_prefix(shared_prefix, engine, add_special_tokens)
         read = [_with_default(prompt, add_special_tokens) for prompt in read_prompts(prompts)]
         all_params = _one_for_each(params, len(read))
-        ids = [str(i) for i in range(len(read))] if request_ids is None else list(request_ids)
-        if len(ids) != len(read):
-            raise ValueError(f"{len(ids)} request_ids for {len(read)} prompts")
+        ids = _request_ids(request_ids, len(read))
         groups = []
         for i, (prompt, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
             try:
@@ -91,6 +93,7 @@ class RequestReader:
             return None
         try:
             prompt = _with_default(read_prompt(shared_prefix), add_special_tokens)
+            _check_characters("the text", prompt.text, engine)
             has_special_tokens = prompt.add_special_tokens is not False
             latest = self._prefix
             if latest is not None and (latest.text, latest.has_special_tokens) == (prompt.text, has_special_tokens):
@@ -113,9 +116,16 @@ class RequestReader:
         engine: Engine,
         prefix: Prefix | None = None,
     ) -> SequenceGroup:
-        """The group of one request; ValueError for one that `engine` could not run even alone."""
+        """The group of one request; ValueError for one that `engine` could not run even alone.
+
+        Its sizes are checked before anything of that size is made.
+        """
+        _check_params(params)
         model, limits = engine.model, engine.limits
         params.check_token_ids(model.vocab_size)
+        _check_characters("the prompt", prompt.text, engine)
+        for word in params.bad_words or ():
+            _check_characters("a bad word", word, engine)
         encode = self._encoder.encode if prefix is None else self._encoder.encode_behind
         token_ids = encode(prompt, prompt.add_special_tokens is not False)
         _check_vocabulary(token_ids, model.vocab_size)
@@ -132,10 +142,12 @@ class RequestReader:
         if params.stop_strings or params.bad_words:
             need_tokenizer(self.tokenizer, "stop strings and bad_words need", self._missing)
         budget = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
+        max_len = min(budget, limits.max_model_len)
+        engine.scheduler.check(len(token_ids), params.num_samples, max_len, prefix_len)
         group = SequenceGroup(
             request_id, text, params, seed,
             sequences=[Sequence(0, token_ids, len(token_ids))],
-            max_len=min(budget, limits.max_model_len),
+            max_len=max_len,
             prefix_len=prefix_len,
             eos_ids=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
             stop_ids=frozenset(params.stop_token_ids or ()),
@@ -145,7 +157,6 @@ class RequestReader:
             _prepare_beams(group, params, self.tokenizer)
         else:
             _prepare_samples(group, params, self.tokenizer)
-        engine.scheduler.check(group.prompt_len, params.num_samples, group.max_len, prefix_len)
         return group
 
 
@@ -157,7 +168,26 @@ def _with_default(prompt: Prompt, add_special_tokens: bool) -> Prompt:
 def _check_vocabulary(token_ids: list[int], vocab_size: int) -> None:
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
-            raise ValueError(f"token id {token_id} is outside the vocabulary, which has ids 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"token id {shortened(token_id)} is outside the vocabulary, which has ids 0 to {vocab_size - 1}"
+            )
+
+
+def _check_characters(what: str, text: str | None, engine: Engine) -> None:
+    """Refuse text that is far too long by its characters: tokens of it would take minutes, and more memory than it."""
+    limit = engine.limits.max_model_len * TOKEN_CHARACTERS
+    if text is not None and len(text) > limit:
+        raise ValueError(
+            f"{what} has {len(text)} characters, and max_model_len={engine.limits.max_model_len}: with more than "
+            f"{limit} characters it has too many tokens"
+        )
+
+
+def _check_params(params: Any) -> None:
+    if not isinstance(params, RequestParams):
+        raise ValueError(
+            f"sampling_params must be a SamplingParams or BeamSearchParams or a list of them, got {shortened(params)}"
+        )
 
 
 def _prepare_beams(group: SequenceGroup, params: BeamSearchParams, tokenizer: Tokenizer | None) -> None:
@@ -192,11 +222,17 @@ def _one_for_each(params: RequestParams | SequenceOf[RequestParams] | None, coun
         params = SamplingParams()
     if isinstance(params, RequestParams):
         return [params] * count
-    is_list = isinstance(params, SequenceOf) and not isinstance(params, str)
-    if not is_list or any(not isinstance(one, RequestParams) for one in params):
-        raise ValueError(
-            f"sampling_params must be a SamplingParams or BeamSearchParams or a list of them, got {params!r}"
-        )
+    for one in params if is_list(params) else [params]:
+        _check_params(one)
     if len(params) != count:
         raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each prompt")
     return list(params)
+
+
+def _request_ids(given: SequenceOf[str] | None, count: int) -> list[str]:
+    if given is None:
+        return [str(i) for i in range(count)]
+    ids = read_strings("request_ids", given)
+    if len(ids) != count:
+        raise ValueError(f"{len(ids)} request_ids for {count} prompts")
+    return list(ids)

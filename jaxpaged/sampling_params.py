@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpaged.param_checks import (
-    check_counts,
-    check_int,
-    check_lists,
-    check_number,
-    check_penalties,
-    check_text,
     check_token_ids,
+    read_counts,
+    read_int_field,
+    read_lists,
+    read_number_field,
+    read_optional_int,
+    read_penalties,
+    read_temperature,
+    read_text_flags,
     stop_strings,
 )
 
@@ -30,21 +31,23 @@ LOGIT_BIAS_LIMIT = 100.0
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
+    Numbers and arrays of numpy count as what they hold. Lists are copied.
+
     Attributes:
         n: samples returned. More than one needs temperature > 0.
         best_of: samples drawn, of which the `n` with the highest cumulative log-probability are returned (default `n`).
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p, top_k, min_p: keep the smallest set of tokens with probability `top_p` in sum; the `top_k` likeliest
             (0 or -1: all); those with at least `min_p` of the likeliest token's probability.
-        seed: of this request's random numbers; None takes one from the `LLM`'s seed and the request's number. A sample
-            is a function of (seed, sample index, position) alone.
+        seed: of this request's random numbers, 0 to 2**64 - 1; None takes one from the `LLM`'s seed and the request's
+            number. A sample is a function of (seed, sample index, position) alone.
         max_tokens: tokens generated at most; None means up to the model's length.
         min_tokens: before that many tokens, end-of-sequence and `stop_token_ids` cannot be chosen.
         stop: strings that end a sample; cut from the text unless `include_stop_str_in_output`.
         stop_token_ids: token ids that end a sample, besides the model's end-of-sequence ids.
         ignore_eos: go on past the model's end-of-sequence ids.
         repetition_penalty: > 1 makes tokens of prompt and output less likely (divides positive logits, multiplies
-            negative ones).
+            negative ones); in [0.01, 100].
         presence_penalty, frequency_penalty: in [-2, 2]; subtracted once for, and once per occurrence of, a generated
             token.
         logit_bias: token id -> added to its logit, clamped to [-100, 100].
@@ -84,26 +87,23 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self):
-        check_int("n", self.n, 1)
-        if self.best_of is not None:
-            check_int("best_of", self.best_of, 1)
-            if self.n > self.best_of:
-                raise ValueError(
-                    f"n={self.n} samples cannot be returned of best_of={self.best_of} drawn: raise best_of"
-                )
-        check_counts(self)
-        check_int("top_k", self.top_k, -1)
-        self._check_distribution()
-        check_penalties(self)
-        check_lists(self, "sample")
-        check_text(self)
+        read_int_field(self, "n", 1)
+        read_optional_int(self, "best_of", 1)
+        if self.best_of is not None and self.n > self.best_of:
+            raise ValueError(f"n={self.n} samples cannot be returned of best_of={self.best_of} drawn: raise best_of")
+        read_counts(self)
+        read_int_field(self, "top_k", -1)
+        self._read_distribution()
+        read_penalties(self)
+        read_lists(self, "sample")
+        read_text_flags(self)
 
-    def _check_distribution(self):
-        check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more, and finite")
-        check_number("top_p", self.top_p, 0.0, 1.0, "in (0, 1]")
+    def _read_distribution(self):
+        read_temperature(self, "0 (greedy) or more")
+        read_number_field(self, "top_p", 0.0, 1.0, "in (0, 1]")
         if self.top_p == 0:
             raise ValueError("top_p must be in (0, 1], got 0: for greedy decoding use temperature=0")
-        check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
+        read_number_field(self, "min_p", 0.0, 1.0, "in [0, 1]")
         if self.is_greedy and self.num_samples > 1:
             raise ValueError(
                 f"temperature=0 gives the same tokens every time, but {self.num_samples} samples were asked for: "

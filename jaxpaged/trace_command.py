@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.batch.json_values import check_encodable
 from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.cli_errors import UsageError, usage_errors
 from jaxpaged.cli_options import MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, Flag, given, with_defaults
 from jaxpaged.output_files import check_outputs
 from jaxpaged.sampling_params import SamplingParams
 from jaxpaged.trace_page import dump_trace, example_trace, make_page
+from jaxpaged.values import check_encodable
 
 DEFAULTS = {"page_size": 4, "num_pages": 41}
 MAX_TOKENS = 24

@@ -26,13 +26,16 @@ from jaxpaged.ownership import Ownership
 from jaxpaged.prompts import PromptEncoder, is_one_prompt, read_prompts
 from jaxpaged.text_stream import decode_continuation
 from jaxpaged.tokenizer import Tokenizer, encode_continuation, need_tokenizer
-from jaxpaged.tree_input import read_continuations, read_tokens
+from jaxpaged.tree_input import read_continuations, read_ids, read_tokens
 from jaxpaged.tree_outputs import Appended, NextTokens, Scores
+from jaxpaged.values import as_int, check_encodable, read_int, shortened
 
 __all__ = ["Appended", "NextTokens", "Node", "OutOfPagesError", "Scores", "Tree", "TreeStats"]
 
 Nodes = Node | SequenceOf[Node]
 NO_TOKENIZER = "this model has none"
+#: Of one call; each is an object of its own.
+MAX_FORKS = 1_000_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,7 +124,7 @@ class Tree:
         `next_tokens`.
         """
         read = read_prompts(prompts)
-        self._check_top(top)
+        top = self._read_top(top)
         token_ids = [self._encoder.encode(prompt, prompt.add_special_tokens is not False) for prompt in read]
         for tokens in token_ids:
             self._state.check_tokens("open", tokens)
@@ -139,12 +142,10 @@ class Tree:
             self._state.check_nodes("fork", [nodes])
             if n is None:
                 return self._state.fork(nodes)
-            if isinstance(n, bool) or not hasattr(n, "__index__") or n < 0:
-                raise ValueError(f"fork: n must be an integer of at least 0, got {n!r}")
-            return [self._state.fork(nodes) for _ in range(n)]
+            return [self._state.fork(nodes) for _ in range(read_int("fork: n", n, 0, MAX_FORKS))]
         if n is not None:
             raise ValueError("fork: give one node with n, or a list of nodes (each as often as wanted) without")
-        nodes = list(nodes)
+        nodes = _listed(nodes)
         self._state.check_nodes("fork", nodes)
         return [self._state.fork(node) for node in nodes]
 
@@ -155,12 +156,12 @@ class Tree:
         The first that names a parent gets the parent itself, every further one a fork, so that the next append copies
         no page more than it must. Pinned nodes stay, and are forked every time.
         """
-        nodes, indices = list(nodes), np.asarray(parents, np.int64).tolist()
+        nodes, indices = _listed(nodes), read_ids("reorder", parents)
         self._state.check_nodes("reorder", nodes)
         if len(set(nodes)) < len(nodes):
             raise ValueError("reorder: a node is given twice: fork it first")
         if any(not 0 <= i < len(nodes) for i in indices):
-            raise ValueError(f"reorder: parents {indices} are not all in 0 to {len(nodes) - 1}")
+            raise ValueError(f"reorder: parents {shortened(indices)} are not all in 0 to {len(nodes) - 1}")
         kept: set[Node] = {node for node in nodes if node.is_pinned}
         children = []
         for i in indices:
@@ -176,11 +177,12 @@ class Tree:
         """Go back to the first `length` tokens (at least 1). Copies nothing; the next append does, if it must."""
         listed = _listed(nodes)
         self._state.check_nodes("truncate", listed, changes=True)
+        kept = as_int(length)
         for node in listed:
-            if isinstance(length, bool) or not hasattr(length, "__index__") or not 1 <= length <= node.length:
-                raise ValueError(f"truncate: length {length!r} of {node} is not in 1 to {node.length}")
+            if kept is None or not 1 <= kept <= node.length:
+                raise ValueError(f"truncate: length {shortened(length)} of {node} is not in 1 to {node.length}")
         for node in listed:
-            self._state.truncate(node, length)
+            self._state.truncate(node, kept)  # type: ignore[arg-type]
 
     @one_call
     def free(self, nodes: Nodes) -> None:
@@ -212,7 +214,7 @@ class Tree:
         listed = _listed(nodes)
         self._state.check_nodes("append", listed, changes=True)
         new = read_tokens("append", tokens, len(listed), is_single=isinstance(nodes, Node))
-        self._check_top(top)
+        top = self._read_top(top)
         for node, row in zip(listed, new, strict=True):
             self._state.check_tokens("append", row)
             self._state.check_length("append", node.length, len(row))
@@ -227,7 +229,7 @@ class Tree:
         """
         listed = _listed(nodes)
         self._state.check_nodes("next_tokens", listed)
-        self._check_top(top)
+        top = self._read_top(top)
         rows = self._computer.next_rows(listed, top)
         width = self.vocab_size if top is None else top
         logprobs = np.empty((len(rows), width), np.float32)
@@ -257,7 +259,7 @@ class Tree:
     @one_call
     def warm_up(self, top: int | None = None) -> None:
         """Compile everything that calls with this `top` can need; no later one compiles anything."""
-        self._check_top(top)
+        top = self._read_top(top)
         self._model.warm_up(top)
 
     # Looking
@@ -268,11 +270,16 @@ class Tree:
         tokenizer = need_tokenizer(self.tokenizer, "text needs", NO_TOKENIZER)
         if tokens is None:
             return tokenizer.decode(node.tokens)
-        return decode_continuation(tokenizer, node.tokens, tokens)
+        ids = read_ids("text", tokens)
+        self._state.check_tokens("text", ids)
+        return decode_continuation(tokenizer, node.tokens, ids)
 
     def encode(self, node: Node, text: str) -> list[int]:
         """The token ids that add `text` behind a node, to be appended or scored; ValueError where there are none."""
         self._state.check_nodes("encode", [node])
+        if not isinstance(text, str):
+            raise ValueError(f"encode takes text, got {shortened(text)}")
+        check_encodable(text, "encode: the text")
         tokenizer = need_tokenizer(self.tokenizer, "encode needs", NO_TOKENIZER)
         return encode_continuation(tokenizer, node.tokens, text)
 
@@ -295,15 +302,21 @@ class Tree:
                 "close it and open another"
             )
 
-    def _check_top(self, top: int | None) -> None:
+    def _read_top(self, top: int | None) -> int | None:
         if top is None:
-            return
-        if isinstance(top, bool) or not hasattr(top, "__index__") or not 1 <= top <= self.vocab_size:
-            raise ValueError(f"top must be None (all) or an integer from 1 to {self.vocab_size}, got {top!r}")
+            return None
+        number = as_int(top)
+        if number is None or not 1 <= number <= self.vocab_size:
+            raise ValueError(f"top must be None (all) or an integer from 1 to {self.vocab_size}, got {shortened(top)}")
+        return number
 
 
 def _listed(nodes: Nodes) -> list[Node]:
-    return [nodes] if isinstance(nodes, Node) else list(nodes)
+    if isinstance(nodes, Node):
+        return [nodes]
+    if not hasattr(nodes, "__iter__"):
+        raise ValueError(f"nodes of a tree are given as one or as a list, got {shortened(nodes)}")
+    return list(nodes)
 
 
 def _turn_refusal(who: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from typing import Any
+
+from jaxpaged.values import as_int, is_list, shortened, unpacked
 
 
 def read_tokens(what: str, tokens: Any, count: int, is_single: bool) -> list[list[int]]:
     """One id a node, or a list of ids a node; for a single node also an id or a list of ids, as it is."""
-    tokens = _as_list(tokens)
+    tokens = unpacked(tokens)
     if is_single:
         return [_row(what, [tokens] if _is_id(tokens) else tokens, "the node")]
     _check_list(what, tokens)
@@ -19,7 +20,7 @@ def read_tokens(what: str, tokens: Any, count: int, is_single: bool) -> list[lis
 
 def read_continuations(continuations: Any, count: int, is_single: bool) -> list[list[int]]:
     """Lists of ids: any number of them for a single node (a flat list is one), else as many as nodes."""
-    continuations = _as_list(continuations)
+    continuations = unpacked(continuations)
     _check_list("score", continuations)
     if is_single and continuations and all(_is_id(x) for x in continuations):
         continuations = [continuations]
@@ -28,28 +29,29 @@ def read_continuations(continuations: Any, count: int, is_single: bool) -> list[
     return [_row("score", row, f"continuation {i}") for i, row in enumerate(continuations)]
 
 
+def read_ids(what: str, tokens: Any) -> list[int]:
+    """A list of ids, which may be empty."""
+    tokens = unpacked(tokens)
+    _check_list(what, tokens)
+    for token_id in tokens:
+        if as_int(token_id) is None:
+            raise ValueError(f"{what}: token ids are integers, got {shortened(token_id)}")
+    return [as_int(token_id) for token_id in tokens]  # type: ignore[misc]
+
+
 def _row(what: str, row: Any, whose: str) -> list[int]:
-    row = _as_list(row)
-    _check_list(what, row)
-    if not row:
+    ids = read_ids(f"{what}, {whose}", row)
+    if not ids:
         raise ValueError(f"{what}: no tokens for {whose}: give at least one")
-    for token_id in row:
-        if not _is_id(token_id):
-            raise ValueError(f"{what}: token ids are integers, got {token_id!r} for {whose}")
-    return [int(token_id) for token_id in row]
+    return ids
 
 
 def _check_list(what: str, values: Any) -> None:
     if isinstance(values, str):
         raise ValueError(f"{what} takes token ids, got text: tree.encode(node, text) gives its ids")
-    if not isinstance(values, SequenceOf):
-        raise ValueError(f"{what} takes token ids, one or a list of them for each node, got {values!r}")
-
-
-def _as_list(value: Any) -> Any:
-    """Arrays as lists or numbers; everything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    if not is_list(values):
+        raise ValueError(f"{what} takes token ids, one or a list of them for each node, got {shortened(values)}")
 
 
 def _is_id(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return as_int(value) is not None

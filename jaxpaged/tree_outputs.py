@@ -8,6 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxpaged.host.tree_batching import likeliest
+from jaxpaged.tree_input import read_ids
+from jaxpaged.values import FLOAT32_MAX, as_int, read_number, shortened
+
+INT32_MAX = 2**31 - 1
+#: Below this the likeliest token is taken: dividing by it could overflow.
+MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class NextTokens:
     def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k likeliest: ids i32[n, k] and log-probabilities f32[n, k], best first."""
         width = self.logprobs.shape[1]
-        if not 1 <= k <= width:
-            raise ValueError(f"top({k}): there are log-probabilities of 1 to {width} tokens a row")
+        if not 1 <= (as_int(k) or 0) <= width:
+            raise ValueError(f"top({shortened(k)}): there are log-probabilities of 1 to {width} tokens a row")
         if self.token_ids is not None:
             return self.token_ids[:, :k], self.logprobs[:, :k]
         values, ids = likeliest(self.logprobs, k)
@@ -42,18 +48,22 @@ class NextTokens:
 
     def of(self, tokens: SequenceOf[int]) -> np.ndarray:
         """f32[n]: row i's log-probability of tokens[i]. ValueError for a token of which nothing is known."""
+        tokens = read_ids("of", tokens)
         if len(tokens) != len(self):
             raise ValueError(f"{len(tokens)} tokens for {len(self)} rows")
-        chosen = np.asarray(tokens)[:, None]
         if self.token_ids is None:
-            if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.logprobs.shape[1]:
-                raise ValueError(f"a token of {list(tokens)} is outside the vocabulary of {self.logprobs.shape[1]}")
-            return np.take_along_axis(self.logprobs, chosen, axis=1)[:, 0]
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self.logprobs.shape[1]:
+                raise ValueError(
+                    f"a token of {shortened(tokens)} is outside the vocabulary of {self.logprobs.shape[1]}"
+                )
+            return np.take_along_axis(self.logprobs, np.array(tokens, np.int64)[:, None], axis=1)[:, 0]
+        # Nothing known is as large as INT32_MAX, which any id of no token may as well be.
+        chosen = np.array([token if abs(token) < INT32_MAX else INT32_MAX for token in tokens], np.int64)[:, None]
         found = self.token_ids == chosen
         if not found.any(axis=1).all():
             row = int(np.flatnonzero(~found.any(axis=1))[0])
             raise ValueError(
-                f"token {tokens[row]} is not among the {self.logprobs.shape[1]} likeliest of row {row}: "
+                f"token {shortened(tokens[row])} is not among the {self.logprobs.shape[1]} likeliest of row {row}: "
                 "ask for a larger top, or for top=None, the whole vocabulary"
             )
         return self.logprobs[found]
@@ -66,11 +76,13 @@ class NextTokens:
         Drawn from what is there: with `top=k`, from the k likeliest. `temperature=0` takes the likeliest; `top_p` keeps
         the fewest likeliest tokens that together have at least this share.
         """
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-        if temperature == 0:
+        temperature = read_number("temperature", temperature, 0, FLOAT32_MAX, "at least 0, and finite in float32")
+        top_p = read_number("top_p", top_p, 0, 1, "in (0, 1]")
+        if top_p == 0:
+            raise ValueError("top_p must be in (0, 1], got 0: for the likeliest token use temperature=0")
+        if not isinstance(seed, np.random.Generator) and (as_int(seed) is None or seed < 0):
+            raise ValueError(f"seed must be an integer of at least 0 or a numpy Generator, got {shortened(seed)}")
+        if temperature < MIN_TEMPERATURE:
             columns = self.logprobs.argmax(axis=1)
         else:
             # One uniform number a row finds its token in the cumulated weights.
@@ -92,8 +104,10 @@ def _nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
     order = np.argsort(-logits, axis=1, kind="stable")
     weights = np.exp(np.take_along_axis(logits, order, 1))
     before = np.cumsum(weights, axis=1) - weights
+    is_within = before < top_p * weights.sum(axis=1, keepdims=True)
+    is_within[:, 0] = True  # the likeliest, though so small a share may round to nothing
     kept = np.empty(logits.shape, bool)
-    np.put_along_axis(kept, order, before < top_p * weights.sum(axis=1, keepdims=True), axis=1)
+    np.put_along_axis(kept, order, is_within, axis=1)
     return np.where(kept, logits, -np.inf)
 
 

@@ -76,7 +76,7 @@ def test_a_sample_comes_with_the_models_log_probability_and_repeats_with_its_see
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(ValueError, match="temperature must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="temperature must be at least 0, .*got -1"):
         whole().sample(0, temperature=-1)
     with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 0"):
         whole().sample(0, top_p=0)

@@ -1,6 +1,7 @@
 """Batch files: lines of prompts in, lines of results out, in a run that may be stopped at any moment and resumed.
 
 requests.py  what one input line asks for, or why it asks for nothing
+input_formats.py  which files are read as lines, by name and first bytes
 parse.py     bytes -> requests: which format a file has, one prompt or JSON object a line
 openai.py    the body of an OpenAI `/v1/completions` batch line, and of its answer
 rows.py      outputs -> the JSON row that is written
@@ -11,6 +12,7 @@ run.py       requests through an LLM to rows
 Nothing here imports jax or the engine: `run_batch` needs an object with `check_request` and `generate_iter`.
 """
 
+from jaxpaged.batch.input_formats import format_of_name
 from jaxpaged.batch.parse import parse_batch
 from jaxpaged.batch.requests import (
     BatchContext,
@@ -31,6 +33,7 @@ __all__ = [
     "WriteError",
     "check_requests",
     "error_row",
+    "format_of_name",
     "make_params",
     "make_request",
     "open_result_file",

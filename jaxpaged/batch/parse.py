@@ -1,9 +1,10 @@
 """Bytes of an input file -> one request or one error a line: the file's format is chosen by its content.
 
-The first line that is not blank decides: if it begins with `{`, every line is a JSON object, and a line that is not one
-is an error of that line, never a prompt; otherwise every line is a prompt. `file_format` overrides the choice. In a
-JSON file each object is an OpenAI batch line if it has one of `OPENAI_KEYS`, else `{"prompt": ..., parameters}`.
-Blank lines are skipped and counted. The line's end, and a byte order mark, are not part of a prompt; other blanks are.
+Where its name says nothing (input_formats.py), the first line that is not blank decides: if it begins with `{`, every
+line is a JSON object, and a line that is not one is an error of that line, never a prompt; otherwise every line is a
+prompt. `file_format` overrides the choice. In a JSON file each object is an OpenAI batch line if it has one of
+`OPENAI_KEYS`, else `{"prompt": ..., parameters}`. Blank lines are skipped and counted. The line's end, and a byte order
+mark, are not part of a prompt; other blanks are.
 """
 
 from __future__ import annotations
@@ -12,15 +13,8 @@ import codecs
 from collections.abc import Iterator
 from typing import Any
 
-from jaxpaged.batch.json_values import (
-    bias_from_json,
-    check_encodable,
-    check_keys,
-    is_id,
-    is_token_list,
-    parse_object,
-    shortened,
-)
+from jaxpaged.batch.input_formats import check_beginning
+from jaxpaged.batch.json_values import bias_from_json, check_keys, is_id, is_token_list, parse_object
 from jaxpaged.batch.openai import OPENAI_KEYS, completion_request
 from jaxpaged.batch.requests import (
     PARAMETER_NAMES,
@@ -31,6 +25,7 @@ from jaxpaged.batch.requests import (
     make_request,
 )
 from jaxpaged.model_files import digest
+from jaxpaged.values import check_encodable, shortened
 
 FORMATS = ("auto", "text", "jsonl")
 LINE_KEYS = ("id", "prompt", "prompt_token_ids", "add_special_tokens", *PARAMETER_NAMES)
@@ -40,6 +35,8 @@ def parse_batch(data: bytes, context: BatchContext, file_format: str = "auto") -
     """Every line that is not blank, in order. Raises ValueError where the file as a whole is of no known format."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("the input is UTF-16: save it as UTF-8")
+    if file_format == "auto":
+        check_beginning(data)
     lines = list(_numbered_lines(data.removeprefix(codecs.BOM_UTF8)))
     is_json = file_format == "jsonl" or (file_format == "auto" and _looks_like_json(lines))
     custom_ids: dict[str, int] = {}  # -> line number
@@ -70,7 +67,9 @@ def _parse_line(
         text = _decode(line)
         if not is_json:
             return make_request(index, str(index), [text], {}, context)
-        values = parse_object(text)
+        values, repeated = parse_object(text)
+        if repeated:
+            raise ValueError(f"the key {shortened(repeated[0])} is there twice")
         if OPENAI_KEYS.isdisjoint(values):
             return _parse_object(index, values, context)
         _check_unique(values.get("custom_id"), index, custom_ids)

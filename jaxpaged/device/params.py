@@ -78,7 +78,9 @@ def random_params(config: ModelConfig, dtype: str, seed: int, device: jax.Device
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config, dtype))
     # The hardware generator: threefry would take minutes for billions of weights, and nothing depends on these numbers.
-    key = jax.random.key(seed, impl="unsafe_rbg")
+    key = jax.random.key(seed & 0xFFFFFFFF, impl="unsafe_rbg")
+    if seed >> 32:  # jax would drop these bits of a seed, or refuse it
+        key = jax.random.fold_in(key, jnp.uint32(seed >> 32))
     arrays = []
     with jax.default_device(device):
         for i, (path, leaf) in enumerate(leaves):

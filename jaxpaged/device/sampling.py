@@ -123,7 +123,8 @@ def _filter(logits: Array, inputs: SamplingInputs) -> Array:
     logits = jnp.where(logits >= kth[:, None], logits, -jnp.inf)
 
     weights = jnp.exp(logits - highest)
-    target = inputs.top_ps * weights.sum(-1)
+    # A share of 1e-38 is 0 where small floats are flushed; the likeliest tokens are kept whatever top_p is.
+    target = jnp.maximum(inputs.top_ps * weights.sum(-1), weights.max(-1))
     cut = _largest_threshold(logits, lambda kept: _sum(weights, kept) >= target)
     # top_p = 1 keeps everything, however the sums round.
     return jnp.where((logits >= cut[:, None]) | (inputs.top_ps >= 1)[:, None], logits, -jnp.inf)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.values import as_number, read_list, shortened
 
 
 class Arrivals:
@@ -38,9 +39,12 @@ def set_arrivals(groups: list[SequenceGroup], times: Sequence[float] | None) -> 
     """Give each group its time, in seconds since the run begins; None leaves all at its start."""
     if times is None:
         return
+    times = read_list("arrival_times", times, "seconds")
     if len(times) != len(groups):
         raise ValueError(f"{len(times)} arrival_times for {len(groups)} prompts: give one for each prompt")
-    for group, time in zip(groups, times, strict=True):
-        if not 0 <= time < math.inf:
-            raise ValueError(f"an arrival time must be seconds from 0 on, got {time!r}")
-        group.arrival_time = float(time)
+    seconds = [as_number(time) for time in times]
+    for given, time in zip(times, seconds, strict=True):
+        if time is None or not 0 <= time < math.inf:
+            raise ValueError(f"an arrival time must be seconds from 0 on, got {shortened(given)}")
+    for group, time in zip(groups, seconds, strict=True):
+        group.arrival_time = float(time)  # type: ignore[arg-type]

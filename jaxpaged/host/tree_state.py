@@ -27,6 +27,7 @@ from jaxpaged.host.block_table import (
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.sequence import Sequence
 from jaxpaged.host.tree_batching import likeliest
+from jaxpaged.values import shortened
 
 
 class NextRow(NamedTuple):
@@ -140,7 +141,7 @@ class TreeState:
         """ValueError unless all are live nodes of this tree and, where `what` changes them, distinct and not pinned."""
         for node in nodes:
             if not isinstance(node, Node):
-                raise ValueError(f"{what} takes nodes of a tree, got {node!r}")
+                raise ValueError(f"{what} takes nodes of a tree, got {shortened(node)}")
             if node._state is not self:
                 raise ValueError(f"{what}: {node} belongs to another tree")
             if node._is_free:
@@ -155,7 +156,8 @@ class TreeState:
         for token_id in tokens:
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(
-                    f"{what}: token id {token_id} is outside the vocabulary, which has ids 0 to {self.vocab_size - 1}"
+                    f"{what}: token id {shortened(token_id)} is outside the vocabulary, which has ids 0 to "
+                    f"{self.vocab_size - 1}"
                 )
 
     def check_length(self, what: str, length: int, count: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.search.checks import random_numbers, read_counts
 from jaxpaged.search.rollout import Rollout, Stop, rollout
 from jaxpaged.tree import Node, Tree
 
@@ -56,11 +57,11 @@ def best_of_n(
         stop: tokens of a continuation -> whether it is complete; by default the model's end of sequence.
         temperature, top_p, top: how tokens are drawn; `top=k` among the k likeliest only.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    n, max_tokens = read_counts(n=n, max_tokens=max_tokens)
+    rng = random_numbers(seed)
     nodes = tree.fork(root, n)
     try:
-        samples = tuple(rollout(tree, nodes, max_tokens, seed, stop, temperature, top_p, top))
+        samples = tuple(rollout(tree, nodes, max_tokens, rng, stop, temperature, top_p, top))
     finally:
         tree.free(nodes)
     answers = tuple(extract(list(sample.tokens)) for sample in samples)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.search.checks import check_finite, random_numbers, read_counts, read_end_ids
 from jaxpaged.search.puct import Place, go_down, most_visited
 from jaxpaged.tree import Node, Tree
 
@@ -53,11 +54,14 @@ def monte_carlo_tree_search(
         num_parallel: simulations whose new positions are visited in one step. Each of them counts as worth 0 until it
             is valued (a virtual loss), so that the next one goes elsewhere: quicker, but with less known at each turn.
     """
-    for name, count in dict(num_simulations=num_simulations, max_tokens=max_tokens, num_parallel=num_parallel).items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    rng = np.random.default_rng(seed)
-    ends = tree.eos_token_ids if end_ids is None else frozenset(end_ids)
+    num_simulations, max_tokens, num_parallel, num_children = read_counts(
+        num_simulations=num_simulations, max_tokens=max_tokens, num_parallel=num_parallel, num_children=num_children
+    )
+    check_finite(exploration=exploration, root_noise=root_noise)
+    if not 0 <= root_noise <= 1:
+        raise ValueError(f"root_noise is a share, in [0, 1], got {root_noise}")
+    rng = random_numbers(seed)
+    ends = read_end_ids(end_ids, tree.eos_token_ids)
     top = min(num_children, tree.vocab_size)
     start = Place((), 1.0, tree.fork(root))
     visited = [start]

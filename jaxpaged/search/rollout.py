@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.search.checks import random_numbers, read_counts
 from jaxpaged.tree import Node, Tree
 
 #: Whether a continuation, the tokens behind the node where the search began, is complete.
@@ -41,7 +42,9 @@ def rollout(
     `stop` is by default the model's end of sequence. The nodes keep what was appended. A node that has stopped is not
     computed any further; all others advance in one step. `top=k` samples among the k likeliest tokens only.
     """
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
+    if max_tokens != 0:
+        (max_tokens,) = read_counts(max_tokens=max_tokens)
     stop = stop or ends_with(tree.eos_token_ids)
     new: list[list[int]] = [[] for _ in nodes]
     logprobs = [0.0] * len(nodes)

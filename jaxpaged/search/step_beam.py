@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.search.checks import random_numbers, read_counts, read_end_ids
 from jaxpaged.search.rollout import Rollout, Stop, rollout
 from jaxpaged.tree import Node, Tree
 
@@ -54,12 +55,13 @@ def step_beam_search(
         end_ids: tokens that complete a solution, by default the model's; they end a step too.
         temperature, top_p, top: how tokens are drawn; `top=k` among the k likeliest only.
     """
-    if n < 1 or expand < 1 or n % expand:
+    n, expand, max_steps, max_step_tokens = read_counts(
+        n=n, expand=expand, max_steps=max_steps, max_step_tokens=max_step_tokens
+    )
+    if n % expand:
         raise ValueError(f"n must be a multiple of expand, got n={n} and expand={expand}")
-    if max_steps < 1 or max_step_tokens < 1:
-        raise ValueError(f"max_steps and max_step_tokens must be at least 1, got {max_steps} and {max_step_tokens}")
-    rng = np.random.default_rng(seed)
-    ends = tree.eos_token_ids if end_ids is None else frozenset(end_ids)
+    rng = random_numbers(seed)
+    ends = read_end_ids(end_ids, tree.eos_token_ids)
 
     def is_complete(step: list[int]) -> bool:
         return step[-1] in ends or ends_step(step)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.search.checks import random_numbers, read_counts, read_end_ids
 from jaxpaged.tree import Node, Tree
 
 
@@ -47,10 +48,10 @@ def stochastic_beam_search(
     A continuation ends with one of `end_ids` (by default the model's) or at `max_tokens`. All of the vocabulary is
     looked at, k rows at a time.
     """
-    if k < 1 or max_tokens < 1:
-        raise ValueError(f"k and max_tokens must be at least 1, got {k} and {max_tokens}")
-    rng = np.random.default_rng(seed)
-    ends = np.array(sorted(tree.eos_token_ids if end_ids is None else end_ids), np.int64)
+    k, max_tokens = read_counts(k=k, max_tokens=max_tokens)
+    rng = random_numbers(seed)
+    vocabulary = range(tree.vocab_size)  # no other id is ever chosen
+    ends = np.array([i for i in read_end_ids(end_ids, tree.eos_token_ids) if i in vocabulary], np.int64)
     done: list[StochasticBeam] = []
     nodes = [tree.fork(root)]
     try:
