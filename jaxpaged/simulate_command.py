@@ -14,7 +14,15 @@ from jaxpaged.host.memory_account import CATEGORIES
 from jaxpaged.output_files import check_outputs
 from jaxpaged.progress import ProgressBar
 from jaxpaged.simulate import PAPER_POOL, Simulation, paper_limits
-from jaxpaged.workloads import Workload, make_workload, read_workload
+from jaxpaged.values import read_int, read_number, read_seed
+from jaxpaged.workloads import MAX_REQUESTS, Workload, make_workload, read_workload
+
+#: Of a simulated pool, whose pages are entries of lists.
+MAX_PAGES = 10_000_000
+INT32_MAX = 2**31 - 1
+#: Beyond these, sums of seconds no longer tell steps apart.
+MAX_STEP_MS = 1e6
+MIN_RATE, MAX_RATE = 1e-6, 1e9
 
 EPILOG = """\
 workloads: sharegpt, alpaca, alpaca-lognormal, azure-code, azure-chat, translation, exponential:PROMPT:MEAN:CAP,
@@ -50,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError or OSError for what cannot run, before anything does."""
+    _check_sizes(args)
     systems = args.kv_cache or [name for name in KV_CACHES if name != "none"]
     check_account_name(args.account)
     check_outputs({"--account": args.account}, {"workload": args.workload if _is_file(args.workload) else None})
@@ -77,6 +86,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_file(workload: str) -> bool:
     return Path(workload).suffix == ".jsonl"
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    """What is kept in memory for every page and request, and what goes into arrays of 32 bits."""
+    for name, most in (("requests", MAX_REQUESTS), ("num_pages", MAX_PAGES)):
+        read_int("--" + name.replace("_", "-"), getattr(args, name), 1, most)
+    for name in ("page_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        read_int("--" + name.replace("_", "-"), getattr(args, name), 1, INT32_MAX)
+    read_int("--n", args.n, 1, INT32_MAX)
+    read_int("--beam-width", args.beam_width, 0, INT32_MAX)
+    read_seed(args.seed)
+    read_number("--step-ms", args.step_ms, 0, MAX_STEP_MS, f"above 0, and at most {MAX_STEP_MS:g}")
+    if args.rate is not None:
+        read_number(
+            "--rate", args.rate, MIN_RATE, MAX_RATE, f"above 0 requests a second, in [{MIN_RATE:g}, {MAX_RATE:g}]"
+        )
 
 
 def _workload(args: argparse.Namespace) -> Workload:

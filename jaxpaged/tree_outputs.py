@@ -33,7 +33,10 @@ class NextTokens:
 
     def rows(self, indices: SequenceOf[int]) -> NextTokens:
         """The rows of some of the nodes, in this order."""
-        chosen = np.asarray(indices, np.int64)
+        listed = read_ids("rows", indices)
+        if listed and not -len(self) <= min(listed) <= max(listed) < len(self):
+            raise ValueError(f"rows {shortened(listed)}: there are rows 0 to {len(self) - 1}")
+        chosen = np.array(listed, np.int64)
         return NextTokens(self.logprobs[chosen], None if self.token_ids is None else self.token_ids[chosen])
 
     def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpaged.values import as_int, as_number, shortened
+
 
 class Workload(NamedTuple):
     """N requests in order of arrival. The output lengths are forced: end of sequence is to be ignored."""
@@ -29,6 +31,11 @@ class Workload(NamedTuple):
         """Tokens of the longest request, its output included."""
         return int((self.prompt_lens + self.output_lens).max(initial=0))
 
+
+#: Their lengths and times are kept in memory.
+MAX_REQUESTS = 10_000_000
+#: Lengths are 32 bits.
+MAX_LEN = 2**30
 
 Lengths = tuple[np.ndarray, np.ndarray]
 
@@ -143,6 +150,8 @@ def make_workload(
     draw = _find(name)
     if count < 1:
         raise ValueError(f"a workload has at least 1 request, got {count}")
+    if count > MAX_REQUESTS:
+        raise ValueError(f"a workload has at most {MAX_REQUESTS} requests, got {count}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     lengths, arrivals = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(2))
@@ -193,11 +202,12 @@ def _read_request(values: Any, num_tokens: Callable[[str], int] | None) -> tuple
         ids = values.get("prompt_token_ids")
         prompt_len = len(ids) if isinstance(ids, list) else values.get("prompt_len")
     for key, value in (("prompt_len", prompt_len), ("output_len", output_len)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} must be an integer of at least 1, got {value!r}")
-    if isinstance(arrival, bool) or not isinstance(arrival, int | float) or not 0 <= arrival < float("inf"):
-        raise ValueError(f"arrival must be seconds from 0 on, got {arrival!r}")
-    return prompt_len, output_len, float(arrival)
+        if (as_int(value) or 0) < 1 or value > MAX_LEN:
+            raise ValueError(f"{key} must be an integer of at least 1, and at most {MAX_LEN}, got {shortened(value)}")
+    seconds = as_number(arrival)
+    if seconds is None or not 0 <= seconds < float("inf"):
+        raise ValueError(f"arrival must be seconds from 0 on, got {shortened(arrival)}")
+    return prompt_len, output_len, float(seconds)
 
 
 def _find(name: str) -> Callable[[np.random.Generator, int], Lengths]:
@@ -208,12 +218,14 @@ def _find(name: str) -> Callable[[np.random.Generator, int], Lengths]:
         numbers = [int(part) for part in parts]
     except ValueError:
         numbers = []
+    if numbers and max(numbers) > MAX_LEN:
+        raise ValueError(f"workload {name[:60]!r}: lengths are at most {MAX_LEN} tokens")
     if kind == "exponential" and len(numbers) == 3 and min(numbers) > 0:
         return exponential(*numbers)
     if kind == "fixed" and len(numbers) == 2 and min(numbers) > 0:
         return fixed(*numbers)
     raise ValueError(
-        f"unknown workload {name!r}; choose one of {', '.join(WORKLOADS)}, exponential:PROMPT:MEAN:CAP "
+        f"unknown workload {shortened(name)}; choose one of {', '.join(WORKLOADS)}, exponential:PROMPT:MEAN:CAP "
         "or fixed:PROMPT:OUTPUT (tokens, at least 1)"
     )
 
