@@ -36,7 +36,8 @@ examples:
 
 
 def trace(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
-    _check_outputs(args)
+    with usage_errors("cannot write: "):
+        _check_outputs(args)
     made = _bundled(args) if args.example is not None else _run(args, make_llm)
     with usage_errors("cannot write: ", (OSError,)):
         if args.json is not None:
