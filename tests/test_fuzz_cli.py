@@ -16,6 +16,13 @@ HOSTILE = (
 )  # fmt: skip
 
 
+#: The others are for test-slow.
+QUICK = ("", "x", "-1", "nan", "1e400", "9" * 30, "a\nb", "\udcff")
+values_of_a_flag = pytest.mark.parametrize(
+    "values", [pytest.param(QUICK, id="quick"), pytest.param(HOSTILE, id="all", marks=pytest.mark.slow)]
+)
+
+
 class CheckedLLM(FakeLLM):
     """Takes only the options that the real one takes."""
 
@@ -50,13 +57,15 @@ def outcome(arguments, capfd) -> tuple[int, str]:
     return code, error
 
 
+@values_of_a_flag
 @pytest.mark.parametrize(
-    "flag", [f for f in (*SAMPLING_FLAGS, *BEAM_FLAGS, *MODEL_FLAGS) if not isinstance(f.read, bool)]
-)
-def test_any_value_of_a_flag_runs_or_is_one_line(flag, model, capfd):
+    "flag", [f for f in (*SAMPLING_FLAGS, *BEAM_FLAGS, *MODEL_FLAGS) if not isinstance(f.read, bool)],
+    ids=lambda flag: flag.name,
+)  # fmt: skip
+def test_any_value_of_a_flag_runs_or_is_one_line(flag, values, model, capfd):
     option = "--" + flag.name.replace("_", "-")
     codes = set()
-    for value in HOSTILE:
+    for value in values:
         codes.add(outcome(["generate", model, "--prompt", "a", f"{option}={value}"], capfd)[0])
     assert codes <= {0, 2} and (2 in codes or flag.read is str)
 
@@ -89,33 +98,36 @@ SIMULATE = ("workload", "requests", "seed", "rate", "step-ms", "n", "beam-width"
             "max-model-len", "max-num-seqs", "max-num-batched-tokens", "watermark", "preemption")  # fmt: skip
 
 
+@values_of_a_flag
 @pytest.mark.parametrize("option", SIMULATE)
-def test_any_value_of_a_simulation_runs_or_is_one_line(option, capfd):
+def test_any_value_of_a_simulation_runs_or_is_one_line(option, values, capfd):
     small = ["simulate", "--workload=fixed:4:4", "--requests=2", "--kv-cache=paged"]
-    codes = {outcome([*small, f"--{option}={value}"], capfd)[0] for value in HOSTILE}
+    codes = {outcome([*small, f"--{option}={value}"], capfd)[0] for value in values}
     assert codes <= {0, 2} and 2 in codes
 
 
+@values_of_a_flag
 @pytest.mark.parametrize(
     "option", ["systems", "workload", "requests", "rate", "rates", "n", "beam-width", "seed", "json"]
 )
-def test_any_value_of_a_comparison_is_one_line(option, model, capfd, tmp_path, monkeypatch):
+def test_any_value_of_a_comparison_is_one_line(option, values, model, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for value in HOSTILE:
+    for value in values:
         assert outcome(["compare", model, f"--{option}={value}"], capfd)[0] == 2  # the directory holds no model
 
 
+@values_of_a_flag
 @pytest.mark.parametrize("command", ["beams", "trace"])
 @pytest.mark.parametrize(
     "option", ["delay", "seed", "beam-width", "plot", "html", "json", "max-tokens", "example", "prompt"]
 )
-def test_any_value_of_a_picture_is_one_line(command, option, model, capfd, tmp_path, monkeypatch):
+def test_any_value_of_a_picture_is_one_line(command, option, values, model, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def no_model(**_options):
         raise ValueError("no model")
 
-    for value in HOSTILE:
+    for value in values:
         outputs = ["--html=x.html"] if command == "trace" and option != "html" else []
         code = main([command, model, "--prompt=a", *outputs, f"--{option}={value}"], make_llm=no_model)
         error = capfd.readouterr().err
