@@ -314,9 +314,10 @@ class Tree:
 def _listed(nodes: Nodes) -> list[Node]:
     if isinstance(nodes, Node):
         return [nodes]
-    if not hasattr(nodes, "__iter__"):
-        raise ValueError(f"nodes of a tree are given as one or as a list, got {shortened(nodes)}")
-    return list(nodes)
+    try:
+        return list(nodes)
+    except TypeError:
+        raise ValueError(f"nodes of a tree are given as one or as a list, got {shortened(nodes)}") from None
 
 
 def _turn_refusal(who: str) -> str:

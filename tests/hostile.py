@@ -16,9 +16,13 @@ def cases(quick: int, slow: int = 10_000):
     return pytest.mark.parametrize("num_cases", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
+#: From more cases on, they are others each time.
+MOST_QUICK = 300
+
+
 def run_cases(num_cases: int, check, *strategies, **named) -> None:
     options = settings(
-        max_examples=num_cases, deadline=None, derandomize=num_cases < 2000, database=None, print_blob=True,
+        max_examples=num_cases, deadline=None, derandomize=num_cases <= MOST_QUICK, database=None, print_blob=True,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     options(given(*strategies, **named)(check))()

@@ -43,7 +43,7 @@ def rollout(
     computed any further; all others advance in one step. `top=k` samples among the k likeliest tokens only.
     """
     rng = random_numbers(seed)
-    if max_tokens != 0:
+    if type(max_tokens) is not int or max_tokens != 0:  # none at all is fine
         (max_tokens,) = read_counts(max_tokens=max_tokens)
     stop = stop or ends_with(tree.eos_token_ids)
     new: list[list[int]] = [[] for _ in nodes]
