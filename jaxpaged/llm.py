@@ -264,7 +264,8 @@ class LLM:
         of features (sampling, filters, penalties, log-probabilities, ...) need programs of their own. So do, with
         `LLM(shared_prefixes=True)`, requests of one sample that read a `shared_prefix`.
         """
-        params = sampling_params if is_list(sampling_params) else [sampling_params or SamplingParams()]
+        given: Any = SamplingParams() if sampling_params is None else sampling_params
+        params = given if is_list(given) else [given]
         self.engine.warm_up([self._requests.read(Prompt(None, [0]), one, "", 0, self.engine) for one in params])
 
     def rebuild(self, **options: Any) -> None:

@@ -12,7 +12,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def as_int(value: object) -> int | None:
         return None
 
 
-def as_number(value: object) -> int | float | None:
+def as_number(value: Any) -> int | float | None:
     """The number that `value` is; None for NaN and for what is none. Beyond the range of floats it is infinite."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
@@ -66,7 +66,7 @@ def as_number(value: object) -> int | float | None:
     return value if type(value) is int else number
 
 
-def is_list(value: object) -> bool:
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether `value` is a sequence of things, other than text and bytes."""
     return isinstance(value, Sequence) and not isinstance(value, TEXT_AND_BYTES)
 

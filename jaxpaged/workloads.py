@@ -202,8 +202,10 @@ def _read_request(values: Any, num_tokens: Callable[[str], int] | None) -> tuple
         ids = values.get("prompt_token_ids")
         prompt_len = len(ids) if isinstance(ids, list) else values.get("prompt_len")
     for key, value in (("prompt_len", prompt_len), ("output_len", output_len)):
-        if (as_int(value) or 0) < 1 or value > MAX_LEN:
-            raise ValueError(f"{key} must be an integer of at least 1, and at most {MAX_LEN}, got {shortened(value)}")
+        if (as_int(value) or 0) < 1:
+            raise ValueError(f"{key} must be an integer of at least 1, got {shortened(value)}")
+        if value > MAX_LEN:
+            raise ValueError(f"{key} must be at most {MAX_LEN}, got {shortened(value)}")
     seconds = as_number(arrival)
     if seconds is None or not 0 <= seconds < float("inf"):
         raise ValueError(f"arrival must be seconds from 0 on, got {shortened(arrival)}")
