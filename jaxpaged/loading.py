@@ -101,8 +101,10 @@ class EngineOptions:
             raise ValueError("memory_utilization must be in (0, 1], got 0")
         if self.watermark == 1:
             raise ValueError("watermark must be in [0, 1), got 1")
-        wanted = f"a number of at least 0, and at most {COUNT_MAX}"
-        self._settle("swap_space_gib", read_number("swap_space_gib", self.swap_space_gib, 0, COUNT_MAX, wanted))
+        gib = read_number("swap_space_gib", self.swap_space_gib, 0, float("inf"), "a number of at least 0")
+        if gib > COUNT_MAX:
+            raise ValueError(f"swap_space_gib must be at most {COUNT_MAX}, got {shortened(self.swap_space_gib)}")
+        self._settle("swap_space_gib", gib)
 
     def _settle(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -28,7 +28,7 @@ from jaxpaged.text_stream import decode_continuation
 from jaxpaged.tokenizer import Tokenizer, encode_continuation, need_tokenizer
 from jaxpaged.tree_input import read_continuations, read_ids, read_tokens
 from jaxpaged.tree_outputs import Appended, NextTokens, Scores
-from jaxpaged.values import as_int, check_encodable, read_int, shortened
+from jaxpaged.values import as_int, check_encodable, shortened
 
 __all__ = ["Appended", "NextTokens", "Node", "OutOfPagesError", "Scores", "Tree", "TreeStats"]
 
@@ -142,7 +142,11 @@ class Tree:
             self._state.check_nodes("fork", [nodes])
             if n is None:
                 return self._state.fork(nodes)
-            return [self._state.fork(nodes) for _ in range(read_int("fork: n", n, 0, MAX_FORKS))]
+            count = as_int(n)
+            if count is None or not 0 <= count <= MAX_FORKS:
+                most = "" if count is None or count < 0 else f" and at most {MAX_FORKS}"
+                raise ValueError(f"fork: n must be an integer of at least 0{most}, got {shortened(n)}")
+            return [self._state.fork(nodes) for _ in range(count)]
         if n is not None:
             raise ValueError("fork: give one node with n, or a list of nodes (each as often as wanted) without")
         nodes = _listed(nodes)

@@ -29,18 +29,18 @@ def read_continuations(continuations: Any, count: int, is_single: bool) -> list[
     return [_row("score", row, f"continuation {i}") for i, row in enumerate(continuations)]
 
 
-def read_ids(what: str, tokens: Any) -> list[int]:
-    """A list of ids, which may be empty."""
+def read_ids(what: str, tokens: Any, whose: str = "") -> list[int]:
+    """A list of ids, which may be empty; `whose` they are, for messages."""
     tokens = unpacked(tokens)
     _check_list(what, tokens)
     for token_id in tokens:
         if as_int(token_id) is None:
-            raise ValueError(f"{what}: token ids are integers, got {shortened(token_id)}")
+            raise ValueError(f"{what}: token ids are integers, got {shortened(token_id)}{whose and ' for ' + whose}")
     return [as_int(token_id) for token_id in tokens]  # type: ignore[misc]
 
 
 def _row(what: str, row: Any, whose: str) -> list[int]:
-    ids = read_ids(f"{what}, {whose}", row)
+    ids = read_ids(what, row, whose)
     if not ids:
         raise ValueError(f"{what}: no tokens for {whose}: give at least one")
     return ids

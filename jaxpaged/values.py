@@ -60,7 +60,7 @@ def as_number(value: Any) -> int | float | None:
     try:
         number = float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # pyright: ignore[reportOperatorIssue]
     if math.isnan(number):
         return None
     return value if type(value) is int else number
