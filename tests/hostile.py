@@ -139,5 +139,6 @@ def fields(draw, known: dict, required=(), values=anything):
 prompts = st.one_of(
     st.text("abc xyz", min_size=1, max_size=20), texts, id_lists, anything,
     st.builds(lambda p: {"prompt": p}, texts | anything),
+    st.builds(lambda p, adds: {"prompt": p, "add_special_tokens": adds}, texts, flags | anything),
     st.builds(lambda p: {"prompt_token_ids": p}, id_lists | anything),
 )  # fmt: skip

@@ -90,7 +90,7 @@ def test_prompts_are_read_or_refused(num_cases):
         except ValueError as error:
             assert len(str(error)) < 400
             return
-        for text, ids in read:
+        for text, ids, _ in read:
             assert (text is None) != (ids is None)
             assert (text is None or text.encode()) and (ids is None or {type(i) for i in ids} == {int})
 

@@ -36,7 +36,20 @@ json_values = st.recursive(
     max_leaves=4,
 ).map(json.dumps)
 PARAMETERS = sorted((set(SAMPLING_FIELDS) | set(BEAM_FIELDS)) - {"logits_processors"})
-KEYS = ["id", "prompt", "prompt_token_ids", "custom_id", "method", "url", "body", "model", "echo", "stream", "odd"]
+KEYS = [
+    "id",
+    "prompt",
+    "prompt_token_ids",
+    "custom_id",
+    "method",
+    "url",
+    "body",
+    "model",
+    "echo",
+    "stream",
+    "add_special_tokens",
+    "odd",
+]
 pairs = st.tuples(st.sampled_from([*PARAMETERS, *KEYS]), raw_values | json_values)
 
 
