@@ -28,7 +28,7 @@ def write_account(stats: RunStats, path: str | Path) -> None:
             writer.writerows(zip(range(stats.steps), *(values.tolist() for values in columns.values()), strict=True))
         else:
             steps = {name: values.tolist() for name, values in columns.items()}
-            json.dump({"summary": summarise(stats), "steps": steps}, file)
+            json.dump({"summary": summarise(stats), "steps": steps}, file, allow_nan=False)
 
 
 def account_columns(stats: RunStats) -> dict[str, np.ndarray]:

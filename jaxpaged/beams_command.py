@@ -67,6 +67,9 @@ def beams(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
             time.sleep(args.delay)
     output = history[-1].output
     assert output is not None, "the search did not end"
+    if output.error is not None:
+        print(f"jaxpaged: {output.error}", file=sys.stderr)
+        return 1
     print("\n".join(result_lines(output, history)))
     if args.plot is not None:
         from jaxpaged.beam_plot import plot_search  # imports matplotlib

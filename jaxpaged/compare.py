@@ -205,6 +205,8 @@ def measure(
         if on_finished is not None:
             on_finished(len(outputs))
     ordered = [outputs[i] for i in range(len(requests.prompts))]
+    if failed := [output for output in ordered if output.error is not None]:
+        raise ValueError(f"{system}: request {failed[0].request_id} could not go on: {failed[0].error}")
     tokens = [[sample.token_ids for sample in output.outputs] for output in ordered]
     for samples, length in zip(tokens, workload.output_lens, strict=True):
         assert all(len(sample) == length for sample in samples), "an output has not the length that was forced"

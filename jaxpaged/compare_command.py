@@ -196,9 +196,10 @@ def _report(args: argparse.Namespace, facts: dict[str, Any], results: list[Resul
         "not_run": {refusal.system: refusal.reason for refusal in refusals},
     }
     if args.json == "-":
-        print(json.dumps(document))
+        print(json.dumps(document, allow_nan=False))
     elif args.json is not None:
-        Path(args.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(document, indent=1, allow_nan=False)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
 
 
 def _facts(args: argparse.Namespace, setting: Setting, engine: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxpaged.batch import (
     ResultStream,
     check_requests,
     error_row,
+    failure_row,
     format_of_name,
     make_params,
     make_request,
@@ -61,11 +62,11 @@ def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
             results.write(error_row(line, line.reason))
         remedy = "" if args.output == "-" else "; the same command (without --overwrite) goes on from here"
         with exit_at_interrupt(remedy):  # the output is made for processes that are killed
-            refused = _run(args, requests, results, len(earlier.done) + len(invalid), make_llm) if requests else []
+            failures = _run(args, requests, results, len(earlier.done) + len(invalid), make_llm) if requests else []
     finally:
         results.close()
-    failed = earlier.failed | {line.index for line in (*invalid, *refused)}
-    if failed:
+    failed = earlier.failed | {line.index for line in (*invalid, *failures)}
+    if failed and args.prompt is None:
         _report_failed(args.output, failed, len(lines))
     return 1 if failed else 0
 
@@ -169,7 +170,7 @@ def _run(
     num_done: int,
     make_llm: Callable[..., Any],
 ) -> list[BatchRequest]:
-    """Run what is left; returns the requests that the model refused."""
+    """Run what is left; returns the requests that the model refused, or that could not go on."""
     with usage_errors(
         kinds=(ValueError, OSError, RuntimeError)
     ):  # RuntimeError: what jax raises without memory or device
@@ -183,15 +184,22 @@ def _run(
     on_terminal = args.output == "-" and sys.stdout.isatty()
     is_readable = on_terminal and args.prompt is not None
     decode = None if llm.tokenizer is None else llm.tokenizer.decode
-    num_finished = 0
+    num_finished, failed = 0, []
 
     def on_finished(request: BatchRequest, outputs: list[RequestOutput]) -> None:
         nonlocal num_finished
         num_finished += 1
+        failure = failure_row(request, outputs)
+        if failure is not None:
+            failed.append(request)
         if is_readable:
             _print(outputs[0])
-        else:
+        elif failure is None:
             results.write(result_row(request, outputs, decode), request.settings)
+        else:
+            results.write(failure)
+        if failure is not None and args.prompt is not None:
+            print(f"jaxpaged: prompt {request.index + 1}: {outputs[0].error}", file=sys.stderr)
         bar.update(num_finished)
 
     num_requests, num_settled = num_done + len(requests), num_done + len(refused)
@@ -200,7 +208,7 @@ def _run(
     if args.account is not None:
         with usage_errors("cannot write the account: "):
             write_account(llm.last_run, args.account)
-    return [request for request, _ in refused]
+    return [request for request, _ in refused] + failed
 
 
 def _print(output: RequestOutput) -> None:

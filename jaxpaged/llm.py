@@ -164,7 +164,8 @@ class LLM:
         `add_special_tokens=False`: texts that spell their special tokens themselves, as chat templates do, get no other
         from the tokenizer. A prompt {"prompt": text, "add_special_tokens": ...} says it for itself.
 
-        Raises ValueError for a request that cannot run, before any request runs.
+        Raises ValueError for a request that cannot run, before any request runs. One that cannot go on in the run, as
+        no token is left to choose or numbers are not finite, comes back with its `error`; the others are not touched.
         """
         engine = self.engine
         groups = self._requests.read_all(prompts, sampling_params, None, engine, shared_prefix, add_special_tokens)
@@ -245,7 +246,7 @@ class LLM:
             closing(self.engine.run_steps([group], hold)) as steps,
         ):
             for finished in steps:
-                if max(state.num_generated for state in group.beams) > step:
+                if finished or max(state.num_generated for state in group.beams) > step:
                     step += 1
                     yield take_snapshot(group, step, make_output(group, self.tokenizer) if finished else None)
 

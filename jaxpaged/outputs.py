@@ -23,11 +23,11 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float
     logprobs: list[dict[int, Logprob]] | None
-    finish_reason: (
-        str  # "stop": end-of-sequence, a stop token or a stop string; "length": max_tokens or the model's length
-    )
+    #: "stop": end-of-sequence, a stop token or a stop string; "length": max_tokens or the model's length; "error": it
+    #: could not go on (`RequestOutput.error`), and these are the tokens so far.
+    finish_reason: str
     stop_reason: int | str | None  # the stop string or token id; None for the model's own end-of-sequence
-    score: float | None = None  # of a beam: cumulative_logprob / generated length ** length_penalty
+    score: float | None = None  # of a finished beam: cumulative_logprob / generated length ** length_penalty
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,10 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A finished request: its prompt and its samples, best first when `best_of` drew more than it returns."""
+    """A finished request: its prompt and its samples, best first when `best_of` drew more than it returns.
+
+    Beams may be fewer than were asked for, where fewer are possible.
+    """
 
     request_id: str
     prompt: str | None
@@ -68,3 +71,4 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     kv: KVUsage
+    error: str | None = None  # why the request could not go on; None where all is well

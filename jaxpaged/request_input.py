@@ -13,6 +13,7 @@ from jaxpaged.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.beam_text import BeamText
 from jaxpaged.engine import Engine
 from jaxpaged.host.beam_state import BeamState
+from jaxpaged.host.possible_tokens import check_some_token
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.prompts import Prompt, PromptEncoder, check_add_special_tokens, read_prompt, read_prompts
 from jaxpaged.sampling_params import SamplingParams
@@ -153,6 +154,7 @@ class RequestReader:
             stop_ids=frozenset(params.stop_token_ids or ()),
             banned_words=_banned_words(params, self.tokenizer),
         )  # fmt: skip
+        check_some_token(group, model.vocab_size)
         if isinstance(params, BeamSearchParams):
             _prepare_beams(group, params, self.tokenizer)
         else:

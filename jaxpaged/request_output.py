@@ -36,6 +36,7 @@ def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOut
             pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,
             group.num_preemptions, group.recomputed_tokens, group.num_swaps,
         ),
+        error=group.error,
     )  # fmt: skip
 
 
@@ -47,10 +48,11 @@ def _completions(group: SequenceGroup, tokenizer: Tokenizer | None) -> list[Comp
     params = group.params
     if isinstance(params, BeamSearchParams):
         best = best_hypotheses(group.beams, params.num_returned)
-        return [_beam(group, params, hypothesis, i, tokenizer) for i, hypothesis in enumerate(best)]
+        found = [_beam(group, params, hypothesis, i, tokenizer) for i, hypothesis in enumerate(best)]
+        return found if group.error is None else [*found, _sample(group, group.sequences[0], len(found), tokenizer)]
     chosen = group.sequences
     if params.num_samples > params.n:
-        chosen = sorted(chosen, key=lambda sequence: -sequence.cumulative_logprob)[: params.n]
+        chosen = sorted(chosen, key=lambda s: (s.finish_reason == "error", -s.cumulative_logprob))[: params.n]
     return [_sample(group, sequence, i, tokenizer) for i, sequence in enumerate(chosen)]
 
 
@@ -78,7 +80,7 @@ def _beam(
 def _sample(group: SequenceGroup, sequence: Sequence, index: int, tokenizer: Tokenizer | None) -> CompletionOutput:
     assert sequence.finish_reason is not None
     output_ids, logprobs = sequence.output_ids, None
-    if group.params.logprobs is not None:
+    if group.params.logprobs is not None and not group.beams:
         logprobs = make_logprobs(sequence.logprobs, _prompt_ids(group), output_ids, tokenizer)
     return CompletionOutput(
         index=index,

@@ -80,7 +80,11 @@ def run(args: argparse.Namespace) -> int:
         results[name] = {**summary, "requests_per_second": round(len(workload.prompt_lens) / seconds)}
         if args.account is not None:
             write_account(stats, args.account)
-    print(json.dumps({"workload": args.workload, "requests": len(workload.prompt_lens), "results": results}))
+    print(
+        json.dumps(
+            {"workload": args.workload, "requests": len(workload.prompt_lens), "results": results}, allow_nan=False
+        )
+    )
     return 0
 
 

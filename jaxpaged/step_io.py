@@ -18,6 +18,10 @@ NULL_PAGE = 0
 #: As a number of log-probabilities: those of every token of the vocabulary, in the order of their ids.
 WHOLE_VOCABULARY = -1
 
+#: In place of a token, why a row has none: all are forbidden (or a group of beams has no more of them); the model's
+#: logits are not finite; those that processing left have NaN or +inf.
+NO_TOKEN, BAD_LOGITS, BAD_PROCESSED = -1, -2, -3
+
 
 class PrefixGroups(NamedTuple):
     """Runs of full pages that several rows of a decode step have in common, each to be read once for all its rows.
@@ -118,8 +122,8 @@ class TokenLogprobs(NamedTuple):
 class RowCandidates(NamedTuple):
     """The likeliest continuations of every row, best first."""
 
-    scores: Any  # f32[R, k] sums of log-probabilities
-    tokens: Any  # i32[R, k]
+    scores: Any  # f32[R, k] sums of log-probabilities; -inf where nothing that is possible is left
+    tokens: Any  # i32[R, k]; BAD_LOGITS or BAD_PROCESSED in all of a row that can choose nothing
     keys: Any = None  # f32[R, k] what they are ranked by, where some beams are drawn; None: the scores
     logprobs: Any = None  # f32[R, k] of the tokens, under the model alone; None where nobody asks
     ranks: Any = None  # i32[R, k] of the tokens among the whole vocabulary; with `logprobs`
@@ -128,9 +132,9 @@ class RowCandidates(NamedTuple):
 class GroupCandidates(NamedTuple):
     """The best continuations of all beams of each group: best first, or in the order in which they were drawn."""
 
-    scores: Any  # f32[G, C]
+    scores: Any  # f32[G, C]; -inf where nothing that is possible is left
     parents: Any  # i32[G, C] beam of the group that is continued; -1 where a group has no more
-    tokens: Any  # i32[G, C]
+    tokens: Any  # i32[G, C]; NO_TOKEN there, BAD_LOGITS or BAD_PROCESSED in all where one of its rows has these
     logprobs: Any = None  # f32[G, C]
     ranks: Any = None  # i32[G, C]
 
@@ -152,7 +156,7 @@ TOKENS_ALONE = Wanted()
 class StepOutputs(NamedTuple):
     """What the host learns from a step."""
 
-    tokens: np.ndarray  # i32[R], or empty where no row draws
+    tokens: np.ndarray  # i32[R], below 0 why there is none; empty where no row draws
     token_logprobs: TokenLogprobs
     candidates: RowCandidates | GroupCandidates | None = None  # where beams run
     prompt_logprobs: TokenLogprobs | None = None  # over the T packed tokens

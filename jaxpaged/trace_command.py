@@ -38,7 +38,7 @@ examples:
 def trace(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     with usage_errors("cannot write: "):
         _check_outputs(args)
-    made = _bundled(args) if args.example is not None else _run(args, make_llm)
+    made, errors = (_bundled(args), []) if args.example is not None else _run(args, make_llm)
     with usage_errors("cannot write: ", (OSError,)):
         if args.json is not None:
             Path(args.json).write_text(dump_trace(made) + "\n", encoding="utf-8")
@@ -47,7 +47,9 @@ def trace(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     written = " and ".join(path for path in (args.html, args.json) if path is not None)
     num_steps, num_sequences = made["frames"][-1]["step"], len(made["sequences"])
     print(f"jaxpaged: {written}: {num_steps} steps, {num_sequences} sequence(s)", file=sys.stderr)
-    return 0
+    for error in errors:
+        print(f"jaxpaged: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -67,7 +69,8 @@ def _bundled(args: argparse.Namespace) -> dict[str, Any]:
     return example_trace(args.example)
 
 
-def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> dict[str, Any]:
+def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> tuple[dict[str, Any], list[str]]:
+    """The trace, and what the requests that could not go on say."""
     if args.model is None or not args.prompt:
         raise UsageError("give a MODEL with at least one --prompt, or --example NAME (see jaxpaged trace --help)")
     with usage_errors("--prompt: "):
@@ -81,13 +84,15 @@ def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> dict[str, An
         with usage_errors(f"prompt {number}: "):
             llm.check_request(prompt, params, **given(args, PROMPT_FLAGS))
     recorder = llm.record_trace()
-    llm.generate(args.prompt, params, **given(args, PROMPT_FLAGS))
+    outputs = llm.generate(args.prompt, params, **given(args, PROMPT_FLAGS))
+    errors = [f"prompt {i}: {output.error}" for i, output in enumerate(outputs, start=1) if output.error is not None]
     tokenizer = llm.tokenizer
-    return recorder.trace(
+    made = recorder.trace(
         f"{Path(args.model).resolve().name}: {_describe(params, len(args.prompt))}",
         " | ".join(args.prompt),
         piece=lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False),
     )
+    return made, errors
 
 
 def _params(args: argparse.Namespace) -> RequestParams:

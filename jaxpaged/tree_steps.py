@@ -16,7 +16,7 @@ from jaxpaged.host.step_plan import StepPlan
 from jaxpaged.host.tree_batching import Span, SpanOutputs, SpanStep, likeliest, make_span_batch, plan_spans
 from jaxpaged.ownership import TREE
 from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.step_io import WHOLE_VOCABULARY, TokenLogprobs
+from jaxpaged.step_io import WHOLE_VOCABULARY, StepOutputs, TokenLogprobs
 
 #: Numbers of likeliest tokens for which steps are compiled; the whole vocabulary is selected from on the host.
 TOP_SIZES = (5, 20, 100)
@@ -55,6 +55,7 @@ class EngineSteps:
             features = self._features(top, step.plan.is_prefill and wants_targets)
             batch = make_span_batch(step, spans, engine.buckets, engine.cache_config, self.vocab_size, features)
             outputs = engine.compute(batch, features, self._hold)
+            _check_finite(step, outputs)
             if width:
                 logprobs[step.ended], tokens = _best(outputs.token_logprobs, len(step.ended), top)
                 if ids is not None:
@@ -98,6 +99,17 @@ def _best(found: TokenLogprobs, num_rows: int, top: int | None) -> tuple[np.ndar
     if found.top_ids is None:
         return likeliest(values, top)
     return values[:, :top], found.top_ids[:num_rows, :top]
+
+
+def _check_finite(step: SpanStep, outputs: StepOutputs) -> None:
+    """ValueError where the model's logits behind some position are not numbers: a search must not go on from these."""
+    num_tokens = sum(row.count for row in step.plan.rows)
+    known = [] if outputs.prompt_logprobs is None else outputs.prompt_logprobs.logprobs[:num_tokens]
+    if (outputs.tokens[: len(step.ended)] < 0).any() or np.isnan(known).any():
+        raise ValueError(
+            "the model's logits are not finite (NaN or infinity): its weights are damaged, or numbers overflow in this "
+            "dtype; nothing was changed"
+        )
 
 
 def _file_targets(

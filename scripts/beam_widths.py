@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         plot(rows, args.plot)
     card = dict(prompts=len(headers), max_tokens=args.max_tokens, seed=args.seed, python=platform.python_version())
     versions = dict(jax=jax.__version__, jaxpaged=jaxpaged.__version__, device=jax.devices()[0].device_kind)
-    print(json.dumps({**card, **versions, "widths": rows}))
+    print(json.dumps({**card, **versions, "widths": rows}, allow_nan=False))
     return 0
 
 

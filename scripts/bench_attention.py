@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
                 "shape": dataclasses.asdict(args.shape),
                 "seconds": round(time.perf_counter() - start, 1),
                 "results": report.rows,
-            }
+            },
+            allow_nan=False,
         )
     )
     return 0

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.only_peer:
-        print(json.dumps(run_peer(args)))
+        print(json.dumps(run_peer(args), allow_nan=False))
         return 0
     peer = run_peer_apart(args, argv)  # before jax takes the device's memory
     if "left_out" in peer:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print_case(result)
         results.append(result)
     options = {**vars(args), "model": str(args.model), "cases": results, **describe(llm)}
-    print(json.dumps({**options, "transformers": {k: v for k, v in peer.items() if k != "cases"}}))
+    print(json.dumps({**options, "transformers": {k: v for k, v in peer.items() if k != "cases"}}, allow_nan=False))
     return 0
 
 

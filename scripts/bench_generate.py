@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
                 "device": jax.devices()[0].device_kind,
                 "jax": jax.__version__,
                 "jaxpaged": jaxpaged.__version__,
-            }
+            },
+            allow_nan=False,
         )
     )
     return 0

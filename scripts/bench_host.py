@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     medians = {name: round(statistics.median(times) * 1e6, 1) for name, times in measure(args).items()}
     for name, micros in medians.items():
         print(f"{name:>16} {micros:8.1f} us a step")
-    print(json.dumps({**vars(args), "microseconds": medians, "python": sys.version.split()[0]}))
+    print(json.dumps({**vars(args), "microseconds": medians, "python": sys.version.split()[0]}, allow_nan=False))
     return 0
 
 

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         "jax": jax.__version__,
         "jaxpaged": jaxpaged.__version__,
     }
-    print(json.dumps({**vars(args), **facts, "results": results}))
+    print(json.dumps({**vars(args), **facts, "results": results}, allow_nan=False))
     return 0
 
 

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         "jax": jax.__version__,
         "jaxpaged": jaxpaged.__version__,
     }
-    print(json.dumps({**vars(args), **card, "results": results}))
+    print(json.dumps({**vars(args), **card, "results": results}, allow_nan=False))
     return 0
 
 

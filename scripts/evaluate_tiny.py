@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         max_tokens=args.max_tokens,
         **measure_loss(args.model, sources),
     )
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
     return 0
 
 

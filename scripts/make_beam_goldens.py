@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     for directory in sorted(path for path in args.output.iterdir() if path.is_dir()):
         if args.only is None or directory.name in args.only:
             searches = make_searches(directory)
-            text = ",\n".join(json.dumps(search) for search in searches)
+            text = ",\n".join(json.dumps(search, allow_nan=False) for search in searches)
             (directory / "beams.json").write_text(f"[\n{text}\n]\n")
             print(f"{directory.name}: {len(searches)} searches")
     return 0

@@ -218,7 +218,7 @@ EXAMPLES = {
 
 def write(directory: Path) -> None:
     for name, make in EXAMPLES.items():
-        text = json.dumps(make(), ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(make(), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 

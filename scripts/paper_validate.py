@@ -36,7 +36,7 @@ def validate(table: StepTable) -> int:
     worst = max(max(abs(one["off"]), abs(one["latency_off"] or 0.0)) for one in results)
     verdict = "agree" if worst <= TOLERANCE else "do not agree"
     print(f"\nReplays {verdict}: at most {worst:.1%} off, {TOLERANCE:.0%} asked")
-    print(json.dumps({"runs": results, "worst": worst, "verdict": verdict}))
+    print(json.dumps({"runs": results, "worst": worst, "verdict": verdict}, allow_nan=False))
     return int(worst > TOLERANCE)
 
 

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"reproduce_paper.py: {error}", file=sys.stderr)
         return 2
     if results:
-        print(json.dumps({"seeds": args.seeds, "requests": args.requests, "figures": results}))
+        print(json.dumps({"seeds": args.seeds, "requests": args.requests, "figures": results}, allow_nan=False))
     return status
 
 

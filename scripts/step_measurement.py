@@ -97,8 +97,8 @@ class Measurement:
             "max_num_batched_tokens": args.max_num_batched_tokens, "steps": args.steps,
             "seconds": round(time.perf_counter() - self.began, 1),
         }  # fmt: skip
-        lines = [f'"{name}": {json.dumps(value)}' for name, value in {**facts, **self.values}.items()]
-        points = ",\n".join(json.dumps(point) for point in self.points)
+        lines = [f'"{name}": {json.dumps(value, allow_nan=False)}' for name, value in {**facts, **self.values}.items()]
+        points = ",\n".join(json.dumps(point, allow_nan=False) for point in self.points)
         text = "{\n" + ",\n".join(lines) + f',\n"points": [\n{points}\n]\n}}\n'
         temporary = args.output.with_suffix(".part")
         temporary.write_text(text, encoding="utf-8")

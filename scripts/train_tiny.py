@@ -289,7 +289,7 @@ def train(args: argparse.Namespace, config: ModelConfig, tokenizer, stream: np.n
 
 
 def log(args: argparse.Namespace, **values) -> None:
-    line = json.dumps(values)
+    line = json.dumps(values, allow_nan=False)
     print(line, flush=True)
     with (args.work_dir / "log.jsonl").open("a") as file:
         file.write(line + "\n")

@@ -60,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         times_us = {name: round(seconds * 1e6, 2) for name, seconds in times.items()}
         lost = round(times[str(chosen)] / fastest - 1, 4)
         results.append({"case": label, "chosen": str(chosen), "lost": lost, "us": times_us})
-    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "results": results}))
+    print(
+        json.dumps(
+            {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "results": results}, allow_nan=False
+        )
+    )
     return 0
 
 

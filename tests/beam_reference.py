@@ -17,6 +17,7 @@ def beam_search(logprobs_of: Model, prompt, K, max_new, eos, length_penalty=1.0,
     """The finished pool [(tokens, score, finished)], best first. `stops(tokens) -> bool` ends a beam as `eos` does.
 
     Checked against `generate` of transformers 5.23 on 1,440 configurations: the same tokens, scores within 4e-5.
+    Where fewer than K continuations are possible, what it fills places up with (-1e9) joins the pool there, not here.
     """
     M = max(2, 1 + len(eos)) * K
     run = [list(prompt)] * K
@@ -44,7 +45,7 @@ def beam_search(logprobs_of: Model, prompt, K, max_new, eos, length_penalty=1.0,
                 sc += NEG
             if not improvable:
                 sc += NEG
-            ok = st and rank < K
+            ok = st and rank < K and s > NEG / 2
             if not ok:
                 sc += NEG
             pool.append((run[b] + [t], np.float32(sc), ok))
@@ -56,7 +57,7 @@ def beam_search(logprobs_of: Model, prompt, K, max_new, eos, length_penalty=1.0,
         worst = min(x[1] for x in fin)
         improvable = improvable and any(best > (worst if x[2] else NEG) for x in fin)
         keep_open = not (early_stopping is True and all(x[2] for x in fin))
-        if not (improvable and keep_open and not all(stop)):
+        if not (improvable and keep_open and not all(stop) and rs[0] > NEG / 2):
             return fin
 
 

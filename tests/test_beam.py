@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from beam_reference import NEG, Model, beam_search, lattice_model, log_softmax, toy_model
+from beam_reference import Model, beam_search, lattice_model, log_softmax, toy_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,15 +169,49 @@ def test_ties_impossible_tokens_and_more_beams_than_tokens(cases):
         assert_equal_to_reference(search)
 
 
-def test_a_first_step_with_fewer_possible_tokens_than_beams():
-    def two_tokens(lists):
-        row = np.array([-np.inf, -0.5, -np.inf, -1.0, -np.inf, -np.inf], np.float32)
-        return np.tile(row, (len(lists), 1))
+def possible_tokens(*tokens: int) -> Model:
+    """Six tokens, of which these are possible."""
+    row = np.array([-token if token in tokens else -np.inf for token in range(6)], np.float32)
+    return lambda lists: np.tile(row, (len(lists), 1))
 
+
+def test_a_first_step_with_fewer_possible_tokens_than_beams():
     for width, ends in itertools.product((1, 2, 3, 6), ((), (1,), (3,), (1, 3))):
-        search = Search(two_tokens, width, 4, ends)
+        search = Search(possible_tokens(1, 3), width, 4, ends)
         run([search])
         assert_equal_to_reference(search)
+
+
+def test_only_what_is_possible_is_found():
+    one = Search(possible_tokens(3), 4, 6)
+    run([one])
+    assert one.found() == [([*PROMPT, 3, 3, 3, 3, 3, 3], -3.0)]
+    two = Search(possible_tokens(1, 3), 8, 2)
+    run([two])
+    assert [tokens[3:] for tokens, _ in two.found()] == [[1, 1], [1, 3], [3, 1], [3, 3]]
+    ended = Search(possible_tokens(1, 2), 3, 9, (1, 2), early_stopping=True)
+    run([ended])
+    assert [tokens[3:] for tokens, _ in ended.found()] == [[1], [2]]
+
+
+def test_a_search_in_which_nothing_is_possible_is_over_and_finds_what_was_finished_before():
+    def until_length(length):  # as if all tokens were forbidden from then on
+        return lambda lists: np.full((len(lists), 6), -1.0 if len(lists[0]) < 3 + length else -np.inf, np.float32)
+
+    nothing = Search(until_length(0), 4)
+    run([nothing])
+    assert nothing.state.is_done and nothing.found() == [] and not nothing.state.has_found
+    some = Search(until_length(2), 4)
+    run([some])
+    assert [tokens[3:] for tokens, _ in some.found()] == [[2], [0, 2]] and some.state.last_score == -2
+
+
+def test_a_continuation_that_costs_a_billion_is_possible():
+    """As logits processors forbid that add a large number: a place without a beam must not go before it."""
+    row = np.array([-2e9, -1.0, -3e9], np.float32)
+    search = Search(lambda lists: np.tile(row, (len(lists), 1)), 2, 2, (1,))
+    run([search])
+    assert [tokens[3:] for tokens, _ in search.found()] == [[1], [0, 1]]
 
 
 def test_positive_scores_as_a_bias_on_log_probabilities_makes_them():
@@ -327,7 +361,7 @@ def test_drawn_candidates_need_not_be_sorted():
     )  # fmt: skip
     selection = select_beams(state._batch.beams, candidates, state._batch.rules)
     assert selection.tokens.tolist() == [[5, 6]]
-    assert selection.beams.finished.scores.tolist() == [[-3, NEG]]
+    assert selection.beams.finished.scores.tolist() == [[-3, -np.inf]]
 
 
 def test_only_the_first_w_candidates_may_finish():
@@ -341,14 +375,14 @@ def test_only_the_first_w_candidates_may_finish():
 
 
 def test_a_search_whose_candidates_all_end_is_over():
-    """Though the best of them, at -1e9 because it ended, seems to beat an empty place."""
+    """Though a place is empty, and the best of them would fill it."""
     state = BeamState(2, 1)
     candidates = Candidates(
-        np.array([[200, NEG, NEG, -np.inf]], np.float32), np.zeros((1, 4), np.int32), np.array([[5, 6, 7, 8]]),
+        np.array([[200, -np.inf, -np.inf, -np.inf]], np.float32), np.zeros((1, 4), np.int32), np.array([[5, 6, 7, 8]]),
         np.zeros((1, 4), bool),
     )  # fmt: skip
     selection = select_beams(state._batch.beams, candidates, state._batch.rules)
-    assert selection.beams.can_improve[0] and selection.is_done[0]
+    assert selection.is_done[0] and selection.beams.running_scores.tolist() == [[-np.inf, -np.inf]]
     assert selection.beams.finished.is_finished.tolist() == [[True, False]]
 
 

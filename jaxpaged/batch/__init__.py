@@ -22,7 +22,7 @@ from jaxpaged.batch.requests import (
     make_request,
 )
 from jaxpaged.batch.results import ResultStream, WriteError, open_result_file
-from jaxpaged.batch.rows import error_row, result_row
+from jaxpaged.batch.rows import error_row, failure_row, result_row
 from jaxpaged.batch.run import check_requests, run_batch
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "WriteError",
     "check_requests",
     "error_row",
+    "failure_row",
     "format_of_name",
     "make_params",
     "make_request",

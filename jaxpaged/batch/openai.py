@@ -198,5 +198,5 @@ def _top_logprobs(candidates: dict[int, Logprob], chosen_id: int, chosen: str) -
 
 
 def rounded(logprob: float) -> float:
-    """Float32 has seven digits; more would only make rows longer. JSON has no -inf."""
+    """Float32 has seven digits; more would only make rows longer. JSON has no -inf, so what is below -9999 is that."""
     return max(round(logprob, 6), LOWEST_LOGPROB)

@@ -41,7 +41,7 @@ class ResultStream:
         if self._is_file and settings:
             row = {**row, "settings": settings}
         # backslashreplace turns half a surrogate pair (in an error that quotes its line) into a JSON escape.
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
         assert line.startswith(ROW_START)
         with self._write_errors():
             _write_all(self._descriptor, line)

@@ -1,9 +1,10 @@
 """Which rows of an earlier run still stand. Reads only; the caller changes the file.
 
 A row stands when its fingerprint is that of its input line now. A *result* that does not stand means that the output is
-of another input or model: the run is refused, nothing is thrown away. An *error* that does not stand is stale (the line
-was mended, or an option changed): its row is dropped and the line tried again. Bytes behind the last newline are a row
-that was cut off.
+of another input or model: the run is refused, nothing is thrown away. An *error* that does not stand is stale: its row
+is dropped and the line tried again. So are errors of lines that were mended, or run with another option; those of lines
+that failed while they ran; and rows with NaN, which version 0.1.0 wrote for these. Bytes behind the last newline are a
+row that was cut off.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _account(earlier: EarlierRun, raw: bytes, place: str, by_index: dict[int, Ba
     if index in earlier.done:
         raise ValueError(f"{place}: a second row of input line {index + 1}: {REMEDY}")
     line = by_index.get(index)
-    if row.get("error") is not None:
+    if row.get("error") is not None or _has_nan(raw):
         if line is not None and row["fingerprint"] == line.error_fingerprint:
             earlier.failed.add(index)
         else:
@@ -76,6 +77,14 @@ def _parse_row(raw: bytes, place: str) -> dict[str, Any]:
     except (ValueError, KeyError, RecursionError):
         pass
     raise ValueError(f"{place}: not a row that jaxpaged wrote: {REMEDY}")
+
+
+def _has_nan(raw: bytes) -> bool:
+    """Whether a row of JSON has numbers that JSON has no word for."""
+    found: list[str] = []
+    if b"NaN" in raw or b"Infinity" in raw:  # perhaps within a text
+        json.loads(raw, parse_constant=found.append)
+    return bool(found)
 
 
 def _check_torn_row(raw: bytes, place: str) -> None:

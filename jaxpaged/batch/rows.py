@@ -41,17 +41,33 @@ def result_row(request: BatchRequest, outputs: Sequence[RequestOutput], decode: 
 
 
 def error_row(line: BatchRequest | InvalidLine, reason: str) -> dict[str, Any]:
+    """The row of a line that cannot run. It stands, for a run that is resumed, while line and options are the same."""
+    return _error_row(line, reason, "invalid_request", line.error_fingerprint)
+
+
+def failure_row(request: BatchRequest, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
+    """The row of a line that ran and could not go on; None where all is well.
+
+    Its fingerprint is that of a result, which no error may have: a run that is resumed does the line again.
+    """
+    failed = [(i, output.error) for i, output in enumerate(outputs, start=1) if output.error is not None]
+    if not failed:
+        return None
+    reasons = [error if len(outputs) == 1 else f"prompt {i}: {error}" for i, error in failed]
+    return _error_row(request, "; ".join(reasons), "generation_failed", request.fingerprint)
+
+
+def _error_row(line: BatchRequest | InvalidLine, reason: str, code: str, fingerprint: str) -> dict[str, Any]:
     message = f"line {line.index + 1}: {reason}"
     if line.is_openai:
-        error = {"code": "invalid_request", "message": message}
-        row = _openai_row(line, line.error_fingerprint, response=None, error=error)
+        row = _openai_row(line, fingerprint, response=None, error={"code": code, "message": message})
         return {**row, "line": line.index + 1}
     return {
         "id": str(line.index) if line.id is None else line.id,
         "index": line.index,
         "line": line.index + 1,
         "error": {"message": message},
-        "fingerprint": line.error_fingerprint,
+        "fingerprint": fingerprint,
     }
 
 

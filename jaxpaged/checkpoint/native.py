@@ -51,7 +51,7 @@ def save_checkpoint(directory: Path, config: ModelConfig, params: Params) -> Non
     (directory / PARAMS_FOLDER / "commit_success.txt").unlink(missing_ok=True)
     write_checksums(directory, compute_checksums(_by_name(params)))
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, **config.to_dict()}
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def parse_config(values: dict[str, Any]) -> ModelConfig:

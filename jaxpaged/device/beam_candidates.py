@@ -6,14 +6,17 @@ is decided by its inputs: `SamplingInputs.beam_rows` says which rows belong toge
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.device.sampling import bits, gumbel_noise
+from jaxpaged.device.sampling import MIN_TEMPERATURE, bits, gumbel_noise, row_failures
 from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.step_io import GroupCandidates, RowCandidates, SamplingInputs, Wanted
 
 Array = jax.Array
+Candidates = TypeVar("Candidates", RowCandidates, GroupCandidates)
 
 
 def beam_columns(logits: Array, logprobs: Array, inputs: SamplingInputs, wanted: Wanted) -> Array:
@@ -22,18 +25,21 @@ def beam_columns(logits: Array, logprobs: Array, inputs: SamplingInputs, wanted:
     logits f32[R, V] are the model's, logprobs f32[R, V] what requests made of them, of which the sums are.
     """
     candidates = row_candidates(logprobs, inputs, wanted.num_candidates)
+    # What a place without a beam computes is of no beam's concern.
+    failures = jnp.where(inputs.running_scores > -jnp.inf, row_failures(logits, logprobs), 0)
     if inputs.beam_rows is None:
         if wanted.beam_logprobs:
             rows = jnp.broadcast_to(jnp.arange(len(logits))[:, None], candidates.tokens.shape)
             known, ranks = model_logprobs(logits, rows, candidates.tokens)
             candidates = candidates._replace(logprobs=known, ranks=ranks)
-        return _columns(candidates)
+        return _columns(_with_failures(candidates, failures))
     merged = group_candidates(candidates, inputs.beam_rows, wanted.num_candidates)
     if wanted.beam_logprobs:
         rows = jnp.take_along_axis(inputs.beam_rows, jnp.maximum(merged.parents, 0), axis=1)
         known, ranks = model_logprobs(logits, jnp.maximum(rows, 0), jnp.maximum(merged.tokens, 0))
         merged = merged._replace(logprobs=known, ranks=ranks)
-    flat = _columns(merged).reshape(-1)
+    failures = jnp.where(inputs.beam_rows >= 0, failures[inputs.beam_rows], 0).min(axis=1)
+    flat = _columns(_with_failures(merged, failures)).reshape(-1)
     return jnp.pad(flat, (0, -flat.size % len(logits))).reshape(len(logits), -1)
 
 
@@ -45,7 +51,8 @@ def row_candidates(logprobs: Array, inputs: SamplingInputs, count: int) -> RowCa
     if inputs.beam_temperatures is None:
         return RowCandidates(*top_candidates(logprobs + inputs.running_scores[:, None], count))
     is_drawn = inputs.beam_temperatures[:, None] > 0
-    logprobs = jnp.where(is_drawn, logprobs / jnp.where(is_drawn, inputs.beam_temperatures[:, None], 1.0), logprobs)
+    temperatures = jnp.where(is_drawn, jnp.maximum(inputs.beam_temperatures[:, None], MIN_TEMPERATURE), 1.0)
+    logprobs = logprobs / temperatures
     sums = logprobs + inputs.running_scores[:, None]
     # The largest sums with Gumbel noise are a draw without replacement from their softmax (Kool et al., 2019).
     noise = gumbel_noise(inputs, logprobs.shape[-1])
@@ -84,6 +91,12 @@ def model_logprobs(logits: Array, rows: Array, tokens: Array) -> tuple[Array, Ar
     # A column at a time, or A * C rows of the vocabulary would lie in memory together.
     ranks = jax.lax.map(rank, (rows.T, chosen.T)).T
     return chosen - normaliser[rows], ranks
+
+
+def _with_failures(candidates: Candidates, failures: Array) -> Candidates:
+    """Rows, or groups, that can choose nothing say so in place of their tokens."""
+    failures = failures[:, None]
+    return candidates._replace(tokens=jnp.where(failures < 0, failures, candidates.tokens))
 
 
 def _columns(candidates: RowCandidates | GroupCandidates) -> Array:

@@ -16,35 +16,66 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.sampling_params import LogitsProcessor
-from jaxpaged.step_io import WHOLE_VOCABULARY, SamplingInputs
+from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, WHOLE_VOCABULARY, SamplingInputs
 
 Array = jax.Array
 
-#: Below this a temperature is as good as greedy, and dividing by it would overflow.
+#: Below this a temperature is as good as greedy.
 MIN_TEMPERATURE = 1e-5
+
+#: A likeliest logit that a temperature makes larger is moved to 0 before it is divided, which could overflow.
+MAX_SCALED = 1e30
 
 
 def sample_tokens(logits: Array, inputs: SamplingInputs) -> Array:
-    """logits f32[R, V], as `process_logits` leaves them -> token ids i32[R]."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if inputs.temperatures is None:
-        return greedy
-    is_greedy = inputs.temperatures == 0
-    logits = logits / jnp.where(is_greedy, 1.0, jnp.maximum(inputs.temperatures, MIN_TEMPERATURE))[:, None]
-    if inputs.top_ps is not None:
-        logits = _filter(logits, inputs)
-    noise = gumbel_noise(inputs, logits.shape[-1])
-    return jnp.where(is_greedy, greedy, jnp.argmax(logits + noise, axis=-1).astype(jnp.int32))
+    """logits f32[R, V], as `process_logits` leaves them -> token ids i32[R]; NO_TOKEN where all logits are -inf.
+
+    Of rows with NaN or +inf nothing is promised: `row_failures` tells them.
+    """
+    tokens = greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if inputs.temperatures is not None:
+        is_greedy = inputs.temperatures == 0
+        scaled = _divide(logits, _at(logits, greedy), jnp.where(is_greedy, 1.0, inputs.temperatures))
+        if inputs.top_ps is not None:
+            scaled = _filter(scaled, inputs)
+        noise = gumbel_noise(inputs, logits.shape[-1])
+        tokens = jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))
+    return jnp.where(_at(logits, tokens) == -jnp.inf, NO_TOKEN, tokens)
+
+
+def row_failures(logits: Array, processed: Array) -> Array:
+    """i32[R]: BAD_LOGITS or BAD_PROCESSED where a row can choose nothing, else 0.
+
+    `logits` f32[R, V] are the model's, `processed` what requests made of them. One NaN among the model's is found, even
+    where processing hides it. Both come out of reductions that a step has anyway; an argmax takes NaN first.
+    """
+    highest = _at(processed, jnp.argmax(processed, axis=-1))
+    is_bad = jnp.isnan(highest) | (highest == jnp.inf)
+    is_known = jnp.isfinite(jax.nn.logsumexp(logits, axis=-1))
+    return jnp.where(is_known, jnp.where(is_bad, BAD_PROCESSED, 0), BAD_LOGITS)
+
+
+def _at(values: Array, tokens: Array) -> Array:
+    """f32[R]: of each row of values [R, V] the one of its token."""
+    return jnp.take_along_axis(values, tokens[:, None], axis=1)[:, 0]
+
+
+def _divide(logits: Array, highest: Array, temperatures: Array) -> Array:
+    """Logits over temperatures, of which the highest of a row stays finite however small its temperature is."""
+    temperatures = jnp.maximum(temperatures, MIN_TEMPERATURE)
+    moved = jnp.where(jnp.abs(highest) > MAX_SCALED * temperatures, highest, 0.0)
+    return (logits - moved[:, None]) / temperatures[:, None]
 
 
 def token_logprobs(logits: Array, tokens: Array, num_logprobs: int | None) -> Array:
     """Log-probabilities of `tokens` i32[R] and of the k likeliest, as int32 columns (step_io.unpack_logprobs).
 
     `num_logprobs` None gives only the tokens' own, k >= 0 also their ranks and the k likeliest, WHOLE_VOCABULARY their
-    ranks and every token's.
+    ranks and every token's. A token's own is NaN where some logit is NaN or +inf, or all are -inf.
     """
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    normaliser = jnp.where(jnp.isfinite(normaliser), normaliser, jnp.nan)
     columns = [bits(chosen - normaliser)]
     if num_logprobs is not None:
         columns.append(1 + jnp.sum(logits > chosen, axis=-1, keepdims=True, dtype=jnp.int32))

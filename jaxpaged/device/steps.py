@@ -22,7 +22,7 @@ from jaxpaged.device.cache import KVCache, PagedCache
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.params import Params
 from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
-from jaxpaged.device.sampling import likeliest_tokens, process_logits, sample_tokens, token_logprobs
+from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failures, sample_tokens, token_logprobs
 from jaxpaged.sampling_params import LogitsProcessor
 from jaxpaged.step_io import TOKENS_ALONE, DecodeBatch, Layout, PrefillBatch, SamplingInputs, StepInputs, Wanted
 
@@ -239,8 +239,9 @@ def _choose(
         processed = process_logits(_logits_to_process(logits, sampling, wanted), sampling, processors)
         columns = []
         if wanted.draws_tokens:
-            tokens = sample_tokens(processed, sampling)
-            columns += [tokens[:, None], token_logprobs(logits, tokens, wanted.num_logprobs)]
+            tokens, failures = sample_tokens(processed, sampling), row_failures(logits, processed)
+            logprobs = token_logprobs(logits, jnp.maximum(tokens, 0), wanted.num_logprobs)
+            columns += [jnp.where(failures < 0, failures, tokens)[:, None], logprobs]
         elif wanted.beam_logprobs and wanted.num_logprobs:
             columns.append(likeliest_tokens(logits, wanted.num_logprobs))
         if wanted.num_candidates:

@@ -12,8 +12,10 @@ scores differ by the model's rounding alone. In one step of one group of W beams
 5. the search is over when no running beam can better the worst finished one, when the pool is full and
    `early_stopping` is True, or when every candidate has ended.
 
-"Not" is said by adding -1e9 rather than by leaving out, because beams that all ended, and beams that had no
-continuation, then take part in the same way as they do there.
+Where fewer than W continuations are possible, transformers fills the places of running beams up with what is none: with
+beams that ended, and before the first step with W - 1 times the prompt. They lie 1e9 behind, but they join the pool
+when nothing else does. Here a sum of -inf marks such a place: it is computed and never read, so that only what is
+possible is ever found, and a search of which no running beam is left is over.
 
 All functions take the groups of a step together: arrays `[G, W]` and `[G, M]`, as wide as the widest group, the unused
 end of a narrower one masked. A finished hypothesis is a reference (step, parent, token); its tokens are read off the
@@ -27,8 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-NOT = np.float32(-1e9)
-NOTHING = np.float32(-np.inf)  # behind everything: unused places
+NOT = np.float32(-1e30)  # added to what ended: what runs on goes first
+NOTHING = np.float32(-np.inf)  # behind everything: what is forbidden, and unused places
 
 #: Where that many times more values than wanted are to be ordered, the best are separated first.
 _PRUNE_FACTOR = 8
@@ -37,7 +39,7 @@ _PRUNE_FACTOR = 8
 class Candidates(NamedTuple):
     """The best continuations of each group: best first, or in the order in which they were drawn."""
 
-    scores: np.ndarray  # f32[G, M]  sums of log-probabilities; -inf in unused places
+    scores: np.ndarray  # f32[G, M]  sums of log-probabilities; -inf in unused places, and for what is forbidden
     parents: np.ndarray  # i32[G, M]  running beam that is continued
     tokens: np.ndarray  # i32[G, M]  -1 in unused places
     ends: np.ndarray  # bool[G, M]  ends the hypothesis, for another reason than its length
@@ -46,7 +48,7 @@ class Candidates(NamedTuple):
 class Finished(NamedTuple):
     """The pools of finished hypotheses, best first."""
 
-    scores: np.ndarray  # f32[G, W]  -1e9 in empty places, -inf in unused ones
+    scores: np.ndarray  # f32[G, W]  -inf in empty and in unused places
     is_finished: np.ndarray  # bool[G, W]
     sums: np.ndarray  # f32[G, W]  of log-probabilities
     steps: np.ndarray  # i32[G, W]  step, from 0, that chose the last token
@@ -58,7 +60,7 @@ class Beams(NamedTuple):
     """Where the searches stand between two steps."""
 
     num_generated: np.ndarray  # i32[G]
-    running_scores: np.ndarray  # f32[G, W]  best first
+    running_scores: np.ndarray  # f32[G, W]  best first; -inf in places without a beam
     can_improve: np.ndarray  # bool[G]
     finished: Finished
 
@@ -92,21 +94,22 @@ def select_beams(beams: Beams, candidates: Candidates, rules: BeamRules) -> Sele
     width = beams.running_scores.shape[1]
     in_group = np.arange(width) < rules.widths[:, None]  # [G, W]
     generated = beams.num_generated + 1
-    is_used = candidates.tokens >= 0
-    ends = candidates.ends | (generated >= rules.max_tokens)[:, None] | ~is_used
+    ends = candidates.ends | (generated >= rules.max_tokens)[:, None]
 
-    next_scores = _add_not(candidates.scores, ends)
-    chosen = _flat(_best(next_scores, width), next_scores.shape[1])
-    running_scores = np.where(in_group, next_scores.take(chosen), NOTHING)
+    next_scores = candidates.scores + np.where(ends, NOT, np.float32(0))
+    best = _flat(_best(next_scores, width), next_scores.shape[1])
+    is_possible = next_scores.take(best) > NOTHING
+    running_scores = np.where(in_group & is_possible & ~ends.take(best), next_scores.take(best), NOTHING)
+    chosen = np.where(is_possible, best, best[:, :1])  # a place without a beam computes what the best one does
 
-    finished = _update_finished(beams, candidates, ends & is_used, generated, rules, in_group)
+    finished = _update_finished(beams, candidates, ends, generated, rules, in_group)
     can_improve = beams.can_improve & _may_improve(running_scores[:, 0], finished, generated, rules, in_group)
     is_full = (finished.is_finished | ~in_group).all(1)
     return Selection(
         parents=np.where(in_group, candidates.parents.take(chosen), -1),
         tokens=np.where(in_group, candidates.tokens.take(chosen), -1),
         beams=Beams(generated, running_scores, can_improve, finished),
-        is_done=~can_improve | (rules.stops_when_full & is_full) | ends.all(1),
+        is_done=~can_improve | (rules.stops_when_full & is_full) | (running_scores[:, 0] == NOTHING),
     )
 
 
@@ -121,13 +124,11 @@ def _update_finished(
     """The pools with the candidates that ended among the first W; nothing joins where the search is over."""
     width, count = in_group.shape[1], candidates.scores.shape[1]
     old = beams.finished
-    joins = ends & (np.arange(count) < rules.widths[:, None])
-    if not joins.any() and candidates.scores.max() <= 0:
-        return old  # -1e9 and less: behind everything that is there
-    is_full = rules.stops_when_full & (old.is_finished | ~in_group).all(1)
-    scores = candidates.scores / _length_divisor(generated, rules)[:, None]
-    for blocked in (is_full[:, None], ~beams.can_improve[:, None], ~joins):
-        scores = _add_not(scores, blocked)
+    is_open = beams.can_improve & ~(rules.stops_when_full & (old.is_finished | ~in_group).all(1))
+    joins = ends & is_open[:, None] & (np.arange(count) < rules.widths[:, None]) & (candidates.scores > NOTHING)
+    if not joins.any():
+        return old
+    scores = np.where(joins, candidates.scores / _length_divisor(generated, rules)[:, None], NOTHING)
     steps = np.broadcast_to(beams.num_generated[:, None], scores.shape)
     new = Finished(scores, joins, candidates.scores, steps, candidates.parents, candidates.tokens)
 
@@ -145,16 +146,12 @@ def _may_improve(
     hoped = best_running / _length_divisor(longest, rules)
     worst = np.where(in_group, finished.scores, np.inf).min(1)
     has_empty = (in_group & ~finished.is_finished).any(1)
-    return (finished.is_finished.any(1) & (hoped > worst)) | (has_empty & (hoped > NOT))
+    return (finished.is_finished.any(1) & (hoped > worst)) | (has_empty & (hoped > NOTHING))
 
 
 def _length_divisor(lengths: np.ndarray, rules: BeamRules) -> np.ndarray:
     """f32[G]: length ** length_penalty; the power is taken in float64, as Python takes it."""
     return np.power(lengths.astype(np.float64), rules.length_penalties).astype(np.float32)
-
-
-def _add_not(scores: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return scores + np.where(where, NOT, np.float32(0))
 
 
 def _flat(places: np.ndarray, size: int) -> np.ndarray:

@@ -15,9 +15,10 @@ import numpy as np
 
 from jaxpaged.host.beam_logprobs import keep_group, keep_rows
 from jaxpaged.host.beam_state import BeamState, FindStops, advance_beams, advance_merged
+from jaxpaged.host.failure import fail
 from jaxpaged.host.reservation import Policy
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
-from jaxpaged.step_io import GroupCandidates, StepOutputs
+from jaxpaged.step_io import NO_TOKEN, GroupCandidates, StepOutputs
 
 
 class _Search(NamedTuple):
@@ -36,13 +37,20 @@ def advance_groups(
     Returns the groups that are done, and whether any group's sequences are no longer the same.
     """
     searches = [(group, _searches(group, row)) for group, row in groups]
+    _find_failures(searches, outputs)
     for group, of_group in searches:
         _note_growth(group, policy)
         if group.ends_text is not None:
             for search in of_group:
                 search.state.find_stops = _stop_finder(search.parents, group.ends_text)
     _advance(searches, outputs)
-    is_changed = [_carry_out(group, of_group, policy) for group, of_group in searches]
+    for group, _ in searches:
+        if not (group.failure or group.running_beams or any(state.has_found for state in group.beams)):
+            group.failure = NO_TOKEN
+    is_changed = [
+        _fail(group, of_group, policy) if group.failure else _carry_out(group, of_group, policy)
+        for group, of_group in searches
+    ]
     return [group for group, _ in searches if not group.running_beams], any(is_changed)
 
 
@@ -56,6 +64,21 @@ def _searches(group: SequenceGroup, row: int) -> list[_Search]:
         else:
             found.append(_Search(state, beams * state.width, row))
     return found
+
+
+def _find_failures(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepOutputs) -> None:
+    """Mark the requests of which some beam can choose nothing, because numbers are not finite."""
+    assert outputs.candidates is not None, "beams ran, but no candidates came"
+    codes = np.minimum(outputs.candidates.tokens[:, 0], NO_TOKEN)  # a row or group that fails says so in every place
+    if codes.min() == NO_TOKEN:
+        return
+    is_merged = isinstance(outputs.candidates, GroupCandidates)
+    running = [(group, search) for group, of_group in searches for search in of_group]
+    for i, (group, (state, _, row)) in enumerate(running):
+        num_rows = state.width if state.num_generated else 1
+        code = codes[i] if is_merged else codes[row : row + num_rows].min()
+        if code < NO_TOKEN:
+            group.failure = int(code)
 
 
 def _note_growth(group: SequenceGroup, policy: Policy) -> None:
@@ -87,21 +110,32 @@ def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]
 def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepOutputs) -> None:
     """Let all searches choose, and keep what the step said of their tokens where a request wants to know."""
     candidates = outputs.candidates
-    running = [(group, search) for group, of_group in searches for search in of_group]
-    states = [search.state for _, search in running]
+    together = enumerate((group, search) for group, of_group in searches for search in of_group)
+    running = [(i, group, search) for i, (group, search) in together if not group.failure]
+    states = [search.state for _, _, search in running]
+    if not states:
+        return
     if isinstance(candidates, GroupCandidates):
-        for i, (group, search) in enumerate(running):
+        for i, group, search in running:
             if group.params.logprobs is not None:
                 keep_group(search.state, candidates, outputs.token_logprobs, i, search.first_row)
-        count = len(states)
-        advance_merged(states, candidates.scores[:count], candidates.parents[:count], candidates.tokens[:count])
+        places = [i for i, _, _ in running]
+        advance_merged(states, candidates.scores[places], candidates.parents[places], candidates.tokens[places])
         return
     assert candidates is not None, "beams ran, but no candidates came"
-    for group, search in running:
+    for _, group, search in running:
         if group.params.logprobs is not None:
             keep_rows(search.state, candidates, outputs.token_logprobs, search.first_row)
-    first_rows = [search.first_row for _, search in running]
+    first_rows = [search.first_row for _, _, search in running]
     advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
+
+
+def _fail(group: SequenceGroup, searches: list[_Search], policy: Policy) -> bool:
+    """End a request that cannot go on; the sequence that stays is the best beam, as it was."""
+    fail(group, policy)
+    group.sequences = group.sequences[:1]
+    group.sequences[0].cumulative_logprob = searches[0].state.last_score
+    return True
 
 
 def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Policy) -> bool:

@@ -20,7 +20,6 @@ import numpy as np
 
 from jaxpaged.beam_params import BeamSearchParams
 from jaxpaged.host.beam import (
-    NOT,
     NOTHING,
     BeamRules,
     Beams,
@@ -69,6 +68,7 @@ class BeamState:
     diversity_penalty: float = 0.0
     earlier: Sequence[BeamState] = ()  # groups of the same request that choose before this one
     is_done: bool = False
+    last_score: float = 0.0  # when it is done: the sum of the best beam before its last step
     parents: list[np.ndarray] = field(default_factory=list)  # i32[W] a step: beam that each beam continued
     tokens: list[np.ndarray] = field(default_factory=list)  # i32[W] a step
     logprobs: list[Any] = field(default_factory=list)  # a step's `StepLogprobs`, if the request keeps them
@@ -114,8 +114,16 @@ class BeamState:
         return self.num_candidates + sum(state.width for state in self.earlier)
 
     @property
+    def has_found(self) -> bool:
+        """Whether there is a finished hypothesis."""
+        return bool(self._batch.beams.finished.is_finished[self._place].any())
+
+    @property
     def running_scores(self) -> np.ndarray:
-        """f32[W]: sums of log-probabilities of the running beams, which the device adds to the next ones."""
+        """f32[W]: sums of log-probabilities of the running beams, which the device adds to the next ones.
+
+        Best first; -inf in the places behind them, where there are fewer than W.
+        """
         return self._batch.beams.running_scores[self._place, : self.width]
 
     def running_token_ids(self) -> np.ndarray:
@@ -126,7 +134,7 @@ class BeamState:
         return self._walk(last, self.parents[-1], self.tokens[-1])[0]
 
     def hypotheses(self) -> list[Hypothesis]:
-        """The finished pool, best first. Fewer than `width` only where so many could not be told apart or finished."""
+        """The finished pool, best first. Fewer than `width` only where so many were not possible, or not finished."""
         pool = Finished(*(values[self._place] for values in self._batch.beams.finished))
         pool = Finished(*(values[pool.is_finished] for values in pool))
         tokens, beams = self._walk(pool.steps, pool.parents, pool.tokens)
@@ -150,9 +158,15 @@ class BeamState:
         return all_tokens, all_beams
 
     def _record(self, batch: _Batch, place: int, selection: Selection, is_done: bool) -> None:
+        if is_done:
+            self.end()
         self.parents.append(selection.parents[place, : self.width])
         self.tokens.append(selection.tokens[place, : self.width])
-        self._batch, self._place, self.is_done = batch, place, is_done
+        self._batch, self._place = batch, place
+
+    def end(self) -> None:
+        """Nothing goes on from the running beams."""
+        self.is_done, self.last_score = True, float(self.running_scores[0])
 
 
 def best_hypotheses(states: Iterable[BeamState], count: int) -> list[Hypothesis]:
@@ -211,20 +225,15 @@ def _advance(
     lanes = np.arange(batch.beams.running_scores.shape[1])
     in_group = lanes < batch.rules.widths[:, None]
     is_first = batch.beams.num_generated == 0
-    rows = np.where(in_group, first_rows[:, None] + np.where(is_first[:, None], 0, lanes), -1)
-    is_diverse = bool(states[0].earlier)
-    if not is_diverse and _first_rows_suffice(scores if keys is None else keys, rows, is_first, batch.counts):
-        rows = np.where(is_first[:, None] & (lanes > 0), -1, rows)
-    elif is_diverse or is_first.any():
-        # What the device has not added to these rows. The beams of a prompt's row are one until a step has run.
-        change = np.where(is_first[:, None] & in_group, batch.beams.running_scores, np.float32(0))[:, :, None]
+    has_row = in_group & ~(is_first[:, None] & (lanes > 0))  # the beams of a prompt's row are one until a step has run
+    rows = np.where(has_row, first_rows[:, None] + lanes, -1)
+    if states[0].earlier:
         row_tokens = tokens[rows]
-        cost = _diversity(states, row_tokens) if is_diverse else np.float32(0)
+        cost = _diversity(states, row_tokens)
         # Keys change as sums do: a search that is not drawn is ranked by them, too, where another of the step is drawn.
-        scores = scores[rows] + change - cost
-        keys = None if keys is None else keys[rows] + change - cost
+        scores, keys = scores[rows] - cost, None if keys is None else keys[rows] - cost
         scores, tokens, keys = _in_row_order(scores, row_tokens, keys)
-        rows = np.where(in_group, np.arange(rows.size).reshape(rows.shape), -1)
+        rows = np.where(has_row, np.arange(rows.size).reshape(rows.shape), -1)
     _decide(states, batch, merge_candidates(scores, tokens, rows, batch.counts, keys))
 
 
@@ -234,14 +243,6 @@ def _decide(states: list[BeamState], batch: _Batch, candidates: Candidates) -> N
     batch = batch._replace(beams=selection.beams)
     for place, (state, is_done) in enumerate(zip(states, selection.is_done.tolist(), strict=True)):
         state._record(batch, place, selection, is_done)
-
-
-def _first_rows_suffice(ranked: np.ndarray, rows: np.ndarray, is_first: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether all candidates of the groups that begin come from their first beam, before the others' -1e9 count."""
-    if not is_first.any() or counts[is_first].max() > ranked.shape[1]:
-        return False
-    prompts = ranked[rows[is_first, 0]]  # [groups that begin, k]
-    return bool((prompts[np.arange(len(prompts)), counts[is_first] - 1] > prompts[:, 0] + NOT).all())
 
 
 def _diversity(states: list[BeamState], tokens: np.ndarray) -> np.ndarray:
@@ -283,12 +284,12 @@ def _ends(states: list[BeamState], candidates: Candidates, end_ids: np.ndarray) 
 
 
 def _start(state: BeamState) -> _Batch:
-    """The batch of one group before its first step: one beam, the others at -1e9, so that they never win against it."""
+    """The batch of one group before its first step: one beam, and places for others."""
     shape = (1, state.width)
-    running_scores = np.full(shape, NOT)
+    running_scores = np.full(shape, NOTHING)
     running_scores[:, 0] = 0
-    numbers = np.zeros(shape, np.int32)
-    finished = Finished(np.full(shape, NOT), np.zeros(shape, bool), np.full(shape, NOT), numbers, numbers, numbers)
+    nothing, numbers = np.full(shape, NOTHING), np.zeros(shape, np.int32)
+    finished = Finished(nothing, np.zeros(shape, bool), nothing, numbers, numbers, numbers)
     rules = BeamRules(
         np.array([state.width], np.int32),
         np.array([state.max_tokens], np.int32),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxpaged.beam_snapshot import BeamSnapshot, FinishedBeam, RunningBeam, SearchSnapshot
 from jaxpaged.host.beam_state import BeamState
 from jaxpaged.host.sequence import SequenceGroup
@@ -23,10 +25,10 @@ def _search(state: BeamState) -> SearchSnapshot:
     running: list[RunningBeam] = []
     if not state.is_done:
         beams = zip(state.running_token_ids().tolist(), state.running_scores.tolist(), strict=True)
-        running = [RunningBeam(token_ids, score) for token_ids, score in beams]
+        running = [RunningBeam(token_ids, score) for token_ids, score in beams if score > -math.inf]
     return SearchSnapshot(
         running=running,
-        parents=state.parents[-1].tolist() if running else [],
+        parents=state.parents[-1].tolist()[: len(running)],
         finished=[FinishedBeam(h.token_ids, h.cumulative_logprob, h.score, h.beams) for h in state.hypotheses()],
         is_done=state.is_done,
     )

@@ -38,6 +38,10 @@ class PrefillQueue:
             if num_to_compute:
                 self._queue.append((group, sequence))
 
+    def drop(self, group: SequenceGroup) -> None:
+        """Compute no more of a group that has ended."""
+        self._queue = deque(item for item in self._queue if item[0] is not group)
+
     def plan(self) -> StepPlan:
         """The next step of prefill; there must be work."""
         plan = StepPlan(is_prefill=True)

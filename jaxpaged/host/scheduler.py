@@ -23,6 +23,7 @@ from collections import deque
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beam_groups import advance_groups
 from jaxpaged.host.block_table import BlockTable, num_pages_for, num_pages_needed
+from jaxpaged.host.failure import fail
 from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.policies import make_policy
 from jaxpaged.host.prefill_queue import PrefillQueue
@@ -223,15 +224,23 @@ class Scheduler:
     # Learning from a step
 
     def commit(self, plan: StepPlan, outputs: StepOutputs) -> list[SequenceGroup]:
-        """Append the chosen tokens, end the samples that are done and free their pages; returns the finished groups."""
+        """Append the chosen tokens, end the samples that are done and free their pages; returns the finished groups.
+
+        A group of which some sample has no token (step_io.py has the codes) ends as a whole.
+        """
         tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
         ended: list[SequenceGroup] = []
+        failed: dict[SequenceGroup, None] = {}
         searches: dict[SequenceGroup, int] = {}  # and their first rows
         for i, (group, sequence, _) in enumerate(plan.samples):
             if group.beams:
                 searches.setdefault(group, i)
                 continue
             token_id, logprob = tokens[i], logprobs[i]
+            if token_id < 0 or group.failure:
+                group.failure = group.failure or token_id
+                failed[group] = None
+                continue
             sequence.token_ids.append(token_id)
             sequence.cumulative_logprob += logprob
             if apply_stop(group, sequence):
@@ -243,6 +252,10 @@ class Scheduler:
             assert outputs.candidates is not None, "beams ran, but no candidates came"
             done, is_changed = advance_groups(list(searches.items()), outputs, self.policy)
             ended += done
+        for group in failed:
+            fail(group, self.policy)
+            self._prefill.drop(group)  # samples that came back from a preemption
+            ended.append(group)
         for group in dict.fromkeys([*ended, *searches]):
             self.policy.settle(group)
         if ended or (searches and is_changed):

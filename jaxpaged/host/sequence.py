@@ -40,7 +40,7 @@ class Sequence:
         0  # the most that `num_computed` ever was: what lies below is recomputed after a preemption
     )
     status: SequenceStatus = SequenceStatus.WAITING
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # "stop", "length" or "error"
     stop_reason: int | str | None = None
     cumulative_logprob: float = 0.0
     logprobs: list[Any] = field(default_factory=list)  # one entry a generated token, if the request wants them
@@ -104,6 +104,8 @@ class SequenceGroup:
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`
     pages: GroupPages = field(default_factory=GroupPages)
     prompt_logprobs: list[Any] = field(default_factory=list)
+    failure: int = 0  # why it cannot go on, if it cannot: a code of step_io.py
+    error: str | None = None  # the same in words, when it has ended so (failure.py)
     counted_preemptions: int = 0  # when `pages.physical` of beams was last counted
     counted_copies: int = 0  # likewise
     num_preemptions: int = 0

@@ -23,8 +23,8 @@ what changed, to be applied in this order (absent where nothing did):
     forks     [sequence, parent, kept, token, ...]: it has the parent's table, the parent's first `kept` tokens, these
     events    what it means, for people: ["admit", request], ["preempt", request, way], ["resume", request, way] with
               the way "swap" or "recompute"; ["append", sequence, page, ...]; ["copy", sequence, source, copy];
-              ["fork", sequence, parent]; ["finish", sequence, reason] with "stop", "length", or for a beam "dropped" or
-              "done"; ["free", page, ...]. The pages to which a request returns are in "tables" alone
+              ["fork", sequence, parent]; ["finish", sequence, reason] with "stop", "length", "error", or for a beam
+              "dropped" or "done"; ["free", page, ...]. The pages to which a request returns are in "tables" alone
 
 Reference counts are not stored: they are the number of tables that name a page. A sequence that is swapped out, waits
 or has finished has an empty table.

@@ -26,7 +26,7 @@ def make_page(trace: dict[str, Any]) -> str:
 
 
 def dump_trace(trace: dict[str, Any]) -> str:
-    return json.dumps(trace, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(trace, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def example_names() -> list[str]:

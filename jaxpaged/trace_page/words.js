@@ -20,7 +20,8 @@ const SENTENCES = {
   resume: (r, way) => `Request ${replay.requestNames[r]} returns: its pages ` +
     (way === "swap" ? "come back from host memory." : "are computed again."),
   finish: (s, reason) => replay.names[s] +
-    ({ dropped: " has no child and is dropped.", done: " ends with the search." }[reason] || " has finished."),
+    ({ dropped: " has no child and is dropped.", done: " ends with the search.", error: " cannot go on." }[reason] ||
+      " has finished."),
 };
 
 function writes(frame, now) {

@@ -1,0 +1,34 @@
+"""Requests that cannot go on: no token is left to choose, or numbers are not finite. They end alone, with a message."""
+
+from __future__ import annotations
+
+from jaxpaged.host.possible_tokens import restrictions
+from jaxpaged.host.reservation import Policy
+from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
+from jaxpaged.step_io import BAD_LOGITS, NO_TOKEN
+
+
+def fail(group: SequenceGroup, policy: Policy) -> None:
+    """End a group whose `failure` is set: what is unfinished keeps its tokens, and gives all memory back."""
+    group.record_pages()
+    group.error = _message(group)
+    for sequence in reversed(group.unfinished):
+        policy.release(sequence.table)
+        sequence.status, sequence.finish_reason = SequenceStatus.FINISHED, "error"
+    for state in group.running_beams:
+        state.end()
+
+
+def _message(group: SequenceGroup) -> str:
+    place = f"after {max((s.num_generated for s in group.unfinished), default=0)} generated tokens"
+    if group.failure == NO_TOKEN:
+        return f"no token is left to choose {place}: {restrictions(group)} made all of them impossible"
+    if group.failure == BAD_LOGITS:
+        return (
+            f"the model's logits are not finite (NaN or infinity) {place}: its weights are damaged, or numbers "
+            "overflow in this dtype"
+        )
+    return (
+        f"logits are NaN or +inf {place}, as logits_processors or penalties made them of finite ones: they must be "
+        "finite, or -inf for what is forbidden"
+    )

@@ -1,0 +1,45 @@
+"""Requests whose parameters leave no token to choose: refused where that can be seen before they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxpaged.host.sequence import SequenceGroup
+
+SHOWN_IDS = 8
+
+
+def check_some_token(group: SequenceGroup, vocab_size: int) -> None:
+    """ValueError where no first token is possible: all are banned words, ends before `min_tokens`, or not allowed.
+
+    Later ones may only be more, but for what depends on the tokens before: words of several tokens, logits processors.
+    """
+    params = group.params
+    is_restricted = params.allowed_token_ids is not None
+    possible = set(params.allowed_token_ids if is_restricted else range(vocab_size))
+    reasons = [f"allowed_token_ids has {_shown(possible)}"] if is_restricted else []
+    if params.min_tokens and (ends := possible & (group.eos_ids | group.stop_ids)):
+        reasons.append(f"min_tokens={params.min_tokens} forbids {_shown(ends)}, which end the output")
+        possible -= ends
+    if words := possible & {word[0] for word in group.banned_words if len(word) == 1}:
+        reasons.append(f"bad_words forbid {_shown(words)}")
+        possible -= words
+    if not possible:
+        raise ValueError(f"no token can be chosen: {', and '.join(reasons)}: change one of these parameters")
+
+
+def restrictions(group: SequenceGroup) -> str:
+    """Names of the parameters that forbid tokens of this request, for messages."""
+    params = group.params
+    forbids = {
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "min_tokens": params.min_tokens > 0,
+        "bad_words": bool(group.banned_words),
+        "logits_processors": bool(params.logits_processors),
+    }
+    return ", ".join(name for name, is_used in forbids.items() if is_used) or "the model"
+
+
+def _shown(token_ids: Iterable[int]) -> str:
+    ids = sorted(token_ids)
+    return f"[{', '.join(map(str, ids[:SHOWN_IDS]))}{', ...' if len(ids) > SHOWN_IDS else ''}]"
