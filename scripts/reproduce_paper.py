@@ -22,16 +22,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import paper_batching
 import paper_kernels
 import paper_memory
 import paper_pages
 import paper_rates
-from paper_figure import Figure, check_plotting, plot, table
+from paper_figure import Figure, Row, check_plotting, plot, table
 from paper_validate import validate
 
 from jaxpaged.step_table import StepTable
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             figure = _make(name, range(args.seeds), args.requests, steps, args.model)
             print("\n".join(table(figure, args.seeds)), flush=True)
-            results[name] = [{**row._asdict(), "mean": row.mean, "verdict": row.verdict} for row in figure.rows]
+            results[name] = [_values(row) for row in figure.rows]
             if args.plot is not None:
                 plot(figure, args.plot / f"figure-{name}.png")
     except (ValueError, OSError) as error:
@@ -89,6 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     if results:
         print(json.dumps({"seeds": args.seeds, "requests": args.requests, "figures": results}, allow_nan=False))
     return status
+
+
+def _values(row: Row) -> dict[str, Any]:
+    """A row for JSON, which has no NaN: a rate that no run reached is null."""
+    ours, mean = ([None if math.isnan(value) else value for value in values] for values in (row.ours, [row.mean]))
+    return {**row._asdict(), "ours": ours, "mean": mean[0], "verdict": row.verdict}
 
 
 def _make(name: str, seeds: range, requests: int, steps: StepTable | None, model: Path) -> Figure:

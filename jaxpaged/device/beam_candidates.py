@@ -24,9 +24,10 @@ def beam_columns(logits: Array, logprobs: Array, inputs: SamplingInputs, wanted:
 
     logits f32[R, V] are the model's, logprobs f32[R, V] what requests made of them, of which the sums are.
     """
+    is_beam = inputs.running_scores > -jnp.inf  # what a place without a beam computes, be it NaN, concerns nobody
+    failures = jnp.where(is_beam, row_failures(logits, logprobs), 0)
+    logprobs = jnp.where(is_beam[:, None], logprobs, -jnp.inf)
     candidates = row_candidates(logprobs, inputs, wanted.num_candidates)
-    # What a place without a beam computes is of no beam's concern.
-    failures = jnp.where(inputs.running_scores > -jnp.inf, row_failures(logits, logprobs), 0)
     if inputs.beam_rows is None:
         if wanted.beam_logprobs:
             rows = jnp.broadcast_to(jnp.arange(len(logits))[:, None], candidates.tokens.shape)

@@ -28,7 +28,7 @@ def _search(state: BeamState) -> SearchSnapshot:
         running = [RunningBeam(token_ids, score) for token_ids, score in beams if score > -math.inf]
     return SearchSnapshot(
         running=running,
-        parents=state.parents[-1].tolist()[: len(running)],
+        parents=state.parents[-1].tolist()[: len(running)] if running else [],
         finished=[FinishedBeam(h.token_ids, h.cumulative_logprob, h.score, h.beams) for h in state.hypotheses()],
         is_done=state.is_done,
     )
