@@ -151,10 +151,9 @@ def endless(token_ids, num_tokens, logits):
 
 
 def test_a_logits_processor_spoils_its_own_requests_alone(llm):
-    greedy = {"temperature": 0, "max_tokens": 6}
     params = [
-        SamplingParams(**greedy),
-        SamplingParams(logits_processors=[nan_after_two], **greedy),
+        SamplingParams(temperature=0, max_tokens=6),
+        SamplingParams(temperature=0, max_tokens=6, logits_processors=[nan_after_two]),
         SamplingParams(logits_processors=[endless], n=2, seed=1, max_tokens=6),
         BeamSearchParams(2, max_tokens=6, logits_processors=[nan_after_two]),
         BeamSearchParams(2, max_tokens=1, logits_processors=[nan_after_two]),
@@ -242,13 +241,13 @@ ROWS = np.array(
 @pytest.mark.parametrize("temperatures", [None, np.ones(5, np.float32)])
 def test_rows_that_can_choose_nothing_are_told_apart(temperatures):
     inputs = INPUTS._replace(temperatures=temperatures)
-    good = jnp.zeros((5, 4))
-    assert row_failures(ROWS, ROWS).tolist() == [BAD_LOGITS] * 4 + [0]
-    assert row_failures(good, ROWS).tolist() == [BAD_PROCESSED, BAD_PROCESSED, 0, BAD_PROCESSED, 0]
-    assert row_failures(ROWS, good).tolist() == [BAD_LOGITS] * 4 + [0]
-    tokens = sample_tokens(jnp.asarray(ROWS), inputs).tolist()
+    good, rows = jnp.zeros((5, 4)), jnp.asarray(ROWS)
+    assert row_failures(rows, rows).tolist() == [BAD_LOGITS] * 4 + [0]
+    assert row_failures(good, rows).tolist() == [BAD_PROCESSED, BAD_PROCESSED, 0, BAD_PROCESSED, 0]
+    assert row_failures(rows, good).tolist() == [BAD_LOGITS] * 4 + [0]
+    tokens = sample_tokens(rows, inputs).tolist()
     assert tokens[2] == NO_TOKEN and tokens[4] in (1, 2, 3)
-    logprobs = np.asarray(token_logprobs(jnp.asarray(ROWS), jnp.full(5, 2), 1))[:, 0].view(np.float32)
+    logprobs = np.asarray(token_logprobs(rows, jnp.full(5, 2), 1))[:, 0].view(np.float32)
     assert np.isnan(logprobs[:4]).all() and np.isfinite(logprobs[4])
 
 
