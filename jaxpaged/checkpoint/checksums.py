@@ -43,7 +43,7 @@ def check_tensors(tensors: Mapping[str, np.ndarray], expected: Checksums, folder
 
 def write_checksums(directory: Path, checksums: Checksums) -> None:
     values = {"algorithm": ALGORITHM, "tensors": checksums}
-    (directory / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n")
+    (directory / FILE_NAME).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def read_checksums(directory: Path, names: set[str]) -> Checksums:

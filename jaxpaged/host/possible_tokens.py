@@ -14,16 +14,18 @@ def check_some_token(group: SequenceGroup, vocab_size: int) -> None:
 
     Later ones may only be more, but for what depends on the tokens before: words of several tokens, logits processors.
     """
-    params = group.params
-    is_restricted = params.allowed_token_ids is not None
-    possible = set(params.allowed_token_ids if is_restricted else range(vocab_size))
-    reasons = [f"allowed_token_ids has {_shown(possible)}"] if is_restricted else []
-    if params.min_tokens and (ends := possible & (group.eos_ids | group.stop_ids)):
-        reasons.append(f"min_tokens={params.min_tokens} forbids {_shown(ends)}, which end the output")
-        possible -= ends
-    if words := possible & {word[0] for word in group.banned_words if len(word) == 1}:
-        reasons.append(f"bad_words forbid {_shown(words)}")
-        possible -= words
+    params, allowed = group.params, group.params.allowed_token_ids
+    ends = group.eos_ids | group.stop_ids if params.min_tokens else frozenset()
+    words = {word[0] for word in group.banned_words if len(word) == 1}
+    if allowed is None and len(ends) + len(words) < vocab_size:
+        return
+    possible = set(range(vocab_size) if allowed is None else allowed)
+    reasons = [] if allowed is None else [f"allowed_token_ids has {_shown(possible)}"]
+    if possible & ends:
+        reasons.append(f"min_tokens={params.min_tokens} forbids {_shown(possible & ends)}, which end the output")
+    if possible & words:
+        reasons.append(f"bad_words forbid {_shown(possible & words)}")
+    possible -= ends | words
     if not possible:
         raise ValueError(f"no token can be chosen: {', and '.join(reasons)}: change one of these parameters")
 
