@@ -13,6 +13,7 @@ from jaxpaged.host.logprob_entry import Entry
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 from jaxpaged.text_stream import StopStringStream, TextStream, decode_continuation
+from jaxpaged.step_io import BAD_LOGITS
 from jaxpaged.tokenizer import Tokenizer
 
 
@@ -20,7 +21,7 @@ def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOut
     """What came of a group that has finished; without a tokenizer all texts are empty."""
     pages = group.pages
     prompt_ids, prompt_logprobs = _prompt_ids(group), None
-    if group.params.prompt_logprobs is not None:
+    if group.params.prompt_logprobs is not None and group.failure != BAD_LOGITS:  # which may be in them
         prompt_logprobs = [None, *make_logprobs(group.prompt_logprobs, prompt_ids[:1], prompt_ids[1:], tokenizer)]
     return RequestOutput(
         request_id=group.request_id,

@@ -155,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: seed {seed}, smallest greedy margin {margin:.4f}, {size / 1024:.0f} KiB")
     if "rope" in names:
         cases = [make_rope_golden(name, *ROPES[name], args.output) for name in ROPES]
-        (args.output / "rope.json").write_text("[\n" + ",\n".join(map(json.dumps, cases)) + "\n]\n")
+        text = ",\n".join(json.dumps(case, allow_nan=False) for case in cases)
+        (args.output / "rope.json").write_text(f"[\n{text}\n]\n")
     return 0
 
 

@@ -136,6 +136,7 @@ def test_outputs_say_why_and_keep_what_there_was(llm):
             assert output.error is None
             continue
         assert output.error is not None and "the model's logits are not finite" in output.error
+        assert output.prompt_logprobs is None
         assert {(s.finish_reason, s.cumulative_logprob) for s in output.outputs} == {("error", 0.0)}
         assert len(output.outputs) == line.get("n", 1) and not any(s.token_ids for s in output.outputs)
     llm.engine.scheduler.check_invariants()
