@@ -12,8 +12,8 @@ from jaxpaged.host.beam_state import Hypothesis, best_hypotheses
 from jaxpaged.host.logprob_entry import Entry
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
-from jaxpaged.text_stream import StopStringStream, TextStream, decode_continuation
 from jaxpaged.step_io import BAD_LOGITS
+from jaxpaged.text_stream import StopStringStream, TextStream, decode_continuation
 from jaxpaged.tokenizer import Tokenizer
 
 

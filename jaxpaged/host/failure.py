@@ -20,7 +20,8 @@ def fail(group: SequenceGroup, policy: Policy) -> None:
 
 
 def _message(group: SequenceGroup) -> str:
-    place = f"after {max((s.num_generated for s in group.unfinished), default=0)} generated tokens"
+    # Other samples may have got their token in the step in which one failed.
+    place = f"after {min((s.num_generated for s in group.unfinished), default=0)} generated tokens"
     if group.failure == NO_TOKEN:
         return f"no token is left to choose {place}: {restrictions(group)} made all of them impossible"
     if group.failure == BAD_LOGITS:

@@ -230,7 +230,7 @@ class Scheduler:
         """
         tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
         ended: list[SequenceGroup] = []
-        failed: dict[SequenceGroup, None] = {}
+        failed: dict[SequenceGroup, int] = {}
         searches: dict[SequenceGroup, int] = {}  # and their first rows
         for i, (group, sequence, _) in enumerate(plan.samples):
             if group.beams:
@@ -238,8 +238,8 @@ class Scheduler:
                 continue
             token_id, logprob = tokens[i], logprobs[i]
             if token_id < 0 or group.failure:
-                group.failure = group.failure or token_id
-                failed[group] = None
+                failed[group] = group.failure = group.failure or token_id
+            if token_id < 0:
                 continue
             sequence.token_ids.append(token_id)
             sequence.cumulative_logprob += logprob
