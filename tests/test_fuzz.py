@@ -119,7 +119,7 @@ def accepts(llm, prompt, params, prefix=None) -> bool:
     return True
 
 
-@cases(quick=100, slow=3000)
+@cases(quick=100, slow=1000)
 def test_the_other_arguments_of_calls_are_read_or_refused(llm, num_cases):
     params = st.sampled_from([SamplingParams(max_tokens=1), BeamSearchParams(2, max_tokens=1)]) | anything
 
@@ -155,7 +155,7 @@ def run_beside_everything(llm, prompt, params):
     return llm.generate([prompt] * (len(params) + 1), [EVERYTHING, *params], progress=False)[1:]
 
 
-@cases(quick=10, slow=500)
+@cases(quick=10, slow=150)
 def test_what_is_accepted_runs_and_gives_legal_tokens(llm, num_cases):
     def check(drawn):
         asked = [made(SamplingParams, {**one, "max_tokens": 3, "logprobs": 2}) for one in drawn]

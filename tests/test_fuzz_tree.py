@@ -143,7 +143,7 @@ SEARCHES = {
 OTHERS = {"temperature": edge_floats | numbers, "top_p": edge_floats | numbers, "top": tops, "end_ids": tokens}
 
 
-@cases(quick=40, slow=1000)
+@cases(quick=40, slow=2500)
 @pytest.mark.parametrize("name", SEARCHES)
 def test_any_arguments_of_a_search_leave_the_root_alone(name, num_cases):
     search, usual = SEARCHES[name]
