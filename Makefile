@@ -65,7 +65,7 @@ $(CUDA_INSTALLED): $(INSTALLED)
 	@touch $@
 
 compile-check: $(CUDA_INSTALLED)
-	PYTHONPATH=$(CUDA) $(BIN)/python scripts/compile_kernels.py $(ARGS)
+	PYTHONPATH=$(CUDA) $(BIN)/python scripts/bench/compile_kernels.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,11 +4,11 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # as typing's, which takes longer to import than the rest of this
 if TYPE_CHECKING:
-    from jaxpaged.beam_params import BeamSearchParams
-    from jaxpaged.beam_snapshot import BeamSnapshot
+    from jaxpaged.api.beam_params import BeamSearchParams
+    from jaxpaged.api.beam_snapshot import BeamSnapshot
+    from jaxpaged.api.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+    from jaxpaged.api.sampling_params import SamplingParams
     from jaxpaged.llm import LLM
-    from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
-    from jaxpaged.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [

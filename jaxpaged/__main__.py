@@ -11,10 +11,10 @@ def main() -> int:
     try:
         import signal
 
-        from jaxpaged.interrupts import exit_at_interrupt, leave
+        from jaxpaged.cli.interrupts import exit_at_interrupt, leave
 
         with exit_at_interrupt():
-            from jaxpaged.cli import main as run
+            from jaxpaged.cli.main import main as run
         try:
             return run()
         finally:

@@ -10,27 +10,27 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.beam_params import BeamSearchParams, RequestParams
-from jaxpaged.beam_snapshot import BeamSnapshot
+from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.beam_snapshot import BeamSnapshot
+from jaxpaged.api.outputs import RequestOutput
+from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.api.values import is_list, read_path, shortened
 from jaxpaged.checkpoint import open_checkpoint
-from jaxpaged.engine import Engine
-from jaxpaged.host.accounting import RunStats
+from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.loading import EngineOptions, build_engine
+from jaxpaged.host.account.accounting import RunStats
+from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.arrivals import set_arrivals
-from jaxpaged.host.beam_watch import take_snapshot
+from jaxpaged.host.beams.beam_watch import take_snapshot
+from jaxpaged.host.ownership import Hold, pool_ownership
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.host.trace import TraceRecorder
-from jaxpaged.loading import EngineOptions, build_engine
-from jaxpaged.outputs import RequestOutput
-from jaxpaged.ownership import Hold, pool_ownership
-from jaxpaged.progress import ProgressBar
-from jaxpaged.prompts import Prompt
-from jaxpaged.request_input import RequestReader
-from jaxpaged.request_output import make_output
-from jaxpaged.sampling_params import SamplingParams
-from jaxpaged.tokenizer import Tokenizer, find_tokenizer
-from jaxpaged.tree import Tree
-from jaxpaged.tree_steps import EngineSteps
-from jaxpaged.values import is_list, read_path, shortened
+from jaxpaged.requests.answer import make_output
+from jaxpaged.requests.progress import ProgressBar
+from jaxpaged.requests.prompts import Prompt
+from jaxpaged.requests.read import RequestReader
+from jaxpaged.text.tokenizer import Tokenizer, find_tokenizer
+from jaxpaged.tree.on_engine import EngineSteps
+from jaxpaged.tree.tree import Tree
 
 Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
 
@@ -44,7 +44,7 @@ class LLM:
 
     Attributes:
         tokenizer: None where the checkpoint has none; prompts are then token ids and outputs have no text.
-        last_run: what the latest run did: steps, seconds, the pool's use over time (host/accounting.py, `RunStats`).
+        last_run: what the latest run did: steps, seconds, the pool's use over time (account/accounting.py, `RunStats`).
     """
 
     def __init__(

@@ -65,10 +65,10 @@ def attend(
         phase_scratch, ring, out_tiles, converted = scratch_tree.unflatten(scratch)
         refs_of = zip(phase_refs, zip(pieces[::2], pieces[1::2], strict=True), phase_scratch, strict=True)
         program = Program(
-            options, sizes, lax.axis_index("share"), lax.axis_index("pack"), Ring(*ring, converted), scale_refs,
+            options, sizes, lax.axis_index("share"), lax.axis_index("pack"), Ring._make([*ring, converted]), scale_refs,
             (*out_refs, *out_tiles),
         )  # fmt: skip
-        _run(program, [PhaseRefs(*arrays, *results, *own) for arrays, results, own in refs_of], k_ref, v_ref)
+        _run(program, [PhaseRefs._make([*arrays, *results, *own]) for arrays, results, own in refs_of], k_ref, v_ref)
 
     call = plgpu.kernel(
         kernel,

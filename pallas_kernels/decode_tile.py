@@ -47,7 +47,7 @@ def columns_per_row(num_heads: int, num_kv_heads: int) -> int:
 
 
 def choose_tile(columns: int, head_dim: int, itemsize: int) -> DecodeTile:
-    """The tile for programs of `columns` query columns, and pages of `itemsize` bytes; by `scripts/tune_decode.py`.
+    """The tile for programs of `columns` query columns, and pages of `itemsize` bytes (`bench/tune_decode.py`).
 
     Large tiles in a short ring: what a tile costs beside its keys counts half, and rows are cut into fewer pieces. Two
     programs of that size where they fit, since one computes while the other waits; small tiles where no large ones do.

@@ -18,12 +18,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import tokenizers
+from paths import GOLDENS
 
 from jaxpaged import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.scheduler import Scheduler
 
-GOLDENS = Path(__file__).parent / "goldens"
 MODELS = tuple(sorted(path.parent.name for path in GOLDENS.glob("*/beams.json")))
 VOCABULARY, END = 128, 2  # of all of them
 MAX_MODEL_LEN, MAX_NUM_SEQS = 40, 16

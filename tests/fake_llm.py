@@ -12,8 +12,8 @@ import sys
 import time
 from types import SimpleNamespace
 
-from jaxpaged.beam_params import BeamSearchParams
-from jaxpaged.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
 
 MAX_MODEL_LEN = 200
 CHARACTERS = 'abcdefghij klmnopqrstuvwxyzäß€\n"\\ '
@@ -89,6 +89,6 @@ class FakeLLM:
 
 
 if __name__ == "__main__":
-    from jaxpaged.cli import main
+    from jaxpaged.cli.main import main
 
     sys.exit(main(make_llm=FakeLLM))

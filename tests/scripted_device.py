@@ -6,15 +6,15 @@ import itertools
 
 import numpy as np
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
-from jaxpaged.host.beam_state import BeamState, best_hypotheses
-from jaxpaged.host.reservation import most_pages
+from jaxpaged.host.beams.beam_state import BeamState, best_hypotheses
+from jaxpaged.host.pages.shared_prefix import prefix_of
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.host.shared_prefix import prefix_of
-from jaxpaged.host.step_plan import StepPlan
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.host.systems.reservation import most_pages
 from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs
 
 _ids = itertools.count()

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paths import ROOT
 
 from jaxpaged import SamplingParams
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def python_blocks(page: str) -> list[str]:

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import tokenizers
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.checkpoint import save_checkpoint
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
-from jaxpaged.engine import Engine
-from jaxpaged.host.beam_state import BeamState, best_hypotheses
-from jaxpaged.host.prefix_groups import PrefixRule, PrefixSharing
+from jaxpaged.engine.engine import Engine
+from jaxpaged.host.beams.beam_state import BeamState, best_hypotheses
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.host.step.prefix_groups import PrefixRule, PrefixSharing
 from pallas_kernels import reference
 
 TOY = ModelConfig(

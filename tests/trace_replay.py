@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxpaged.beam_params import BeamSearchParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
-from jaxpaged.host.beam_state import BeamState
+from jaxpaged.host.account.trace import TraceRecorder
+from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.host.step_plan import StepPlan
-from jaxpaged.host.trace import TraceRecorder
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs
 
 

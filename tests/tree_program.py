@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jaxpaged.tree import Node, OutOfPagesError, Tree
+from jaxpaged.tree.tree import Node, OutOfPagesError, Tree
 
 MAX_LEN = 32
 

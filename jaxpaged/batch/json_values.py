@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from jaxpaged.values import shortened
+from jaxpaged.api.values import shortened
 
 
 def parse_object(text: str) -> tuple[dict[str, Any], list[str]]:

@@ -15,12 +15,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from jaxpaged.api.beam_params import RequestParams
+from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxpaged.api.values import check_encodable, shortened
 from jaxpaged.batch.json_values import bias_from_json, check_keys, is_token_list
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, Prompt, make_request
-from jaxpaged.beam_params import RequestParams
-from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxpaged.text_stream import Decode, TextStream, text_pieces
-from jaxpaged.values import check_encodable, shortened
+from jaxpaged.text.stream import Decode, TextStream, text_pieces
 
 OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
 COMPLETIONS_URL = "/v1/completions"

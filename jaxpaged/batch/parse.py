@@ -13,8 +13,10 @@ import codecs
 from collections.abc import Iterator
 from typing import Any
 
+from jaxpaged.api.values import check_encodable, shortened
 from jaxpaged.batch.input_formats import check_beginning
 from jaxpaged.batch.json_values import bias_from_json, check_keys, is_id, is_token_list, parse_object
+from jaxpaged.batch.model_files import digest
 from jaxpaged.batch.openai import OPENAI_KEYS, completion_request
 from jaxpaged.batch.requests import (
     PARAMETER_NAMES,
@@ -24,8 +26,6 @@ from jaxpaged.batch.requests import (
     Prompt,
     make_request,
 )
-from jaxpaged.model_files import digest
-from jaxpaged.values import check_encodable, shortened
 
 FORMATS = ("auto", "text", "jsonl")
 LINE_KEYS = ("id", "prompt", "prompt_token_ids", "add_special_tokens", *PARAMETER_NAMES)

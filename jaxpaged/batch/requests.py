@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpaged.beam_params import BeamSearchParams, RequestParams
-from jaxpaged.model_files import digest
-from jaxpaged.sampling_params import SamplingParams
+from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.batch.model_files import digest
 
 Prompt = str | list[int]
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxpaged.api.beam_params import RequestParams
+from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxpaged.batch.openai import completion_body, rounded
 from jaxpaged.batch.requests import BatchRequest, InvalidLine
-from jaxpaged.beam_params import RequestParams
-from jaxpaged.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxpaged.text_stream import Decode
+from jaxpaged.text.stream import Decode
 
 #: What every row begins with, in bytes: how a row that was cut off is told from somebody else's file.
 ROW_START = b'{"id": '

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from jaxpaged.api.beam_params import RequestParams
+from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.batch.requests import BatchRequest
-from jaxpaged.beam_params import RequestParams
-from jaxpaged.outputs import RequestOutput
 
 
 class GeneratingLLM(Protocol):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 
-from jaxpaged.added_tokens import COMPANIONS
 from jaxpaged.checkpoint.files import user_path
 from jaxpaged.checkpoint.native import save_checkpoint
 from jaxpaged.checkpoint.opening import load_params, open_checkpoint
+from jaxpaged.text.added_tokens import COMPANIONS
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path) -> None:

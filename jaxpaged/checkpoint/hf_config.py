@@ -12,7 +12,7 @@ from jaxpaged.checkpoint.hf_families import ARCHITECTURES, MODEL_TYPES, Family
 from jaxpaged.checkpoint.hf_keys import check_unread_keys
 from jaxpaged.checkpoint.hf_values import Values, read_object, read_text
 from jaxpaged.config import DTYPES, ModelConfig
-from jaxpaged.config_checks import check_token_id, short
+from jaxpaged.config.checks import check_token_id, short
 
 
 def parse_config(values: Values, generation: Values | None = None) -> ModelConfig:

@@ -18,7 +18,7 @@ from jaxpaged.checkpoint.hf_values import (
     read_size,
     read_text,
 )
-from jaxpaged.config_checks import MAX_COUNT, short
+from jaxpaged.config.checks import MAX_COUNT, short
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxpaged.config_checks import short
+from jaxpaged.config.checks import short
 
 WORDS = (
     # positions

@@ -13,8 +13,8 @@ import math
 from typing import Any
 
 from jaxpaged.checkpoint.hf_values import Values, read_object, read_size
-from jaxpaged.config_checks import MAX_SIZE, check_flag, check_number, check_size, check_text, short
-from jaxpaged.rope_config import RopeConfig
+from jaxpaged.config.checks import MAX_SIZE, check_flag, check_number, check_size, check_text, short
+from jaxpaged.config.rope import RopeConfig
 
 PLACES = ("rope_scaling", "rope_parameters")
 ORIGINAL = "original_max_position_embeddings"

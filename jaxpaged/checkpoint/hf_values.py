@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxpaged.config_checks import MAX_LAYERS, MAX_SIZE, check_flag, check_number, check_size, check_text, short
+from jaxpaged.config.checks import MAX_LAYERS, MAX_SIZE, check_flag, check_number, check_size, check_text, short
 
 Values = dict[str, Any]
 

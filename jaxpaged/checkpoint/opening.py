@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import jax
 
-from jaxpaged.added_tokens import COMPANIONS
 from jaxpaged.checkpoint import hf_config, hf_weights, native
 from jaxpaged.checkpoint.files import find_file, read_json, user_path
 from jaxpaged.config import DTYPES, ModelConfig
 from jaxpaged.device.params import Params, random_params
+from jaxpaged.text.added_tokens import COMPANIONS
 
 Format = Literal["native", "huggingface"]
 

@@ -2,7 +2,7 @@
 
 A dense cache is a paged one whose page is as long as a sequence: the same fields, slot for slot the same bytes; only
 the read differs. The host counts its memory in pages all the same: a row is a run of pages, so copies and block tables
-are those of any cache (host/slots.py), and a row is found by the first page of its table. NULL_PAGE has no row: what
+are those of any cache (systems/slots.py), and a row is found by the first page of its table. NULL_PAGE has no row: what
 padding writes is dropped.
 """
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
+from jaxpaged.api.sampling_params import LogitsProcessor
 from jaxpaged.device.processors import what_they_compute
-from jaxpaged.sampling_params import LogitsProcessor
 from jaxpaged.step_io import Layout
 
 #: Programs kept at most. All that a run can need, with default limits, are some 60 on a CPU, and on a GPU, for a long

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.rope_config import RopeConfig
+from jaxpaged.config.rope import RopeConfig
 
 Array = jax.Array
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpaged.api.sampling_params import LogitsProcessor
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_candidates import beam_columns
@@ -23,7 +24,6 @@ from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward
 from jaxpaged.device.params import Params
 from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
 from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failures, sample_tokens, token_logprobs
-from jaxpaged.sampling_params import LogitsProcessor
 from jaxpaged.step_io import TOKENS_ALONE, DecodeBatch, Layout, PrefillBatch, SamplingInputs, StepInputs, Wanted
 
 Array = jax.Array

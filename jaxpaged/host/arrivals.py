@@ -9,8 +9,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
+from jaxpaged.api.values import as_number, read_list, shortened
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.values import as_number, read_list, shortened
 
 
 class Arrivals:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from jaxpaged.host.possible_tokens import restrictions
-from jaxpaged.host.reservation import Policy
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
+from jaxpaged.host.systems.reservation import Policy
 from jaxpaged.step_io import BAD_LOGITS, NO_TOKEN
 
 

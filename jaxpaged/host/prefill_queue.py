@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import deque
 
 from jaxpaged.config import EngineConfig
-from jaxpaged.host.reservation import Policy
+from jaxpaged.host.pages.token_tree import Branch
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
-from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
-from jaxpaged.host.token_tree import Branch
+from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
+from jaxpaged.host.systems.reservation import Policy
 
 
 class PrefillQueue:

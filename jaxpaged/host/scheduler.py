@@ -21,19 +21,19 @@ import math
 from collections import deque
 
 from jaxpaged.config import CacheConfig, EngineConfig
-from jaxpaged.host.beam_groups import advance_groups
-from jaxpaged.host.block_table import BlockTable, num_pages_for, num_pages_needed
+from jaxpaged.host.beams.beam_groups import advance_groups
 from jaxpaged.host.failure import fail
-from jaxpaged.host.page_allocator import OutOfPagesError, PageAllocator
-from jaxpaged.host.policies import make_policy
+from jaxpaged.host.pages.block_table import BlockTable, num_pages_for, num_pages_needed
+from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
+from jaxpaged.host.pages.shared_prefix import make_prefix
+from jaxpaged.host.pages.swap import Swap, SwapSpace
+from jaxpaged.host.pages.token_tree import Branch, build_branches
 from jaxpaged.host.prefill_queue import PrefillQueue
-from jaxpaged.host.reservation import Paged, prompt_in_words
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
-from jaxpaged.host.shared_prefix import make_prefix
-from jaxpaged.host.step_plan import PlanRow, Sample, StepPlan
+from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
-from jaxpaged.host.swap import Swap, SwapSpace
-from jaxpaged.host.token_tree import Branch, build_branches
+from jaxpaged.host.systems.policies import make_policy
+from jaxpaged.host.systems.reservation import Paged, prompt_in_words
 from jaxpaged.step_io import StepOutputs
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxpaged.beam_params import RequestParams
-from jaxpaged.host.beam_state import BeamState
-from jaxpaged.host.block_table import BlockTable
+from jaxpaged.api.beam_params import RequestParams
+from jaxpaged.host.beams.beam_state import BeamState
+from jaxpaged.host.pages.block_table import BlockTable
 
 
 class SequenceStatus(enum.Enum):

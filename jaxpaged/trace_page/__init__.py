@@ -1,4 +1,4 @@
-"""One self-contained page that replays a trace (host/trace.py): no network, nothing to install. `jaxpaged trace`.
+"""One self-contained page that replays a trace (account/trace.py): no network, nothing to install. `jaxpaged trace`.
 
 The page is page.html with its style, its scripts and the trace written into it; it may be mailed and opened as a file.
 """

@@ -1,5 +1,5 @@
 "use strict";
-// The state of the pool at any frame of a trace (its format: jaxpaged/host/trace.py), from snapshots and differences.
+// The state of the pool at any frame of a trace (its format: jaxpaged/host/account/trace.py), from snapshots and differences.
 
 const SNAPSHOT_EVERY = 32;
 const UNBORN = 0, WAITING = 1, RUNNING = 2, SWAPPED = 3, FINISHED = 4;

@@ -1,0 +1,166 @@
+"""How many pages the pool gets: what fits the device beside the weights and the largest step, both as measured.
+
+What a step takes is known before there is a pool, because its temporaries do not depend on the pool's size: the largest
+decode step and the largest prefill step are compiled for a pool of a nominal size, and the compiler says. The engine
+compiles them again when it first needs them (the pool's shape is part of a program), but with JAX's persistent
+compilation cache the nominal ones are compiled once for all runs. Where everything of use fits by a generous
+estimate, as it does for small models, nothing is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.config import DENSE_CACHES, CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.device.attention import AttentionKernels
+from jaxpaged.device.memory import bytes_in_use
+from jaxpaged.device.params import Params, param_shapes
+from jaxpaged.device.swap import transfer_bytes
+from jaxpaged.engine.engine import lower_largest_steps
+
+logger = logging.getLogger("jaxpaged")
+
+GIB = 1 << 30
+#: Without num_pages, a pool in main memory takes no more than this: other programs live there too.
+CPU_POOL_BYTES = 1 * GIB
+#: Pages of the pool for which steps are compiled to be measured.
+NOMINAL_PAGES = 1024
+#: Share of the memory that stays free beside pool, weights and step: a step's inputs and results, the buffers in which
+#: XLA tries out matrix products, holes between allocations. Programs and CUDA graphs take memory of the driver, which
+#: is outside of what XLA may allocate: where XLA takes its share at the start, `XLA_CLIENT_MEM_FRACTION` leaves theirs.
+RESERVE_SHARE = 0.005
+
+
+@dataclass(frozen=True)
+class PoolSizer:
+    """Weighs a pool against the memory of a device."""
+
+    model: ModelConfig
+    dtype: str
+    page_size: int
+    limits: EngineConfig
+    memory_utilization: float
+    kernels: AttentionKernels
+    device: jax.Device
+    memory: int  # bytes that XLA may allocate on the device
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_size * self.model.kv_bytes_per_token(self._itemsize)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(param_shapes(self.model, self.dtype)))
+
+    def check(self, num_pages: int | None) -> None:
+        """Refuse, before weights are read, `num_pages` (None: at least one page) that cannot fit beside them."""
+        if num_pages is None:
+            self._fitting_pages(self.weight_bytes, self._least_step_bytes())
+        elif self.weight_bytes + num_pages * self.page_bytes > self.memory:
+            raise ValueError(
+                f"num_pages={num_pages} pages take {num_pages * self.page_bytes / GIB:.2f} GiB and the weights "
+                f"{self.weight_bytes / GIB:.2f} GiB; {self.device.device_kind} has {self.memory / GIB:.2f} GiB: at "
+                f"most about {max(0, self.memory - self.weight_bytes) // self.page_bytes} pages fit"
+            )
+        else:
+            CacheConfig(self.page_size, num_pages, self.dtype)  # says what is wrong with a pool of one page
+
+    def choose(self, params: Params) -> int:
+        """Pages, NULL_PAGE included: as many as are of use and fit beside the weights, which are on the device."""
+        jax.block_until_ready(params)
+        weights = bytes_in_use(self.device) or self.weight_bytes
+        useful = self.limits.max_num_seqs * -(-self.limits.max_model_len // self.page_size) + 1
+        if self.device.platform == "cpu":
+            useful = min(useful, CPU_POOL_BYTES // self.page_bytes)
+        if useful >= 2 and useful <= self._room(weights, self._most_step_bytes()):
+            return useful
+        step = self.measured_step_bytes()
+        num_pages = min(useful, self._fitting_pages(weights, step))
+        logger.info(
+            "pool: %d pages, %.2f GiB, beside %.2f GiB in use and %.2f GiB for the largest step, of %.2f GiB",
+            num_pages, num_pages * self.page_bytes / GIB, weights / GIB, step / GIB, self.memory / GIB,
+        )  # fmt: skip
+        return num_pages
+
+    def measured_step_bytes(self) -> int:
+        """What the largest step allocates while it runs, as the compiler says."""
+        began = time.perf_counter()
+        cache = CacheConfig(self.page_size, self._nominal_pages, self.dtype)
+        persistent = self.weight_bytes + self._nominal_pages * self.page_bytes
+        largest = self._moved_bytes()
+        for lowered in lower_largest_steps(self.model, cache, self.limits, self.kernels, self.device):
+            largest = max(largest, transient_bytes(lowered.compile(), persistent))
+        logger.info("the largest steps were compiled in %.1f s", time.perf_counter() - began)
+        return largest
+
+    @property
+    def _nominal_pages(self) -> int:
+        """At least one slot of a dense cache."""
+        slot_pages = -(-self.limits.max_model_len // self.page_size)
+        return max(NOMINAL_PAGES, slot_pages + 1) if self._is_dense else NOMINAL_PAGES
+
+    @property
+    def _is_dense(self) -> bool:
+        return self.limits.kv_cache in DENSE_CACHES
+
+    @property
+    def _itemsize(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+    def _room(self, weights: int, step: int) -> int:
+        """Pages for which there is room; negative if there is none even for weights and step."""
+        free = int(self.memory * self.memory_utilization) - weights - step - int(self.memory * RESERVE_SHARE)
+        return free // self.page_bytes
+
+    def _fitting_pages(self, weights: int, step: int) -> int:
+        num_pages = self._room(weights, step)
+        if num_pages < 2:
+            raise ValueError(
+                f"the weights take {weights / GIB:.2f} GiB and the largest step {step / GIB:.2f} GiB of "
+                f"{self.memory / GIB:.2f} GiB on {self.device.device_kind}; with "
+                f"memory_utilization={self.memory_utilization} no page of {self.page_bytes} bytes fits beside them: "
+                "raise memory_utilization, or lower max_num_batched_tokens, max_num_seqs or page_size"
+            )
+        return num_pages
+
+    def _moved_bytes(self) -> int:
+        """Pages that are on their way between two steps, all layers of them: one a sequence in one launch of
+        copy-on-write, or those of a transfer to or from swap space."""
+        preemption = self.limits.preemption
+        swapped = transfer_bytes(preemption.transfer_pages, self.page_bytes) if preemption.can_swap else 0
+        return max(self.limits.max_num_seqs * self.page_bytes, swapped)
+
+    def _least_step_bytes(self) -> int:
+        """Fewer bytes than any compiler needs: the logits, or one activation of the widest matrix."""
+        logits = self.limits.max_num_seqs * self.model.vocab_size * 4
+        widest = max(self.model.intermediate_size, self.model.num_heads * self.model.head_dim)
+        return max(logits, self.limits.max_num_batched_tokens * widest * self._itemsize)
+
+    def _most_step_bytes(self) -> int:
+        """More bytes than a step takes: float32 logits and token histories, some copies, and activations, kept a while.
+
+        Only says whether measuring could matter, so it may be several times too high.
+        """
+        model, limits = self.model, self.limits
+        sampling = 8 * limits.max_num_seqs * (model.vocab_size + limits.max_model_len) * 4
+        heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+        token = (model.num_layers + 8) * model.hidden_size + 8 * (2 * model.intermediate_size + heads)
+        attention = 8 * limits.max_num_seqs * 256 * model.num_heads * model.head_dim * 4
+        if self._is_dense:  # XLA's attention copies the rows of a layer
+            rows = limits.max_num_seqs * limits.max_model_len
+            attention += 4 * rows * model.kv_bytes_per_token(4) // model.num_layers
+        return sampling + attention + limits.max_num_batched_tokens * token * self._itemsize + self._moved_bytes()
+
+
+def transient_bytes(compiled: jax.stages.Compiled, persistent: int) -> int:
+    """What a program takes beyond the `persistent` bytes of weights and pool: inputs, outputs, temporaries, code."""
+    memory = compiled.memory_analysis()
+    assert memory is not None, "the compiler gave no account of its memory"
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    inputs = memory.argument_size_in_bytes - persistent
+    return inputs + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

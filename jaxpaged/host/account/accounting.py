@@ -1,0 +1,204 @@
+"""What a run did, step by step: how full the pool was, how much of it was shared, and where the time went."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxpaged.config import CacheConfig
+from jaxpaged.host.account.memory_account import MemoryAccount, make_account
+from jaxpaged.host.pages.block_table import BlockTable
+from jaxpaged.host.pages.swap import Swap
+from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.host.systems.reservation import Policy
+
+#: What is taken down a step; int32 holds them, since it holds every slot of a pool.
+_SERIES = (
+    "pages_used", "logical_pages", "running", "waiting", "batch_tokens", "used_slots", "requested_slots",
+    "largest_free", "is_short", "copied_pages", "swapped_out_pages", "swapped_in_pages",
+)  # fmt: skip
+
+
+@dataclass
+class RunStats:
+    """One run of the engine. The arrays have one entry a step, taken when the step was planned."""
+
+    num_pages: int  # usable pages of the pool
+    page_size: int
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    steps: int = 0
+    prefill_steps: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0  # prefilled again after preemptions that did not swap
+    swaps_out: int = 0  # preemptions that kept the group's pages in host memory
+    swaps_in: int = 0  # groups that came back from there
+    swapped_out_bytes: int = 0
+    swapped_in_bytes: int = 0
+    swap_overflows: int = 0  # preemptions that would have swapped, but swap space was full
+    page_copies: int = 0
+    compilations: int = 0  # programs compiled during the run
+    #: "schedule": deciding; "device": until the step's results are on the host; "host": the rest; "total": their sum.
+    #: Parts of "device" are "swap" and "recompute": the share that recomputed tokens have in the steps they are in.
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total", "swap", "recompute"), 0.0)
+    )
+    _series: dict[str, array] = field(default_factory=lambda: {name: array("i") for name in _SERIES})
+    _times: tuple[array, array] = field(default_factory=lambda: (array("d"), array("d")))
+    _pauses: list[int] = field(default_factory=list)
+    _policy: Policy | None = None  # of the scheduler that made the plans
+
+    @classmethod
+    def for_cache(cls, cache: CacheConfig) -> RunStats:
+        return cls(num_pages=cache.num_usable_pages, page_size=cache.page_size)
+
+    @property
+    def pages_used(self) -> np.ndarray:
+        """Pages in use, i64[steps]; of a contiguous cache all that are reserved."""
+        return np.array(self._series["pages_used"], np.int64)
+
+    @property
+    def logical_pages(self) -> np.ndarray:
+        """Entries of the block tables of `running`: a page that three samples share counts three times, i64[steps].
+
+        So many pages there would be without sharing; a prefix that the run holds is none of it.
+        """
+        return np.array(self._series["logical_pages"], np.int64)
+
+    @property
+    def running(self) -> np.ndarray:
+        """Sequences with pages, i64[steps]."""
+        return np.array(self._series["running"], np.int64)
+
+    @property
+    def waiting(self) -> np.ndarray:
+        """Requests that wait for admission, i64[steps]."""
+        return np.array(self._series["waiting"], np.int64)
+
+    @property
+    def batch_tokens(self) -> np.ndarray:
+        """Tokens that the step computed, those of idle rows of a static batch included, i64[steps]."""
+        return np.array(self._series["batch_tokens"], np.int64)
+
+    @property
+    def step_times(self) -> np.ndarray:
+        """When each step began and ended, in seconds since the run began, f64[2, steps]; by a simulation's clock."""
+        return np.array(self._times, np.float64)
+
+    @property
+    def steps_after_pauses(self) -> np.ndarray:
+        """Steps i64[pauses] before which the engine had nothing to do but to wait for the next arrival."""
+        return np.unique(np.array(self._pauses, np.int64))
+
+    @property
+    def memory(self) -> MemoryAccount:
+        """Where every token slot of the pool was at each step, in hindsight; while the run goes on, as far as it is."""
+        series = {name: np.array(values, np.int64) for name, values in self._series.items()}
+        final = None if self._policy is None else self._policy.final_slots(self.steps)
+        return make_account(series, self.num_pages, self.page_size, final)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of the engine's time: what the caller does between results does not count."""
+        return self.num_generated_tokens / self.seconds["total"] if self.seconds["total"] else 0.0
+
+    @property
+    def pool_used(self) -> float:
+        """Share of the pool in use at the last step."""
+        return self._series["pages_used"][-1] / self.num_pages if self.steps else 0.0
+
+    def record(self, plan: StepPlan, scheduler: Scheduler, num_unqueued: int = 0) -> None:
+        """Take down the state of the scheduler right after it made `plan`; `num_unqueued` more requests wait for it."""
+        tables, allocator, policy = scheduler.tables, scheduler.allocator, scheduler.policy
+        held = [*tables, *scheduler.prefix_tables]
+        logical = sum([len(table.pages) for table in tables])
+        is_shared = sum([len(table.pages) for table in held]) > allocator.num_used
+        num_decoded = len(plan.rows) + plan.num_idle_rows
+        entries = {
+            "pages_used": allocator.num_used,
+            "logical_pages": logical,
+            "running": len(tables),
+            "waiting": len(scheduler.waiting) + num_unqueued,
+            "batch_tokens": sum([row.count for row in plan.rows]) if plan.is_prefill else num_decoded,
+            "used_slots": self._num_filled(held, allocator.num_used)
+            if is_shared
+            else sum([table.num_slots for table in held]),
+            "requested_slots": policy.requested_slots,
+            "largest_free": allocator.largest_free,
+            "is_short": int(scheduler.is_short),
+            "copied_pages": len(plan.copies),
+            "swapped_out_pages": sum([len(one.page_ids) for one in plan.swaps if one.is_out]),
+            "swapped_in_pages": sum([len(one.page_ids) for one in plan.swaps if not one.is_out]),
+        }
+        for name, value in entries.items():
+            self._series[name].append(value)
+        policy.tick(1)
+        self._policy = policy
+        self.steps += 1
+        self.prefill_steps += plan.is_prefill
+        self.preemptions += plan.num_preempted
+        self.recomputed_tokens += plan.num_recomputed
+        self.swap_overflows += plan.num_swap_overflows
+        self.page_copies += len(plan.copies)
+        self.num_generated_tokens += len(plan.samples)
+
+    def record_ahead(self, num_steps: int, num_rows: int, new_pages: np.ndarray, is_paged: bool) -> None:
+        """Take down `num_steps` more decode steps like the last, in which `num_rows` sequences only grow.
+
+        new_pages i64[num_steps]: pages that tables have more than at the last step, at each of them.
+        """
+        grown = np.arange(1, num_steps + 1)
+        rise = {"logical_pages": new_pages, "used_slots": grown * num_rows}
+        if is_paged:
+            rise |= {
+                "pages_used": new_pages, "requested_slots": new_pages * self.page_size, "largest_free": -new_pages,
+            }  # fmt: skip
+        is_once = ("copied_pages", "swapped_out_pages", "swapped_in_pages")  # done before the last step
+        for name, values in self._series.items():
+            last = 0 if name in is_once else values[-1]
+            values.frombytes((np.full(num_steps, last) + rise.get(name, 0)).astype(np.int32).tobytes())
+        assert self._policy is not None
+        self._policy.tick(num_steps)
+        self.steps += num_steps
+        self.num_generated_tokens += num_rows * num_steps
+
+    def _num_filled(self, tables: list[BlockTable], num_pages: int) -> int:
+        """Slots of `num_pages` shared pages that are filled: all but the unfilled ends of last pages.
+
+        Tables that share a last page see the same fill of it: whoever writes next gets a page of its own.
+        """
+        slots = {table.pages[-1]: table.num_slots for table in tables if table.num_slots % self.page_size}
+        return num_pages * self.page_size - sum([-num_slots % self.page_size for num_slots in slots.values()])
+
+    def add_seconds(self, schedule: float, device: float, step: float) -> None:
+        self.seconds["schedule"] += schedule
+        self.seconds["device"] += device
+        self.seconds["host"] += step - schedule - device
+        self.seconds["total"] += step
+
+    def add_pause(self) -> None:
+        """Nothing is there to run before the next step."""
+        self._pauses.append(self.steps)
+
+    def add_times(self, began: float, ended: float) -> None:
+        """Of the latest step, in seconds since the run began."""
+        for times, time in zip(self._times, (began, ended), strict=True):
+            times.append(time)
+
+    def add_swap(self, swap: Swap, num_bytes: int) -> None:
+        if swap.is_out:
+            self.swaps_out += 1
+            self.swapped_out_bytes += num_bytes
+        else:
+            self.swaps_in += 1
+            self.swapped_in_bytes += num_bytes
+
+    def add_preemption_seconds(self, plan: StepPlan, swap: float, compute: float) -> None:
+        if plan.swaps:
+            self.seconds["swap"] += swap
+        if plan.num_recomputed:
+            self.seconds["recompute"] += compute * plan.num_recomputed / sum(row.count for row in plan.rows)

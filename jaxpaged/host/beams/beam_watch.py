@@ -1,0 +1,34 @@
+"""Takes the picture of a search between two steps, from the choices that its states keep."""
+
+from __future__ import annotations
+
+import math
+
+from jaxpaged.api.beam_snapshot import BeamSnapshot, FinishedBeam, RunningBeam, SearchSnapshot
+from jaxpaged.api.outputs import RequestOutput
+from jaxpaged.host.beams.beam_state import BeamState
+from jaxpaged.host.sequence import SequenceGroup
+
+
+def take_snapshot(group: SequenceGroup, step: int, output: RequestOutput | None) -> BeamSnapshot:
+    tables = [sequence.table.pages for sequence in group.unfinished]
+    return BeamSnapshot(
+        step=step,
+        searches=[_search(state) for state in group.beams],
+        pages=len(set().union(*tables)),
+        logical_pages=sum(map(len, tables)),
+        output=output,
+    )
+
+
+def _search(state: BeamState) -> SearchSnapshot:
+    running: list[RunningBeam] = []
+    if not state.is_done:
+        beams = zip(state.running_token_ids().tolist(), state.running_scores.tolist(), strict=True)
+        running = [RunningBeam(token_ids, score) for token_ids, score in beams if score > -math.inf]
+    return SearchSnapshot(
+        running=running,
+        parents=state.parents[-1].tolist()[: len(running)] if running else [],
+        finished=[FinishedBeam(h.token_ids, h.cumulative_logprob, h.score, h.beams) for h in state.hypotheses()],
+        is_done=state.is_done,
+    )

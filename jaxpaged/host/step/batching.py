@@ -1,0 +1,213 @@
+"""Turns a plan into padded arrays whose sizes come from short lists, so that few programs are ever compiled.
+
+Every distinct shape is one compiled step. Padded decode rows and packed tokens cost arithmetic, so their lists are
+powers of two. Table width costs only its upload and padded prefill rows little more, so those lists are sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.pages.block_table import PageCopy, num_pages_for
+from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.sampling_batch import make_beam_rows, make_sampling_inputs
+from jaxpaged.host.step.step_plan import PlanRow, StepPlan
+from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, StepBatch
+
+
+class StepShape(NamedTuple):
+    """The padded sizes of one step; `num_tokens` is None for a decode step, which has one a row."""
+
+    num_rows: int
+    table_width: int
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes to which batches are padded, ascending; the last of each list holds the largest batch there can be."""
+
+    decode_rows: tuple[int, ...]
+    prefill_rows: tuple[int, ...]
+    prefill_tokens: tuple[int, ...]
+    table_widths: tuple[int, ...]
+    copies: tuple[int, ...]
+    swaps: tuple[int, ...] = ()  # pages of one transfer to or from swap space; a swap is several, and none is padded
+
+    @classmethod
+    def for_limits(cls, limits: EngineConfig, cache: CacheConfig) -> Buckets:
+        widest = num_pages_for(limits.max_model_len, cache.page_size)
+        return cls(
+            decode_rows=_geometric(1, limits.max_num_seqs, 2),
+            prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
+            prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
+            # Without a cache tables are empty, and tell nothing of how long sequences are.
+            table_widths=(widest,) if limits.kv_cache == "none" else _geometric(32, widest, 4),
+            copies=_geometric(8, limits.max_num_seqs, 8),
+            swaps=_geometric(1, min(limits.preemption.transfer_pages, cache.num_usable_pages), 4)
+            if limits.preemption.can_swap
+            else (),
+        )
+
+    def shapes(self) -> list[StepShape]:
+        """Every shape that a step can have."""
+        decode = [StepShape(rows, width) for rows in self.decode_rows for width in self.table_widths]
+        prefill = [
+            StepShape(rows, width, tokens)
+            for rows in self.prefill_rows
+            for width in self.table_widths
+            for tokens in self.prefill_tokens
+        ]
+        return decode + prefill
+
+    def shape_of(self, plan: StepPlan, features: SamplingFeatures) -> StepShape:
+        width = fit(max((len(row.sequence.table.pages) for row in plan.rows), default=0), self.table_widths)
+        if not plan.is_prefill or _can_decode(plan, features):
+            return StepShape(fit(len(plan.rows) + plan.num_idle_rows, self.decode_rows), width)
+        # As many rows to sample from as table rows, so that one list serves both.
+        rows = fit(max(len(plan.rows), len(plan.samples)), self.prefill_rows)
+        return StepShape(rows, width, fit(sum(row.count for row in plan.rows), self.prefill_tokens))
+
+
+def _can_decode(plan: StepPlan, features: SamplingFeatures) -> bool:
+    """Whether a decode step, which is faster, computes this prefill: one token a row, and row i chooses for sample i.
+
+    Rows behind the last sample are prompts that go on in the next step: what a decode step chooses for them is unread.
+    Not where decode steps merge the rows of beams: these would be first rows, one for all beams of a search.
+    """
+    return (
+        features.num_prompt_logprobs is None
+        and features.merged_widths is None
+        and all(row.count == 1 for row in plan.rows)
+        and all(sample.row == i for i, sample in enumerate(plan.samples))
+    )
+
+
+def _geometric(first: int, last: int, factor: int) -> tuple[int, ...]:
+    sizes = [min(first, last)]
+    while sizes[-1] < last:
+        sizes.append(min(sizes[-1] * factor, last))
+    return tuple(sizes)
+
+
+def fit(size: int, sizes: tuple[int, ...]) -> int:
+    """The smallest listed size that holds `size`."""
+    return next(listed for listed in sizes if listed >= size)
+
+
+def split(size: int, sizes: tuple[int, ...]) -> list[int]:
+    """Listed sizes, largest first, whose sum is `size`; 1 is listed."""
+    parts: list[int] = []
+    for listed in reversed(sizes):
+        parts += [listed] * (size // listed)
+        size %= listed
+    return parts
+
+
+def make_batch(
+    plan: StepPlan, shape: StepShape, cache: CacheConfig, vocab_size: int, features: SamplingFeatures
+) -> StepBatch:
+    """The step's arrays; row i of the plan is row i of the arrays. An empty plan gives a step that does nothing."""
+    tables = _block_tables(plan.rows, shape)
+    history_len = shape.table_width * cache.page_size
+    sampling = make_sampling_inputs(plan.samples, shape.num_rows, history_len, vocab_size, features)
+    if shape.num_tokens is None:
+        if features.merged_widths is not None:
+            beam_rows = make_beam_rows(plan.samples, shape.num_rows, features.merged_widths)
+            sampling = sampling._replace(beam_rows=beam_rows)
+        return DecodeBatch(_decode_inputs(plan.rows, tables, cache.page_size), sampling)
+    return PrefillBatch(_prefill_inputs(plan, shape.num_tokens, tables, cache.page_size, features), sampling)
+
+
+def _decode_inputs(rows: list[PlanRow], tables: np.ndarray, page_size: int) -> DecodeInputs:
+    num_rows = len(tables)
+    positions = np.array([row.start for row in rows], np.int32)
+    slots = tables[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
+    return DecodeInputs(
+        tokens=_padded([row.sequence.token_ids[row.start] for row in rows], num_rows),
+        positions=_padded(positions, num_rows),
+        slot_mapping=_padded(slots, num_rows, NULL_PAGE * page_size),
+        block_tables=tables,
+        context_lens=_padded(positions + 1, num_rows),
+    )
+
+
+def _prefill_inputs(
+    plan: StepPlan, num_tokens: int, tables: np.ndarray, page_size: int, features: SamplingFeatures
+) -> PrefillInputs:
+    rows, num_rows = plan.rows, len(tables)
+    counts = np.array([row.count for row in rows], np.int32)
+    ends = np.cumsum(counts, dtype=np.int32)
+    row_of_token = np.repeat(np.arange(len(rows)), counts)
+    first = np.array([row.start for row in rows], np.int32) - (ends - counts)  # position of the packed array's start
+    positions = np.arange(len(row_of_token), dtype=np.int32) + first[row_of_token]
+    slots = tables[row_of_token, positions // page_size] * page_size + positions % page_size
+    return PrefillInputs(
+        tokens=_padded(_concatenate_tokens(rows, 0), num_tokens),
+        positions=_padded(positions, num_tokens),
+        slot_mapping=_padded(slots, num_tokens, NULL_PAGE * page_size),
+        block_tables=tables,
+        query_starts=_padded(ends - counts, num_rows),
+        query_lens=_padded(counts, num_rows),
+        context_lens=_padded([row.start + row.count for row in rows], num_rows),
+        sample_from=_padded([ends[sample.row] - 1 for sample in plan.samples], num_rows),
+        next_tokens=None if features.num_prompt_logprobs is None else _padded(_concatenate_tokens(rows, 1), num_tokens),
+    )
+
+
+def with_copies(batch: DecodeBatch, copies: SequenceOf[PageCopy]) -> DecodeBatch:
+    """The batch with a list of copies, at most one a row, for its step to begin with."""
+    padded = _padded_copies(copies, len(batch.inputs.tokens))
+    return batch._replace(inputs=batch.inputs._replace(copies=padded))
+
+
+def make_copies(copies: SequenceOf[PageCopy], buckets: Buckets) -> Iterator[np.ndarray]:
+    """i32[2, C]: source and destination pages, for launches that do nothing but copy."""
+    for start in range(0, len(copies), buckets.copies[-1]):
+        part = copies[start : start + buckets.copies[-1]]
+        yield _padded_copies(part, fit(len(part), buckets.copies))
+
+
+def _padded_copies(copies: SequenceOf[PageCopy], size: int) -> np.ndarray:
+    """i32[2, size], padded with NULL_PAGE copied onto itself."""
+    padded = np.full((2, size), NULL_PAGE, np.int32)
+    if copies:
+        padded[:, : len(copies)] = np.array(copies, np.int32).T
+    return padded
+
+
+def _block_tables(rows: list[PlanRow], shape: StepShape) -> np.ndarray:
+    tables = np.full((shape.num_rows, shape.table_width), NULL_PAGE, np.int32)
+    if not rows:
+        return tables
+    pages = [row.sequence.table.pages for row in rows]
+    lengths = np.fromiter(map(len, pages), np.intp, len(pages))
+    entries = np.frombuffer(b"".join(pages), np.int32)  # many times quicker than filling row by row
+    used = tables[: len(rows), : lengths.max()]
+    if len(entries) == used.size:
+        used[:] = entries.reshape(used.shape)
+    else:
+        used[np.arange(used.shape[1]) < lengths[:, None]] = entries
+    return tables
+
+
+def _concatenate_tokens(rows: list[PlanRow], shift: int) -> list[int]:
+    """The rows' tokens, moved `shift` positions ahead; 0 where a sequence has no token there yet."""
+    parts: list[int] = []
+    for row in rows:
+        tokens = row.sequence.token_ids[row.start + shift : row.start + row.count + shift]
+        parts += tokens
+        parts += [0] * (row.count - len(tokens))
+    return parts
+
+
+def _padded(values, size: int, fill: int = 0) -> np.ndarray:
+    array = np.full(size, fill, np.int32)
+    array[: len(values)] = values
+    return array

@@ -1,0 +1,25 @@
+"""Which policy keeps the KV memory of each system in `config.KV_CACHES`."""
+
+from __future__ import annotations
+
+from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.systems.contiguous import ESTIMATES, Contiguous, estimate_max
+from jaxpaged.host.systems.no_cache import NoCache
+from jaxpaged.host.systems.reservation import Paged, Policy
+from jaxpaged.host.systems.slots import SlotAllocator, StaticBatches
+
+
+def make_policy(cache: CacheConfig, limits: EngineConfig) -> Policy:
+    """Raises ValueError, with the numbers, for a pool in which no sequence of a dense cache fits."""
+    match limits.kv_cache:
+        case "paged":
+            return Paged(cache)
+        case "none":
+            return NoCache(cache, limits)
+        case "dense-slots":
+            slots = SlotAllocator(cache, limits.max_model_len)
+            return Contiguous(cache, limits.max_model_len, estimate_max, slots)
+        case "dense-static" | "dense-static-global":
+            return StaticBatches(cache, limits, to_longest_of_all=limits.kv_cache == "dense-static-global")
+        case _:
+            return Contiguous(cache, limits.max_model_len, ESTIMATES[limits.kv_cache])

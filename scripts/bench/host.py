@@ -1,0 +1,127 @@
+"""How long the host takes for one decode step, over a device that is scripted; needs no jax.
+
+    python scripts/bench/host.py [--sequences 256] [--context 512] [--steps 200] [--samples-per-request 1]
+    python scripts/bench/host.py --sequences 64 --beam-width 4      # beam search: 16 prompts of width 4
+    python scripts/bench/host.py --beam-width 64                    # 4 prompts of width 64
+
+Of beams the device's part (the likeliest continuations of each row or group) is drawn at random, so that beams fork and
+die at every step. Prints medians in microseconds, and the same as JSON on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.account.accounting import RunStats
+from jaxpaged.host.beams.beam_state import BeamState
+from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.host.step.batching import Buckets, make_batch
+from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.step_io import GroupCandidates, RowCandidates, StepOutputs, TokenLogprobs, pack
+
+VOCAB_SIZE = 32_000
+PARTS = ("schedule", "account", "batching", "commit", "schedule+commit", "all")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of each request")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--samples-per-request", type=int, default=1)
+    parser.add_argument("--beam-width", type=int, default=0, help="beam searches of this width instead of samples")
+    parser.add_argument("--page-size", type=int, default=16)
+    args = parser.parse_args(argv)
+    medians = {name: round(statistics.median(times) * 1e6, 1) for name, times in measure(args).items()}
+    for name, micros in medians.items():
+        print(f"{name:>16} {micros:8.1f} us a step")
+    print(json.dumps({**vars(args), "microseconds": medians, "python": sys.version.split()[0]}, allow_nan=False))
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each part of every decode step: deciding, the account, the arrays, learning; and sums of them."""
+    max_len = args.context + args.steps + 2
+    pages = args.sequences * -(-max_len // args.page_size) + 2
+    cache = CacheConfig(args.page_size, pages)
+    limits = EngineConfig(max_len, max_num_seqs=args.sequences, max_num_batched_tokens=8192, watermark=0.0)
+    scheduler, buckets = Scheduler(cache, limits), Buckets.for_limits(limits, cache)
+    rng = np.random.default_rng(0)
+    per_request = args.beam_width or args.samples_per_request
+    groups = [
+        _request(i, rng.integers(0, VOCAB_SIZE, args.context).tolist(), args)
+        for i in range(args.sequences // per_request)
+    ]
+    for group in groups:
+        scheduler.add(group)
+    features = SamplingFeatures.of(groups, VOCAB_SIZE)
+    stats = RunStats.for_cache(cache)
+    times: dict[str, list[float]] = {name: [] for name in PARTS}
+    while scheduler.has_work:
+        t0 = time.perf_counter()
+        plan = scheduler.schedule()
+        assert plan is not None
+        t1 = time.perf_counter()
+        stats.record(plan, scheduler)
+        t2 = time.perf_counter()
+        if not plan.is_prefill:
+            shape = buckets.shape_of(plan, features)
+            pack(make_batch(plan, shape, cache, VOCAB_SIZE, features))
+        t3 = time.perf_counter()
+        outputs = _outputs(plan, features, rng)
+        t4 = time.perf_counter()
+        scheduler.commit(plan, outputs)
+        t5 = time.perf_counter()
+        if not plan.is_prefill and len(plan.rows) == args.sequences:
+            parts = (t1 - t0, t2 - t1, t3 - t2, t5 - t4)
+            for name, seconds in zip(PARTS, (*parts, parts[0] + parts[3], sum(parts)), strict=True):
+                times[name].append(seconds)
+    return times
+
+
+def _request(index: int, prompt: list[int], args: argparse.Namespace) -> SequenceGroup:
+    params: RequestParams
+    if args.beam_width:
+        params = BeamSearchParams(args.beam_width, max_tokens=args.steps, ignore_eos=True)
+    else:
+        params = SamplingParams(n=args.samples_per_request, max_tokens=args.steps, ignore_eos=True)
+    group = SequenceGroup(
+        str(index), None, params, index, [Sequence(0, prompt, len(prompt))], max_len=len(prompt) + args.steps
+    )
+    if isinstance(params, BeamSearchParams):
+        group.beams = BeamState.of(params, (), args.steps)
+    return group
+
+
+def _outputs(plan: StepPlan, features: SamplingFeatures, rng: np.random.Generator) -> StepOutputs:
+    """What a device might say of this plan: of beams, candidates whose scores fall by a random step each."""
+    rows, count = len(plan.samples), features.num_candidates
+    tokens, logprobs = rng.integers(0, VOCAB_SIZE, rows, np.int32), TokenLogprobs(np.zeros(rows, np.float32))
+    if not count:
+        return StepOutputs(tokens, logprobs)
+    searches = [] if plan.is_prefill else list(dict.fromkeys(sample.group for sample in plan.samples))
+    sums = np.concatenate([state.running_scores for group in searches for state in group.beams] or [np.zeros(rows)])
+    scores = sums[:, None] - np.cumsum(rng.exponential(1.0, (rows, count)), axis=1)
+    scores, ids = scores.astype(np.float32), rng.integers(0, VOCAB_SIZE, (rows, count), np.int32)
+    if plan.is_prefill or features.merged_widths is None:
+        return StepOutputs(tokens, logprobs, RowCandidates(scores, ids))
+    width = features.merged_widths[0]
+    places = np.argsort(-scores.reshape(-1, width * count), axis=1, kind="stable")[:, :count].astype(np.int32)
+    best = (np.take_along_axis(values.reshape(-1, width * count), places, axis=1) for values in (scores, ids))
+    best_scores, best_ids = best
+    return StepOutputs(tokens, logprobs, GroupCandidates(best_scores, places // count, best_ids))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

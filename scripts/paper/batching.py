@@ -1,0 +1,79 @@
+"""Anyscale's figure of continuous batching (2023), by replay: naive static, static, continuous and paged.
+
+1,000 prompts of 512 tokens at once, exponential outputs of mean 128 redrawn until at most a cap. Every system has the
+paper's pool; dense ones as many slots of 512 tokens and the cap as it holds, which is more than Anyscale gave them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from figure import Figure, Row
+from rates import described, make_run, ratios
+
+from jaxpaged.config import num_slots
+from jaxpaged.study.simulate import PAPER_POOL
+from jaxpaged.study.step_table import StepTable
+from jaxpaged.study.workloads import Workload, make_workload
+
+PROMPT_LEN, MEAN = 512, 128
+CAPS = (32, 128, 512, 1536)
+SYSTEMS = {
+    "naive static": "dense-static-global", "static": "dense-static", "continuous, dense slots": "dense-slots",
+    "continuous, Orca (Max)": "contiguous-max", "paged": "paged",
+}  # fmt: skip
+
+
+def figure_batching(seeds: range, requests: int, steps: StepTable) -> Figure:
+    count = max(64, requests // 4)
+    rates: dict[tuple[str, int], list[float]] = {}
+    bounds: dict[int, list[float]] = {}
+    for cap in CAPS:
+        for seed in seeds:
+            workload = make_workload(f"exponential:{PROMPT_LEN}:{MEAN}:{cap}", count, seed, max_len=None)
+            slots = num_slots(PAPER_POOL, PROMPT_LEN + cap)
+            bounds.setdefault(cap, []).append(slot_bound(workload, slots))
+            for name, kv_cache in SYSTEMS.items():
+                simulation = make_run(steps, kv_cache, workload, max_model_len=PROMPT_LEN + cap)
+                simulation.run()
+                tokens = int(workload.prompt_lens.sum() + workload.output_lens.sum())
+                rates.setdefault((name, cap), []).append(tokens / float(simulation.finished_times.max()))
+    rows = [Row(f"cap {cap}: {name}, tokens/s", rates[name, cap]) for cap in CAPS for name in SYSTEMS]
+    naive, slots_name = "naive static", "continuous, dense slots"
+    for cap in CAPS:
+        gains = {name: ratios(rates[name, cap], rates[naive, cap]) for name in SYSTEMS}
+        of_bound = ratios(gains[slots_name], bounds[cap])
+        is_widest = cap == CAPS[-1]
+        rows += [
+            Row(f"cap {cap}: static / naive", gains["static"], 4.0 if is_widest else None),
+            Row(f"cap {cap}: continuous / naive", gains[slots_name], 8.0 if is_widest else None),
+            Row(f"cap {cap}: bound of continuous / naive by slots", bounds[cap]),
+            Row(f"cap {cap}: continuous, share of that bound", of_bound, None, 0.9),
+            Row(f"cap {cap}: paged / naive", gains["paged"], 23.0 if is_widest else None, 23.0 if is_widest else None),
+            Row(f"cap {cap}: paged / continuous", ratios(rates["paged", cap], rates[slots_name, cap]), None, 2.0),
+        ]
+
+    def draw(axes: Any) -> None:
+        for name in SYSTEMS:
+            axes.plot(CAPS, [float(np.mean(rates[name, cap])) for cap in CAPS], "o-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(CAPS, [str(cap) for cap in CAPS])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens of an output at most")
+        axes.set_ylabel("tokens a second, prompts included")
+        axes.legend()
+
+    method = (
+        f"{described(steps)}; {count} requests at once, prompt tokens count, as in Anyscale's harness. The bound "
+        "counts decode steps of equally many slots; prefill, the same for all, keeps the measured ratio below it"
+    )
+    return Figure("Continuous batching (Anyscale 2023)", method, rows, draw)
+
+
+def slot_bound(workload: Workload, slots: int) -> float:
+    """Decode steps of naive static batches, by those in which every slot is of use."""
+    outputs = workload.output_lens
+    naive = math.ceil(len(outputs) / slots) * int(outputs.max())
+    return naive * slots / float(outputs.sum())

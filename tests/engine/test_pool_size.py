@@ -1,0 +1,85 @@
+"""The pool fills what the weights and the largest step leave, both as measured; what cannot fit is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+from toy import TOY, toy_params
+
+from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
+from jaxpaged.device.attention import REFERENCE, AttentionKernels
+from jaxpaged.engine.engine import lower_largest_steps
+from jaxpaged.engine.pool_size import PoolSizer, transient_bytes
+
+MIB = 1 << 20
+LIMITS = EngineConfig(max_model_len=256, max_num_seqs=64, max_num_batched_tokens=256)
+
+
+def make_sizer(memory: int, model=TOY, page_size=16, limits=LIMITS, memory_utilization=0.9, kernels=REFERENCE):
+    return PoolSizer(model, "float32", page_size, limits, memory_utilization, kernels, jax.devices("cpu")[0], memory)
+
+
+@pytest.fixture(scope="module")
+def step_bytes():
+    return make_sizer(MIB).measured_step_bytes()
+
+
+@pytest.mark.slow
+def test_what_a_step_takes_does_not_depend_on_the_size_of_the_pool():
+    def transient(num_pages):
+        cache = CacheConfig(16, num_pages, "float32")
+        sizer = make_sizer(MIB)
+        persistent = sizer.weight_bytes + num_pages * sizer.page_bytes
+        programs = lower_largest_steps(TOY, cache, LIMITS, REFERENCE, jax.devices("cpu")[0])
+        return [transient_bytes(lowered.compile(), persistent) for lowered in programs]
+
+    assert transient(100) == transient(10_000)
+
+
+def test_pool_weights_and_step_fill_the_share_they_may_use(step_bytes):
+    """64 sequences of 16 pages could use 1024; the memory is for fewer."""
+    sizer = make_sizer(memory=step_bytes + 3 * MIB)
+    num_pages = sizer.choose(toy_params())
+    assert num_pages < 64 * 16
+    budget = 0.9 * sizer.memory
+    taken = num_pages * sizer.page_bytes + sizer.weight_bytes + step_bytes
+    assert 0.95 * budget < taken <= budget
+
+
+def test_no_more_pages_than_sequences_can_use_and_nothing_is_compiled_to_know_it():
+    unusable = AttentionKernels("none", pytest.fail, pytest.fail)
+    assert make_sizer(memory=1 << 34, kernels=unusable).choose(toy_params()) == 64 * 16 + 1
+
+
+def test_the_generous_estimate_is_above_what_is_measured(step_bytes):
+    assert step_bytes < make_sizer(MIB)._most_step_bytes()
+    assert make_sizer(MIB)._least_step_bytes() < step_bytes
+
+
+def test_a_transfer_of_swapped_pages_larger_than_any_step_is_accounted_for(step_bytes):
+    way = PreemptionConfig("swap", swap_pages=10_000, transfer_pages=5000)
+    sizer = make_sizer(1 << 34, limits=dataclasses.replace(LIMITS, preemption=way))
+    assert sizer.measured_step_bytes() == 3 * 5000 * sizer.page_bytes > step_bytes
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_read(step_bytes):
+    with pytest.raises(ValueError, match="no page of 4096 bytes fits beside them: raise memory_utilization"):
+        make_sizer(memory=100_000).check(None)
+    with pytest.raises(ValueError, match="num_pages=500 pages take .* at most about 2.. pages fit"):
+        make_sizer(memory=MIB).check(500)
+    with pytest.raises(ValueError, match="num_pages=1: a pool needs page 0"):
+        make_sizer(memory=MIB).check(1)
+    make_sizer(memory=MIB).check(200)
+    make_sizer(memory=step_bytes).check(None)
+
+
+def test_a_step_larger_than_could_be_foreseen_is_refused_when_it_is_known(step_bytes):
+    with pytest.raises(ValueError, match="the weights take .* and the largest step .* GiB of .*: raise memory_util"):
+        make_sizer(memory=step_bytes).choose(toy_params())
+
+
+def test_a_page_has_the_keys_and_values_of_all_layers():
+    deeper = dataclasses.replace(TOY, num_layers=6)
+    assert make_sizer(MIB, model=deeper, page_size=32).page_bytes == 6 * 32 * 2 * 2 * 8 * 4
