@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import reproduce as reproduce_paper
 from toy import save_toy_checkpoint
 
 from jaxpaged.cli.main import main
 from jaxpaged.host.account.memory_account import CATEGORIES
-from scripts import reproduce_paper
 
 
 def simulate(*arguments) -> int:
