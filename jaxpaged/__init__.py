@@ -24,15 +24,15 @@ __all__ = [
     "__version__",
 ]
 _MODULES = {
-    "LLM": "llm",
-    "BeamSearchParams": "beam_params",
-    "BeamSnapshot": "beam_snapshot",
-    "CompletionOutput": "outputs",
-    "KVUsage": "outputs",
-    "Logprob": "outputs",
-    "RequestMetrics": "outputs",
-    "RequestOutput": "outputs",
-    "SamplingParams": "sampling_params",
+    "LLM": "jaxpaged.llm",
+    "BeamSearchParams": "jaxpaged.api.beam_params",
+    "BeamSnapshot": "jaxpaged.api.beam_snapshot",
+    "CompletionOutput": "jaxpaged.api.outputs",
+    "KVUsage": "jaxpaged.api.outputs",
+    "Logprob": "jaxpaged.api.outputs",
+    "RequestMetrics": "jaxpaged.api.outputs",
+    "RequestOutput": "jaxpaged.api.outputs",
+    "SamplingParams": "jaxpaged.api.sampling_params",
 }
 
 
@@ -41,7 +41,7 @@ def __getattr__(name: str):
     is interrupted as it starts has begun."""
     if name not in _MODULES:
         raise AttributeError(f"module 'jaxpaged' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"jaxpaged.{_MODULES[name]}"), name)
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return value
 
 
