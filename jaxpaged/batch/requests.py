@@ -136,13 +136,9 @@ def make_request(
 
 
 def readable(value: Any) -> Any:
-    """A setting as a row has it: as JSON gives it back, infinity as a text, and no longer than a line."""
+    """A setting as a row has it: as JSON gives it back, and no longer than a line."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return (
-        json.loads(text, parse_constant=str)
-        if len(text) <= MAX_SETTING
-        else f"{text[:MAX_SETTING]}... ({digest(value)})"
-    )
+    return json.loads(text) if len(text) <= MAX_SETTING else f"{text[:MAX_SETTING]}... ({digest(value)})"
 
 
 def make_params(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> RequestParams:

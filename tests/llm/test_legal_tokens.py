@@ -77,7 +77,7 @@ def random_case(rng: np.random.Generator) -> tuple[list[int], SamplingParams | B
         "allowed_token_ids": some([*IDS, EOS], 3) if rng.random() < 0.9 else None,
         "stop_token_ids": some(IDS, 2) if rng.random() < 0.4 else None,
         "bad_words": some(["a", "b", "c", "ab", "ba", "cc", "dd", "abc"], 3) if rng.random() < 0.5 else None,
-        "logit_bias": {int(rng.choice(IDS)): float(rng.choice([-np.inf, -50, 100]))} if rng.random() < 0.3 else None,
+        "logit_bias": {int(rng.choice(IDS)): float(rng.choice([-100, -50, 100]))} if rng.random() < 0.3 else None,
         "repetition_penalty": float(rng.choice([1.0, 1.3])),
         "logits_processors": [rng.choice(list(RULES))] if rng.random() < 0.4 else None,
         "logprobs": 0,
