@@ -7,7 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+#: The same cases at every run, so that a change fails for what it did; HYPOTHESIS_PROFILE=default looks for others.
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 HAS_CUDA_PLUGIN = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
 

@@ -16,7 +16,7 @@ MAX_TOKENS = 10
 
 
 def test_every_golden_has_beams():
-    assert NAMES == sorted(path.name for path in GOLDENS.iterdir())
+    assert NAMES == sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize("name", all_but_slow(NAMES, "llama_tied", "gemma2", "opt"))

@@ -57,6 +57,11 @@ def check_cut(tokenizer, text, cut):
     assert stream.text == added.rstrip("\ufffd")  # which the next token might complete
 
 
+def with_known_characters(kind, text):
+    """In what the library decodes, a real U+FFFD cannot be told from bytes that it gives up on."""
+    return text.replace("\ufffd", "?") if kind == "library" else text
+
+
 def check_stop(tokenizer, text, cut, start, length):
     """A stop string ends a sample and a beam with the token that completes it."""
     ids = tokenizer.encode(text)
@@ -80,7 +85,7 @@ def check_stop(tokenizer, text, cut, start, length):
 @settings(max_examples=40, deadline=None)
 @given(text=texts, cut=st.integers(0, 200))
 def test_pieces_from_any_cut_join_to_the_decoded_whole(tokenizers, kind, text, cut):
-    check_cut(tokenizers[kind], text, cut)
+    check_cut(tokenizers[kind], with_known_characters(kind, text), cut)
 
 
 @pytest.mark.parametrize("kind", ("spm_bytes", "byte_level", "byte_fallback"))
@@ -148,6 +153,7 @@ def test_stop_strings_are_found_where_they_are_complete(tokenizers, kind, text, 
 @settings(max_examples=2000, deadline=None)
 @given(text=texts | st.text(max_size=30), cut=st.integers(0, 200), start=st.integers(0, 50), length=st.integers(1, 4))
 def test_thousands_of_cuts(tokenizers, kind, text, cut, start, length):
+    text = with_known_characters(kind, text)
     if text:
         check_cut(tokenizers[kind], text, cut)
         check_stop(tokenizers[kind], text, cut, start, length)
