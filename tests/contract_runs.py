@@ -380,7 +380,7 @@ class Checker:
 
 
 def _set_rows(llm: LLM, decode_rows: tuple[int, ...]) -> None:
-    llm.engine.buckets = dataclasses.replace(llm.engine.buckets, decode_rows=decode_rows)
+    llm.engine.runner.buckets = dataclasses.replace(llm.engine.runner.buckets, decode_rows=decode_rows)
 
 
 #: Between programs sums go in another order. Of a whole search it is its scores' difference, of some tens of terms.

@@ -70,8 +70,8 @@ ALWAYS = PrefixRule(min_saved_tokens=0, min_run_pages=1)
 def sharing_engine(**sizes) -> Engine:
     """A `toy_engine` with `shared_prefixes`, which needs the Pallas kernels, over what stands for them in XLA."""
     engine = toy_engine(**sizes)
-    engine.kernels = REFERENCE._replace(shared_prefix_decode=reference.shared_prefix_decode)
-    engine.sharing = PrefixSharing(max_members=4, rule=ALWAYS)
+    engine.runner.kernels = REFERENCE._replace(shared_prefix_decode=reference.shared_prefix_decode)
+    engine.runner.sharing = PrefixSharing(max_members=4, rule=ALWAYS)
     return engine
 
 

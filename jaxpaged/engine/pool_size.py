@@ -21,7 +21,7 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.memory import bytes_in_use
 from jaxpaged.device.params import Params, param_shapes
 from jaxpaged.device.swap import transfer_bytes
-from jaxpaged.engine.engine import lower_largest_steps
+from jaxpaged.engine.lowering import lower_largest_steps
 
 logger = logging.getLogger("jaxpaged")
 

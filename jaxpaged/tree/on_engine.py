@@ -9,10 +9,9 @@ import numpy as np
 
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.engine.engine import Engine
-from jaxpaged.host.ownership import TREE
 from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.host.step.batching import make_batch, make_copies
+from jaxpaged.host.step.batching import make_batch
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import WHOLE_VOCABULARY, StepOutputs, TokenLogprobs
@@ -26,25 +25,23 @@ class EngineSteps:
     """Borrows the engine's pool until `close`; see `TreeModel` (tree.py) for what each method promises."""
 
     def __init__(self, engine: Engine):
-        self._engine = engine
-        self._loan = ExitStack()
-        self.allocator, self._hold = self._loan.enter_context(engine.lend_pool())
-        self.vocab_size = engine.model.vocab_size
-        self.max_len = engine.limits.max_model_len
-        self.eos_token_ids = frozenset(engine.model.eos_token_ids)
+        self._open = ExitStack()
+        self._loan = loan = self._open.enter_context(engine.lend_pool())
+        self.allocator = loan.allocator
+        self.vocab_size = loan.model.vocab_size
+        self.max_len = loan.limits.max_model_len
+        self.eos_token_ids = frozenset(loan.model.eos_token_ids)
         self._group = SequenceGroup("tree", None, SamplingParams(temperature=0), 0, [], self.max_len)
 
     @property
     def is_lost(self) -> bool:
-        return self._engine.has_lost_pool
+        return self._loan.has_lost_pool
 
     def copy_pages(self, copies: SequenceOf[PageCopy]) -> None:
-        with self._engine.owner.held(TREE, self._hold):
-            for part in make_copies(copies, self._engine.buckets):
-                self._engine.copy_pages(part)
+        self._loan.copy_pages(copies)
 
     def run(self, spans: SequenceOf[Span], top: int | None, wants_targets: bool) -> SpanOutputs:
-        engine, limits = self._engine, self._engine.limits
+        loan, limits = self._loan, self._loan.limits
         width = self.vocab_size if top is None else top
         logprobs = np.empty((len(spans), width), np.float32)
         ids = None if top is None else np.empty((len(spans), width), np.int32)
@@ -53,8 +50,8 @@ class EngineSteps:
         steps = plan_spans(spans, self._group, limits.max_num_seqs, limits.max_num_batched_tokens, wants_targets)
         for step in steps:
             features = self._features(top, step.plan.is_prefill and wants_targets)
-            batch = make_span_batch(step, spans, engine.buckets, engine.cache_config, self.vocab_size, features)
-            outputs = engine.compute(batch, features, self._hold)
+            batch = make_span_batch(step, spans, loan.buckets, loan.cache_config, self.vocab_size, features)
+            outputs = loan.run(batch, features)
             _check_finite(step, outputs)
             if width:
                 logprobs[step.ended], tokens = _best(outputs.token_logprobs, len(step.ended), top)
@@ -66,20 +63,20 @@ class EngineSteps:
 
     def warm_up(self, top: int | None) -> None:
         """Compile every program that a tree can need whose calls all ask for this `top`."""
-        engine = self._engine
-        for shape in engine.buckets.shapes():
+        loan = self._loan
+        for shape in loan.buckets.shapes():
             is_prefill = shape.num_tokens is not None
             kinds = [self._features(top, False)]
             if is_prefill:
                 kinds += [self._features(top, True), self._features(0, True)]
             for features in kinds:
                 nothing = StepPlan(is_prefill=is_prefill)
-                batch = make_batch(nothing, shape, engine.cache_config, self.vocab_size, features)
-                engine.compile_step(batch, features, self._hold)
-        engine.compile_copies(self._hold)
+                batch = make_batch(nothing, shape, loan.cache_config, self.vocab_size, features)
+                loan.compile_step(batch, features)
+        loan.compile_copies()
 
     def close(self) -> None:
-        self._loan.close()
+        self._open.close()
 
     def _features(self, top: int | None, wants_targets: bool) -> SamplingFeatures:
         size = WHOLE_VOCABULARY

@@ -201,7 +201,7 @@ def choose_ms(llm: Any, case: Case, args: argparse.Namespace) -> float:
     from jaxpaged.device.beam_candidates import beam_columns
     from jaxpaged.step_io import SamplingInputs
 
-    rows, features = case.prompts * case.width, llm.engine.features
+    rows, features = case.prompts * case.width, llm.engine.record.features
     beam_rows = None if features.merged_widths is None else np.arange(rows, dtype=np.int32).reshape(case)
     zeros = np.zeros(rows, np.int32)
     inputs = SamplingInputs(

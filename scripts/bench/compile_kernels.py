@@ -35,7 +35,7 @@ from jaxpaged.config import CacheConfig
 from jaxpaged.device import steps
 from jaxpaged.device.attention import resolve_attention
 from jaxpaged.device.cache import make_paged_cache
-from jaxpaged.engine.engine import lower_step
+from jaxpaged.engine.lowering import lower_step
 from jaxpaged.engine.preemption import resolve_preemption
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures

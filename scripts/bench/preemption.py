@@ -40,8 +40,8 @@ from jaxpaged.device.attention import IMPLEMENTATIONS, AttentionKernels, resolve
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.memory import device_memory
 from jaxpaged.device.params import Params, param_shapes, random_params
-from jaxpaged.engine.engine import static_arguments
 from jaxpaged.engine.loading import resolve_dtype
+from jaxpaged.engine.lowering import static_arguments
 from jaxpaged.engine.preemption import flops_per_token, resolve_preemption
 from jaxpaged.host.pages.block_table import num_pages_for
 from jaxpaged.host.scheduler import Scheduler

@@ -30,8 +30,8 @@ from jaxpaged.device import steps
 from jaxpaged.device.attention import IMPLEMENTATIONS, AttentionKernels, resolve_attention
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.params import Params, random_params
-from jaxpaged.engine.engine import lower_step, static_arguments
 from jaxpaged.engine.loading import resolve_dtype
+from jaxpaged.engine.lowering import lower_step, static_arguments
 from jaxpaged.host.pages.block_table import num_pages_for
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures

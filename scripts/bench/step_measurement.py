@@ -19,7 +19,6 @@ import jaxpaged
 from jaxpaged import LLM
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.engine.engine import Engine
-from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.host.step.batching import Buckets, StepShape, fit
 from jaxpaged.host.step.features import SamplingFeatures
@@ -69,7 +68,7 @@ class Measurement:
     def restrict(self, decode_rows: list[int], prefill_tokens: list[int]) -> None:
         engine = self.engine
         buckets = Buckets.for_limits(engine.limits, engine.cache_config)
-        engine.buckets = dataclasses.replace(
+        engine.runner.buckets = dataclasses.replace(
             buckets, decode_rows=tuple(decode_rows), prefill_tokens=tuple(prefill_tokens),
             prefill_rows=(min(PREFILL_ROWS, engine.limits.max_num_seqs),), table_widths=buckets.table_widths[-1:],
         )  # fmt: skip
@@ -106,7 +105,7 @@ class Measurement:
 
 
 def shapes(engine: Engine) -> list[StepShape]:
-    return engine.buckets.shapes()
+    return engine.runner.buckets.shapes()
 
 
 def decode_shapes(engine: Engine) -> list[StepShape]:
@@ -158,9 +157,8 @@ def time_decode(
             raise ValueError(f"{requests} requests do not run together in {engine.cache_config.num_usable_pages} pages")
     groups = simulation.scheduler.running
     is_greedy = num_samples == 1 and not beam_width
-    engine.features = SamplingFeatures() if is_greedy else SamplingFeatures.of(groups, engine.model.vocab_size)
+    engine.begin_record(SamplingFeatures() if is_greedy else SamplingFeatures.of(groups, engine.model.vocab_size))
     engine.scheduler = simulation.scheduler
-    engine.stats = RunStats.for_cache(engine.cache_config)
     walls, tokens, copied = [], [], 0
     device = 0.0
     for step in range(WARM_UP_STEPS + args.steps):
@@ -174,10 +172,9 @@ def time_decode(
     device = (engine.stats.seconds["device"] - device) / args.steps
     copied = (engine.stats.page_copies - copied) / args.steps
     engine.reset()
-    engine.features = SamplingFeatures()
     kind = "beams" if beam_width else "samples" if num_samples > 1 else "greedy"
     seconds = statistics.median(walls[WARM_UP_STEPS:]) - copy_seconds(m, copied)
-    rows = fit(requests * max(num_samples, beam_width, 1), engine.buckets.decode_rows)
+    rows = fit(requests * max(num_samples, beam_width, 1), engine.runner.buckets.decode_rows)
     name = name_of(engine.limits.kv_cache, engine.cache_config.page_size, kind)
     m.add_point(name, "decode", rows, statistics.mean(tokens[WARM_UP_STEPS:]), seconds, device)
 
@@ -217,7 +214,7 @@ def time_prefill(m: Measurement, num_tokens: int, longest: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     walls, device = [], 0.0
     for repeat in range(WARM_UP_STEPS + args.steps):
-        engine.stats = RunStats.for_cache(engine.cache_config)
+        engine.begin_record(SamplingFeatures())
         for i, prompt in enumerate(prompts):
             one = Sequence(0, list(prompt), len(prompt))
             engine.scheduler.add(SequenceGroup(str(i), None, params, 0, [one], len(prompt) + 2))
@@ -242,7 +239,7 @@ def run_requests(m: Measurement, system: str) -> None:
     run = {
         "system": system, "workload": args.workload, "requests": count, "seed": 1,
         "num_pages": engine.cache_config.num_pages, "max_model_len": engine.limits.max_model_len,
-        "padding": padding_of(engine.buckets), "steps": result.stats.steps, "seconds": round(result.seconds, 5),
+        "padding": padding_of(engine.runner.buckets), "steps": result.stats.steps, "seconds": round(result.seconds, 5),
         "device_seconds": round(result.stats.seconds["device"], 5),
         "normalized_latency": round(result.normalized_latency, 7),
         "mean_first_token_seconds": round(float(result.first_token_latencies.mean()), 5),
@@ -256,8 +253,8 @@ def run_requests(m: Measurement, system: str) -> None:
 
 def fill_with_noise(engine: Engine) -> None:
     """Numbers as keys and values are, array by array: zeros would draw less power, and so flatter the clock."""
-    leaves, treedef = jax.tree.flatten(engine.pool)
-    engine.pool = jax.tree.unflatten(treedef, list(_noisy(leaves)))
+    leaves, treedef = jax.tree.flatten(engine.runner.pool)
+    engine.runner.pool = jax.tree.unflatten(treedef, list(_noisy(leaves)))
 
 
 def _noisy(leaves: list[jax.Array]) -> Iterator[jax.Array]:

@@ -98,14 +98,14 @@ def measure_moves(m: Measurement) -> None:
     engine = m.engine
     usable = engine.cache_config.num_usable_pages
     ids = np.random.default_rng(0).permutation(np.arange(1, usable + 1, dtype=np.int32))
-    for size in engine.buckets.copies:
+    for size in engine.runner.buckets.copies:
         if 2 * size > usable:
             break
         copies = np.stack([ids[:size], ids[-size:]])
 
         def copy(copies: np.ndarray = copies) -> None:
-            engine.copy_pages(copies)
-            jax.block_until_ready(engine.pool)
+            engine.runner.copy_arrays(copies)
+            jax.block_until_ready(engine.runner.pool)
 
         seconds = median_seconds(copy, m.args.steps)
         m.values["copies"].append((size, round(seconds, 7)))
@@ -120,9 +120,9 @@ def measure_moves(m: Measurement) -> None:
         parts, out, back = split(size, sizes), [], []
         for _ in range(1 + m.args.steps):
             began = time.perf_counter()
-            fetched = swap.fetch_pages(engine.pool, ids[:size], parts, host, engine.device)
+            fetched = swap.fetch_pages(engine.runner.pool, ids[:size], parts, host, engine.device)
             gone = time.perf_counter()
-            engine.pool = swap.restore_pages(engine.pool, ids[-size:], fetched, engine.device)
+            engine.runner.pool = swap.restore_pages(engine.runner.pool, ids[-size:], fetched, engine.device)
             back.append(time.perf_counter() - gone)
             out.append(gone - began)
         both = [round(statistics.median(times[1:]), 7) for times in (out, back)]

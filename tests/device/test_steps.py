@@ -61,7 +61,8 @@ def test_more_copies_than_rows_are_made_before_the_step():
     expected = run_tokens(toy_engine(num_pages=400), workload(seed=1))
     engine = toy_engine(num_pages=400, kv_cache="contiguous-max", kernels=kernels)
     launched = []
-    engine.copy_pages, copy_pages = lambda copies: launched.append(copy_pages(copies)), engine.copy_pages
+    runner = engine.runner
+    runner.copy_arrays, copy = lambda copies: launched.append(copy(copies)), runner.copy_arrays
     assert run_tokens(engine, workload(seed=1)) == expected
     assert launched
 

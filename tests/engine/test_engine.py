@@ -138,12 +138,12 @@ def test_one_run_at_a_time(large, expected):
 
 def test_an_interrupt_in_the_middle_of_a_step_leaves_the_engine_usable(large, expected, monkeypatch):
     def take_the_pool_and_stop(*_):
-        for array in (*large.pool.k, *large.pool.v):
+        for array in (*large.runner.pool.k, *large.runner.pool.v):
             array.delete()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(large, "_launch", take_the_pool_and_stop)
+        patch.setattr(large.runner, "run", take_the_pool_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run_tokens(large, mixed_requests())
     assert run_tokens(large, mixed_requests()) == expected
@@ -157,7 +157,7 @@ def test_a_page_outside_the_pool_never_reaches_the_device():
     group.sequences[0].table.pages[0] = 20
     with pytest.raises(RuntimeError, match="block_tables: row 0, entry 0 is 20, but the pool has 20 pages of 4 tokens"):
         engine.step()
-    assert not any(pool.is_deleted() for pool in engine.pool.k)
+    assert not any(pool.is_deleted() for pool in engine.runner.pool.k)
 
 
 def test_leaving_a_run_early_drops_the_rest_and_leaves_the_engine_usable(large, expected):

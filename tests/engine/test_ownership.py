@@ -15,9 +15,7 @@ from paths import ROOT
 from toy import make_group, save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
-from jaxpaged.host.step.batching import make_batch
 from jaxpaged.host.step.features import SamplingFeatures
-from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.tree.toy import ToyLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -66,10 +64,7 @@ def check(outputs, alone):
 def calls_of(llm):
     """Everything that would write to pages, or change what a run reads."""
     engine = llm.engine
-    shape = engine.buckets.shapes()[0]
-    features = SamplingFeatures()
-    nothing = StepPlan(is_prefill=shape.num_tokens is not None)
-    batch = make_batch(nothing, shape, engine.cache_config, engine.model.vocab_size, features)
+    shape = engine.runner.buckets.shapes()[0]
     groups = [make_group([5], GREEDY, max_model_len=32)]
     return {
         "generate": lambda: llm.generate(PROMPTS, SamplingParams(max_tokens=2)),
@@ -86,10 +81,7 @@ def calls_of(llm):
         "Engine.step": engine.step,
         "Engine.reset": engine.reset,
         "Engine.lend_pool": lambda: engine.lend_pool().__enter__(),
-        "Engine.compute": lambda: engine.compute(batch, features),
-        "Engine.compile_step": lambda: engine.compile_step(batch, features),
-        "Engine.compile_copies": engine.compile_copies,
-        "Engine.lower_steps": lambda: engine.lower_steps(shape, features),
+        "Engine.lower_steps": lambda: engine.lower_steps(shape, SamplingFeatures()),
         "Engine.warm_up": lambda: engine.warm_up(groups),
     }
 
@@ -97,13 +89,13 @@ def calls_of(llm):
 def test_what_would_disturb_an_open_run_is_refused_and_the_run_goes_on(llm, alone):
     run, outputs = begin(llm)
     engine = llm.engine
-    before = engine.features, engine.stats, engine.recorder, engine.pool, engine.scheduler
+    before = engine.record, engine.stats, engine.recorder, engine.runner.pool, engine.scheduler
     for call in calls_of(llm).values():
         with pytest.raises(RuntimeError, match=r"another run is in progress \(generate_iter\) and owns the page pool"):
             call()
     llm.check_request([5, 6], GREEDY)
     assert llm.engine is engine and llm.last_run is before[1]
-    assert (engine.features, engine.stats, engine.recorder, engine.pool, engine.scheduler) == before
+    assert (engine.record, engine.stats, engine.recorder, engine.runner.pool, engine.scheduler) == before
     check(outputs + list(run), alone)
 
 
@@ -175,12 +167,12 @@ def test_a_tree_that_is_dropped_gives_the_pool_back_at_once_though_its_nodes_are
 
 def test_a_warm_up_that_is_interrupted_leaves_the_llm_usable(llm, alone, monkeypatch):
     def take_the_pool_and_stop(*_):
-        for array in (*llm.engine.pool.k, *llm.engine.pool.v):
+        for array in (*llm.engine.runner.pool.k, *llm.engine.runner.pool.v):
             array.delete()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine, "_launch", take_the_pool_and_stop)
+        patch.setattr(llm.engine.runner, "run", take_the_pool_and_stop)
         with pytest.raises(KeyboardInterrupt):
             llm.warm_up(GREEDY)
     check(llm.generate(PROMPTS, PARAMS), alone)
@@ -452,3 +444,10 @@ def test_in_any_order_of_calls_each_is_right_or_refused(llm, alone, seed):
     Program(llm, alone, seed).run(num_calls=30)
     gc.collect()
     check(llm.generate(PROMPTS, PARAMS), alone)
+
+
+def test_what_was_lent_is_of_no_use_once_it_was_given_back(llm):
+    with llm.engine.lend_pool() as loan:
+        loan.compile_copies()
+    with pytest.raises(RuntimeError, match="tree has given this back"):
+        loan.compile_copies()

@@ -10,7 +10,7 @@ from toy import TOY, toy_params
 
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.device.attention import REFERENCE, AttentionKernels
-from jaxpaged.engine.engine import lower_largest_steps
+from jaxpaged.engine.lowering import lower_largest_steps
 from jaxpaged.engine.pool_size import PoolSizer, transient_bytes
 
 MIB = 1 << 20

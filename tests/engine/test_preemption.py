@@ -99,12 +99,12 @@ def test_bytes_are_counted_by_the_page_each_once():
 def test_leaving_a_run_while_groups_are_swapped_out_leaves_the_engine_clean(expected):
     engine = tight_engine(WAYS["swap"])
     results = engine.run(mixed_load())
-    while not engine._swapped:
+    while not engine.runner._swapped:
         next(results)
     results.close()
-    assert not engine._swapped and engine.scheduler.swap_space.num_free == 1000
+    assert not engine.runner._swapped and engine.scheduler.swap_space.num_free == 1000
     assert run_checked(engine, mixed_load()) == expected
-    assert not engine._swapped and engine.stats.swaps_out > 0
+    assert not engine.runner._swapped and engine.stats.swaps_out > 0
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.host.beams.beam_state import best_hypotheses
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.step.features import SamplingFeatures
 
 MAX_TOKENS = 9
 PROMPTS = random_prompts(4, low=2, high=20)
@@ -102,7 +103,7 @@ def test_a_step_copies_a_shared_last_page_once_for_each_writer_but_one():
     engine = toy_engine(num_pages=300, page_size=4)
     group = beam_group([1, 2, 3, 4, 5], BeamSearchParams(5, max_tokens=12), ())
     engine.scheduler.add(group)
-    engine.features = type(engine.features).of([group], TOY.vocab_size)
+    engine.begin_record(SamplingFeatures.of([group], TOY.vocab_size))
     expected = 0
     while engine.scheduler.has_work:
         before = [(s.table.pages[-1], s.table.num_slots % 4) for s in group.sequences if s.table.pages]

@@ -86,8 +86,8 @@ def test_groups_that_the_device_merges_find_what_the_reference_finds(llm, others
     widths = [16, 20, 9]
     params = [BeamSearchParams(width, max_tokens=5, ignore_eos=True) for width in widths]
     outputs = llm.generate([PROMPT] * (3 + len(others)), [*params, *others])
-    assert llm.engine.features.merged_widths == (8, 32)
-    assert llm.engine.features.draws_tokens == bool(others)
+    assert llm.engine.record.features.merged_widths == (8, 32)
+    assert llm.engine.record.features.draws_tokens == bool(others)
     for width, output in zip(widths, outputs, strict=False):
         expected = beam_search(reference_model, PROMPT, width, 5, set())
         assert [beam.token_ids for beam in output.outputs] == [tokens[len(PROMPT) :] for tokens, _, _ in expected]

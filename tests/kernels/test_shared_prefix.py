@@ -215,7 +215,7 @@ def runs_read(monkeypatch):
         found.append([] if groups is None else [int(count) for count in groups.num_pages if count])
         return shared
 
-    monkeypatch.setattr("jaxpaged.engine.engine.share_prefixes", plan)
+    monkeypatch.setattr("jaxpaged.engine.runner.share_prefixes", plan)
     return found
 
 

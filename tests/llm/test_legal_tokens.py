@@ -25,7 +25,9 @@ def llm(tmp_path_factory):
     directory = save_toy_checkpoint(tmp_path_factory.mktemp("model") / "toy")
     llm = LLM(directory, page_size=4, num_pages=900, max_num_seqs=128, max_num_batched_tokens=128, max_model_len=32)
     # One shape of each kind of step, so that few programs are compiled.
-    llm.engine.buckets = dataclasses.replace(llm.engine.buckets, decode_rows=(128,), prefill_tokens=(128,))
+    llm.engine.runner.buckets = dataclasses.replace(
+        llm.engine.runner.buckets, decode_rows=(128,), prefill_tokens=(128,)
+    )
     return llm
 
 

@@ -65,7 +65,7 @@ def test_requests_that_come_later_are_timed_from_their_arrival(llm):
 def test_a_rebuilt_engine_keeps_the_weights_and_frees_the_old_pool(directory):
     llm = LLM(directory, page_size=4, num_pages=100, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128)
     before = [output.outputs[0].token_ids for output in llm.generate(["one", "two"], GREEDY)]
-    weights, old_pool = llm.engine.params, weakref.ref(llm.engine.pool.k[0])
+    weights, old_pool = llm.engine.params, weakref.ref(llm.engine.runner.pool.k[0])
     llm.rebuild(kv_cache="contiguous-max", num_pages=80)
     assert llm.engine.params is weights and old_pool() is None
     assert (llm.engine.limits.kv_cache, llm.engine.cache_config.num_pages) == ("contiguous-max", 80)

@@ -50,7 +50,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(directory):
     llm = LLM(directory, page_size=2, num_pages=60, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=32)
-    llm.engine.buckets = dataclasses.replace(llm.engine.buckets, decode_rows=(16,))
+    llm.engine.runner.buckets = dataclasses.replace(llm.engine.runner.buckets, decode_rows=(16,))
     return llm
 
 
@@ -182,7 +182,7 @@ def test_every_system_ends_such_a_request_and_serves_the_next_from_its_memory(kv
     limits = EngineConfig(32, 4, 128, kv_cache=kv_cache)
     cache = CacheConfig(4, 33, "float32")
     engine = Engine(PARAMS, MODEL, cache, limits, REFERENCE, jax.devices()[0])
-    engine.buckets = dataclasses.replace(engine.buckets, decode_rows=(4,), prefill_tokens=(128,))
+    engine.runner.buckets = dataclasses.replace(engine.runner.buckets, decode_rows=(4,), prefill_tokens=(128,))
     greedy = SamplingParams(temperature=0, max_tokens=6)
     samples = SamplingParams(n=2, seed=1, max_tokens=20)
     for _ in range(2):

@@ -125,15 +125,15 @@ def test_programs_that_were_compiled_ahead_are_found(deep, monkeypatch, caplog):
     monkeypatch.setattr(steps, "DEEP", deep)
     monkeypatch.setattr(steps, "FIRST_SHARE", 0.5)
     engine, features = toy_engine(num_pages=23), SamplingFeatures()
-    engine.params = jax.device_put(engine.params, engine.device)  # as a checkpoint's are
-    shape = StepShape(3, engine.buckets.table_widths[-1])  # like no other test's
+    engine.runner.params = jax.device_put(engine.params, engine.device)  # as a checkpoint's are
+    shape = StepShape(3, engine.runner.buckets.table_widths[-1])  # like no other test's
     programs = engine.lower_steps(shape, features)
     assert len(programs) == (2 if TOY.num_layers >= deep else 1)
     for program in programs:
         program.compile()
     batch = make_batch(StepPlan(is_prefill=False), shape, engine.cache_config, TOY.vocab_size, features)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        engine.compile_step(batch, features)
+        engine.runner.compile_step(batch, features)
     assert not [record for record in caplog.records if "XLA compilation of jit(decode" in record.getMessage()]
 
 

@@ -9,8 +9,7 @@ import pytest
 from helpers import all_but_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_beam_engine import beam_group
-from toy import TOY, make_group, toy_engine
+from toy import TOY, beam_group, make_group, toy_engine
 
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import DENSE_CACHES, KV_CACHES, CacheConfig, EngineConfig, PreemptionConfig
@@ -57,8 +56,8 @@ def run_engine(workload, limits: EngineConfig, cache: CacheConfig, params_of, be
         groups.append(beam_group(prompt, params, (), str(i)) if beams else make_group(prompt, params, str(i), seed=i))
         groups[-1].prefix_len = prefix_len if limits.kv_cache == "paged" else 0
     outputs = []
-    launch = engine._launch
-    engine._launch = lambda *args: outputs.append(launch(*args)) or outputs[-1]
+    run = engine.runner.run
+    engine.runner.run = lambda step: outputs.append(run(step)) or outputs[-1]
     for _ in engine.run(groups):
         pass
     return engine.stats, outputs

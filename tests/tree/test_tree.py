@@ -256,8 +256,10 @@ def test_physical_ids_do_not_influence_results(engine):
 
 def test_calls_are_cut_to_the_limits_and_as_few_steps_as_they_allow(engine, tree, monkeypatch):
     batches = []
-    compute = engine.compute
-    monkeypatch.setattr(engine, "compute", lambda batch, *rest: batches.append(batch) or compute(batch, *rest))
+    prepare = engine.runner.prepare_batch
+    monkeypatch.setattr(
+        engine.runner, "prepare_batch", lambda batch, features: batches.append(batch) or prepare(batch, features)
+    )
     root = tree.open(list(range(40)))  # 16 tokens a step at most
     assert [int((batch.inputs.query_lens).sum()) for batch in batches] == [16, 16, 8]
     del batches[:]
@@ -288,7 +290,7 @@ def test_nothing_is_compiled_after_warm_up():
 def test_an_interrupted_append_is_undone(engine, tree, monkeypatch):
     kids = tree.fork(tree.open(PROMPT), 6)
     before = tree.stats()
-    real = engine._launch
+    real = engine.runner.run
     calls = []
 
     def interrupted(*args):
@@ -297,7 +299,7 @@ def test_an_interrupted_append_is_undone(engine, tree, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(engine, "_launch", interrupted)
+    monkeypatch.setattr(engine.runner, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tree.append(kids, [1, 2, 3, 4, 5, 6])
     assert [kid.tokens for kid in kids] == [PROMPT] * 6
@@ -311,7 +313,7 @@ def test_an_append_that_fails_before_the_copies_leaves_every_page_as_it_was(engi
     kids = tree.fork(tree.open(PROMPT), 3)
     before = tree.stats()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "copy_pages", lambda copies: 1 / 0)
+        patch.setattr(engine.runner, "copy_pages", lambda copies: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tree.append(kids, [[1] * 9, [2], [3]])
     assert tree.stats() == dataclasses.replace(before, peak=tree.stats().peak)
@@ -325,12 +327,12 @@ def test_a_step_that_took_the_pool_with_it_is_reported_and_the_engine_recovers(m
     root = tree.open(PROMPT)
 
     def fail(*args):
-        for pool in engine.pool.k:
+        for pool in engine.runner.pool.k:
             pool.delete()
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_launch", fail)
+        patch.setattr(engine.runner, "run", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             tree.append(root, 1)
     with pytest.raises(RuntimeError, match="nodes of this tree are lost; close it and open another"):

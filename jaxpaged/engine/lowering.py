@@ -1,0 +1,74 @@
+"""The programs of steps before there are weights or a pool: to learn what they take, or to keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.device import steps
+from jaxpaged.device.attention import AttentionKernels
+from jaxpaged.device.dense_cache import make_cache
+from jaxpaged.device.params import param_shapes
+from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, with_copies
+from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.step_io import DecodeBatch, Layout, pack
+
+
+def lower_largest_steps(
+    model: ModelConfig, cache: CacheConfig, limits: EngineConfig, kernels: AttentionKernels, device: jax.Device
+) -> Iterator[jax.stages.Lowered]:
+    """The largest decode step and the largest prefill step, with all that ordinary requests ask of the sampler."""
+    buckets = Buckets.for_limits(limits, cache)
+    width = buckets.table_widths[-1]
+    features = SamplingFeatures(
+        has_samples=True, num_candidates=min(64, model.vocab_size), draws_beams=True,
+        is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size),
+    )  # fmt: skip
+    for shape in (
+        StepShape(buckets.decode_rows[-1], width),
+        StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1]),
+    ):
+        yield lower_step(shape, model, cache, kernels, features, jax.sharding.SingleDeviceSharding(device), limits)
+
+
+def lower_step(
+    shape: StepShape,
+    model: ModelConfig,
+    cache: CacheConfig,
+    kernels: AttentionKernels,
+    features: SamplingFeatures,
+    sharding: jax.sharding.Sharding,
+    limits: EngineConfig | None = None,
+) -> jax.stages.Lowered:
+    """The program of a step of this shape, before there are weights or a pool: to learn what it takes, or to keep it.
+
+    `sharding` names the device that it is for, `limits` the system that keeps KV memory, by default pages.
+    """
+    nothing = StepPlan(is_prefill=shape.num_tokens is not None)
+    batch = make_batch(nothing, shape, cache, model.vocab_size, features)
+    if isinstance(batch, DecodeBatch) and features.has_samples and kernels.copies_in_steps:
+        batch = with_copies(batch, [])
+    packed, layout = pack(batch)
+    pool = jax.eval_shape(lambda: make_cache(model, cache, limits or EngineConfig(model.max_position_embeddings)))
+    params, pool, packed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        (param_shapes(model, cache.dtype), pool, packed),
+    )
+    static = static_arguments(model, kernels, layout, features)
+    if shape.num_tokens is not None:
+        return steps.prefill_step.lower(params, pool, packed, **static)
+    return steps.decode_layers.lower(params, pool, None, packed, layers=(0, model.num_layers), **static)
+
+
+def static_arguments(
+    model: ModelConfig, kernels: AttentionKernels, layout: Layout, features: SamplingFeatures
+) -> dict[str, Any]:
+    """What the step whose inputs have this layout is compiled for."""
+    return {
+        "config": model, "kernels": kernels, "layout": layout, "wanted": features.wanted,
+        "processors": features.processors,
+    }  # fmt: skip

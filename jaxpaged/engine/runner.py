@@ -1,0 +1,208 @@
+"""Single steps on the device, and what they need there: the parameters, the page pool, the pages that are swapped out.
+
+A step is prepared (its arrays are made and packed), pages move, and it runs. What a step is for, which rows and which
+tokens, is the plan's; who may ask for one is the engine's business.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.device import steps, swap
+from jaxpaged.device.attention import AttentionKernels
+from jaxpaged.device.cache import PagedCache
+from jaxpaged.device.dense_cache import make_cache
+from jaxpaged.device.params import Params
+from jaxpaged.engine.lowering import static_arguments
+from jaxpaged.host.pages.block_table import PageCopy
+from jaxpaged.host.pages.swap import Swap
+from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, make_copies, split, with_copies
+from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.id_check import check_copies, check_ids, check_pages
+from jaxpaged.host.step.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
+from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.step_io import (
+    NULL_PAGE,
+    DecodeBatch,
+    Layout,
+    PrefillBatch,
+    StepBatch,
+    StepOutputs,
+    num_merged_groups,
+    pack,
+    unpack_logprobs,
+    unpack_outputs,
+)
+
+
+class PreparedStep(NamedTuple):
+    """A step as the device takes it, with the features that its arrays were made for."""
+
+    packed: np.ndarray
+    layout: Layout
+    features: SamplingFeatures
+    copies_before: list[PageCopy]  # those that are not part of the step
+
+
+class StepRunner:
+    """Runs one step at a time, and waits for it. State: the pool, which every step replaces, and the swapped pages."""
+
+    def __init__(
+        self,
+        params: Params,
+        model: ModelConfig,
+        cache: CacheConfig,
+        limits: EngineConfig,
+        kernels: AttentionKernels,
+        device: jax.Device,
+    ):
+        self.params = params
+        self.model = model
+        self.cache_config = cache
+        self.limits = limits
+        self.kernels = kernels
+        self.device = device
+        self.pool: PagedCache = make_cache(model, cache, limits, device)
+        self.page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
+        self.buckets = Buckets.for_limits(limits, cache)
+        self.sharing = self._find_sharing() if limits.shares_prefixes else None
+        self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
+
+    def _find_sharing(self) -> PrefixSharing:
+        assert self.kernels.max_members is not None, f"{self.kernels.name} reads no shared prefixes"
+        most = self.kernels.max_members(self.model.num_heads, self.model.num_kv_heads, self.model.head_dim)
+        token_bytes = self.pool.k[0].nbytes * 2 // (self.cache_config.num_pages * self.cache_config.page_size)
+        return PrefixSharing(most, measured_rule(token_bytes))
+
+    # A step
+
+    def prepare(self, plan: StepPlan, features: SamplingFeatures) -> PreparedStep:
+        """The step of a plan, in a run whose requests ask for these features."""
+        shape = self.buckets.shape_of(plan, features)
+        batch = make_batch(plan, shape, self.cache_config, self.model.vocab_size, features)
+        batch, copies_before = self._with_copies(self._ready(batch, features), plan.copies, features)
+        return PreparedStep(*pack(batch), features, copies_before)
+
+    def prepare_batch(self, batch: StepBatch, features: SamplingFeatures) -> PreparedStep:
+        """The step of arrays that were made elsewhere, without copies."""
+        return PreparedStep(*pack(self._ready(batch, features)), features, [])
+
+    def run(self, step: PreparedStep) -> StepOutputs:
+        """Run the step and wait for what the host must learn of it."""
+        features = step.features
+        static = static_arguments(self.model, self.kernels, step.layout, features)
+        prompt_columns = None
+        if step.layout[0] is PrefillBatch:
+            columns, prompt_columns, self.pool = steps.prefill_step(self.params, self.pool, step.packed, **static)
+        else:
+            columns, self.pool = steps.decode_step(self.params, self.pool, step.packed, **static)
+        outputs = unpack_outputs(np.asarray(columns), features.wanted, num_merged_groups(step.layout))
+        if prompt_columns is None:
+            return outputs
+        prompt = unpack_logprobs(np.asarray(prompt_columns), features.num_prompt_logprobs)
+        return outputs._replace(prompt_logprobs=prompt)
+
+    def _ready(self, batch: StepBatch, features: SamplingFeatures) -> StepBatch:
+        """The batch, its ids checked, with the prefixes that it is to read once."""
+        check_ids(batch.inputs, self.cache_config)
+        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_of(features)) is not None:
+            return share_prefixes(batch, self.cache_config.page_size, sharing)
+        return batch
+
+    def _with_copies(
+        self, batch: StepBatch, copies: list[PageCopy], features: SamplingFeatures
+    ) -> tuple[StepBatch, list[PageCopy]]:
+        """The batch with these copies in its step, which spares their launch, where it takes such a list; and those
+        that are to be made before it.
+
+        In a run whose requests have samples every decode step takes one, so that there is one program, not two.
+        """
+        takes_list = features.has_samples and self.kernels.copies_in_steps
+        if not (takes_list and isinstance(batch, DecodeBatch)):
+            return batch, copies
+        if len(copies) > len(batch.inputs.tokens):  # forks between chunks copy whole sequences
+            return with_copies(batch, []), copies
+        batch = with_copies(batch, copies)
+        check_copies(batch.inputs.copies, self.cache_config)
+        return batch, []
+
+    def _sharing_of(self, features: SamplingFeatures) -> PrefixSharing | None:
+        """How decode steps share prefixes: not at all where no samples or beams could, nor requests of one prefix."""
+        return self.sharing if features.has_samples or features.has_prefix else None
+
+    # Pages that move
+
+    @property
+    def has_lost_pool(self) -> bool:
+        """Whether a step that was interrupted had taken the pool by donation and never gave it back."""
+        return any(pool.is_deleted() for pool in self.pool.k)
+
+    def remake_pool(self) -> None:
+        self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
+
+    def copy_pages(self, copies: list[PageCopy]) -> None:
+        for part in make_copies(copies, self.buckets):
+            self.copy_arrays(part)
+
+    def copy_arrays(self, copies: np.ndarray) -> None:
+        """copies i32[2, C] as `make_copies` pads them: source and destination pages."""
+        check_copies(copies, self.cache_config)
+        self.pool = steps.copy_pages(self.pool, copies, kernels=self.kernels)
+
+    def swap(self, one: Swap) -> None:
+        """Carry out one swap, and wait for it."""
+        page_ids = np.array(one.page_ids, np.int32)
+        check_pages(page_ids, self.cache_config)
+        if one.is_out:
+            self._swapped[one.group] = self._fetch(page_ids)
+        else:
+            self.pool = swap.restore_pages(self.pool, page_ids, self._swapped.pop(one.group), self.device)
+
+    def forget_swapped(self) -> None:
+        self._swapped.clear()
+
+    def _fetch(self, page_ids: np.ndarray) -> list[jax.Array]:
+        sizes = split(len(page_ids), self.buckets.swaps)
+        return swap.fetch_pages(self.pool, page_ids, sizes, swap.host_memory(self.device), self.device)
+
+    # Programs ahead of need
+
+    def compile_steps(self, features: SamplingFeatures) -> None:
+        """Run every step that a run of these features can need, empty, and every copy and swap."""
+        for shape in self.buckets.shapes():
+            self.compile_step(self._with_copies(self._nothing(shape, features), [], features)[0], features)
+        self.compile_copies()
+        for size in self.buckets.swaps:
+            nothing = np.full(size, NULL_PAGE, np.int32)
+            self.pool = swap.restore_pages(self.pool, nothing, self._fetch(nothing), self.device)
+
+    def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
+        """Run an empty batch, with and without shared prefixes, so that the programs for such batches are there."""
+        self.run(PreparedStep(*pack(batch), features, []))
+        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_of(features)) is not None:
+            shared = share_nothing(batch, sharing)
+            if shared is not None:
+                self.run(PreparedStep(*pack(shared), features, []))
+
+    def compile_copies(self) -> None:
+        for size in self.buckets.copies:
+            self.copy_arrays(np.full((2, size), NULL_PAGE, np.int32))
+
+    def lower_steps(self, shape: StepShape, features: SamplingFeatures) -> list[jax.stages.Lowered]:
+        """The programs of a step of this shape, lowered for the runner's own arrays: it finds them once they are
+        compiled, which several threads may do."""
+        batch = self._with_copies(self._ready(self._nothing(shape, features), features), [], features)[0]
+        packed, layout = pack(batch)
+        static = static_arguments(self.model, self.kernels, layout, features)
+        if layout[0] is PrefillBatch:
+            return [steps.prefill_step.lower(self.params, self.pool, packed, **static)]
+        return steps.lower_decode_step(self.params, self.pool, packed, self.device, **static)
+
+    def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
+        nothing = StepPlan(is_prefill=shape.num_tokens is not None)
+        return make_batch(nothing, shape, self.cache_config, self.model.vocab_size, features)
