@@ -12,12 +12,14 @@ from typing import Any
 
 from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
 from jaxpaged.api.beam_snapshot import BeamSnapshot
+from jaxpaged.api.names import VLLM_OPTIONS, VLLM_REQUESTS, check_names, explains_names
 from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import is_list, read_path, shortened
 from jaxpaged.checkpoint import open_checkpoint
+from jaxpaged.config.options import FIXED_OPTIONS, OPTION_NAMES, EngineOptions, lists_options
 from jaxpaged.engine.engine import Engine
-from jaxpaged.engine.loading import EngineOptions, build_engine
+from jaxpaged.engine.loading import build_engine
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.arrivals import set_arrivals
@@ -34,6 +36,14 @@ from jaxpaged.tree.tree import Tree
 
 Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
 
+#: What is asked for in other places than in a call.
+ELSEWHERE = {
+    **{name: f"it is an option of the engine: LLM(model, {name}=...)" for name in OPTION_NAMES},
+    **{each.name: f"it goes into BeamSearchParams({each.name}=...)" for each in dataclasses.fields(BeamSearchParams)},
+    **{each.name: f"it goes into SamplingParams({each.name}=...)" for each in dataclasses.fields(SamplingParams)},
+    **VLLM_REQUESTS,
+}
+
 
 class LLM:
     """A model, its tokenizer and its page pool, ready to generate.
@@ -47,74 +57,26 @@ class LLM:
         last_run: what the latest run did: steps, seconds, the pool's use over time (account/accounting.py, `RunStats`).
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        tokenizer: str | Path | Tokenizer | None = None,
-        dtype: str = "auto",
-        load_format: str = "auto",
-        seed: int = 0,
-        max_model_len: int | None = None,
-        page_size: int = 16,
-        num_pages: int | None = None,
-        memory_utilization: float = 0.9,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 8192,
-        attention: str = "auto",
-        shared_prefixes: bool = False,
-        preemption: str = "auto",
-        swap_space_gib: float = 4.0,
-        kv_cache: str = "paged",
-        watermark: float = 0.01,
-    ):
+    @lists_options
+    def __init__(self, model: str | Path, tokenizer: str | Path | Tokenizer | None = None, **options: Any):
         """Open a checkpoint directory (native or Hugging Face), load its weights and allocate the page pool.
 
         Args:
             model: the directory.
             tokenizer: a file, a directory or an object with `encode` and `decode`; by default the checkpoint's own.
-            dtype: of weights, activations and KV: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, but
-                float32 on a CPU.
-            load_format: "auto", "native", "safetensors", or "dummy": random weights, from config.json alone.
-            seed: of requests that have none of their own (and of dummy weights), 0 to 2**64 - 1.
-            max_model_len: tokens of prompt and output at most; by default the model's positions (before dynamic and
-                longrope scaling, which depend on it).
-            page_size: token positions in a page.
-            num_pages: of the pool, page 0 included, which is never used; by default what fits the device.
-            memory_utilization: share of the device's memory for weights, pool and temporaries.
-            max_num_seqs: sequences that run together at most.
-            max_num_batched_tokens: prompt tokens in one step at most; longer prompts are computed in chunks.
-            attention: "pallas" (a Hopper GPU, 16-bit floats), "reference" (XLA, anywhere), or "auto", the best of the
-                two that runs here.
-            shared_prefixes: read the pages that the samples of a prompt share once for all of them in each step, where
-                that saves enough; with the "pallas" kernels only.
-            preemption: how a request gives way when pages run out: "swap" (its pages are kept in host memory),
-                "recompute" (they are computed again), or "auto", for each request what costs less.
-            swap_space_gib: host memory for swapped pages; on a GPU it is pinned, when the engine starts. A request for
-                which there is no room is computed again.
-            kv_cache: "paged", or a baseline with the same model, sampler and scheduler and the same tokens. They take
-                what a request needs when it is admitted. Consecutive pages, read by the same kernels:
-                "contiguous-max" (`max_model_len`), "contiguous-pow2" (prompt and `max_tokens` rounded up to a power of
-                two), "contiguous-oracle" (prompt and `max_tokens`). Dense rows of `max_model_len`, as many as
-                `num_pages` pages hold, read by cuDNN or XLA: "dense-slots" (continuous batching), "dense-static"
-                (batches that run until their longest ends), "dense-static-global" (until the longest of all would).
-                "none": all tokens are computed again for every token. With dense rows and "none", `attention` is
-                "auto" (cuDNN where it runs) or "reference" (XLA).
-            watermark: share of the pool that admission leaves free for running sequences to grow, besides what their
-                next step takes; 0 leaves only that. Of paging alone.
+            **options: of the engine, by name, as below; docs/guide.md says more about them.
 
         Raises:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.
+            TypeError: for an option that there is not, with the name that was probably meant, or that vLLM's has here.
         """
-        options = EngineOptions(
-            dtype, load_format, seed, max_model_len, page_size, num_pages, memory_utilization, max_num_seqs,
-            max_num_batched_tokens, attention, shared_prefixes, preemption,
-            swap_space_gib, kv_cache, watermark,
-        )  # fmt: skip
-        self._options = options
+        check_names("LLM", options, ("model", "tokenizer", *OPTION_NAMES), VLLM_OPTIONS)
+        self._options = settled = EngineOptions(**options)
         self._checkpoint = checkpoint = open_checkpoint(read_path("model", model))
-        self._requests = RequestReader(find_tokenizer(tokenizer, checkpoint.tokenizer_file), checkpoint.directory, seed)
+        found = find_tokenizer(tokenizer, checkpoint.tokenizer_file)
+        self._requests = RequestReader(found, checkpoint.directory, settled.seed)
         self._owner = pool_ownership()
-        self._engine: Engine | None = build_engine(checkpoint, options, owner=self._owner)
+        self._engine: Engine | None = build_engine(checkpoint, settled, owner=self._owner)
         self._weights = self._engine.params
 
     @property
@@ -145,6 +107,7 @@ class LLM:
             engine.recorder = recorder = TraceRecorder(engine.cache_config)
         return recorder
 
+    @explains_names(ELSEWHERE)
     def generate(
         self,
         prompts: Prompts,
@@ -178,6 +141,7 @@ class LLM:
                 bar.update(done)
         return [output for output in outputs if output is not None]
 
+    @explains_names(ELSEWHERE)
     def generate_iter(
         self,
         prompts: Prompts,
@@ -206,6 +170,7 @@ class LLM:
             for _, output in run:
                 yield output
 
+    @explains_names(ELSEWHERE)
     def beam_search(
         self,
         prompts: Prompts,
@@ -223,6 +188,7 @@ class LLM:
             raise ValueError(f"beam_search takes a BeamSearchParams or a list of them, got {shortened(params)}")
         return self.generate(prompts, params, progress, shared_prefix, add_special_tokens)
 
+    @explains_names(ELSEWHERE)
     def watch_beams(
         self, prompt: Any, params: BeamSearchParams, add_special_tokens: bool = True
     ) -> Iterator[BeamSnapshot]:
@@ -272,14 +238,15 @@ class LLM:
     def rebuild(self, **options: Any) -> None:
         """Make the engine anew with other options, the weights kept: `llm.rebuild(kv_cache="contiguous-max")`.
 
-        Takes the constructor's arguments, except those that choose the weights. The old pool is freed before the new
+        Takes the constructor's options, except those that choose the weights. The old pool is freed before the new
         one is made. Raises ValueError as the constructor does; after one, the LLM can only be rebuilt, from the options
         of the last engine that there was. RuntimeError, which costs nothing, while a run or a tree is open.
         """
-        if fixed := sorted({"model", "tokenizer", "dtype", "load_format", "seed"} & set(options)):
+        if fixed := sorted({"model", "tokenizer", *FIXED_OPTIONS} & set(options)):
             raise ValueError(
                 f"{', '.join(fixed)} cannot change without another LLM; rebuild takes the engine's options"
             )
+        check_names("rebuild", options, [name for name in OPTION_NAMES if name not in FIXED_OPTIONS], VLLM_OPTIONS)
         new = dataclasses.replace(self._options, **options)
         with self._owner.held("rebuild"):
             self._engine = None  # and with it the pool

@@ -3,10 +3,9 @@
 from jaxpaged.checkpoint.convert import convert_checkpoint
 from jaxpaged.checkpoint.describe import describe_checkpoint
 from jaxpaged.checkpoint.native import save_checkpoint
-from jaxpaged.checkpoint.opening import LOAD_FORMATS, Checkpoint, load_params, open_checkpoint
+from jaxpaged.checkpoint.opening import Checkpoint, load_params, open_checkpoint
 
 __all__ = [
-    "LOAD_FORMATS",
     "Checkpoint",
     "convert_checkpoint",
     "describe_checkpoint",

@@ -18,12 +18,12 @@ import jax
 from jaxpaged.checkpoint import hf_config, hf_weights, native
 from jaxpaged.checkpoint.files import find_file, read_json, user_path
 from jaxpaged.config import DTYPES, ModelConfig
+from jaxpaged.config.choices import LOAD_FORMATS
 from jaxpaged.device.params import Params, random_params
 from jaxpaged.text.added_tokens import COMPANIONS
 
 Format = Literal["native", "huggingface"]
 
-LOAD_FORMATS = ("auto", "native", "huggingface", "safetensors", "dummy")  # safetensors: vLLM's word for huggingface
 TOKENIZER_FILES = {
     "native": ("tokenizer.model", "tokenizer.json"),
     "huggingface": ("tokenizer.json", "tokenizer.model"),

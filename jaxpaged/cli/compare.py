@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from jaxpaged.cli.compare_table import print_table
 from jaxpaged.cli.flags import MODEL_FLAGS, add_flags, given, with_defaults
 from jaxpaged.cli.output_files import check_new_folder, check_outputs
-from jaxpaged.config import KV_CACHES, CacheConfig
+from jaxpaged.config import KV_CACHES, CacheConfig, EngineOptions
+from jaxpaged.config.options import FIXED_OPTIONS
 from jaxpaged.requests.progress import ProgressBar
 from jaxpaged.study.compare import (
     PAPER_MAX_LEN,
@@ -38,7 +39,10 @@ from jaxpaged.study.workloads import Workload, make_workload, read_workload
 
 DEFAULT_SYSTEMS = ("paged", "contiguous-oracle", "contiguous-pow2", "contiguous-max")
 # Small enough that a CPU compiles and runs it all in minutes, enough that requests wait in every system for a while.
-DEFAULT_LIMITS = {"page_size": 16, "max_num_seqs": 64, "max_num_batched_tokens": 512, "watermark": 0.01}
+DEFAULT_LIMITS = {
+    "page_size": EngineOptions.page_size, "max_num_seqs": 64, "max_num_batched_tokens": 512,
+    "watermark": EngineOptions.watermark,
+}  # fmt: skip
 DEFAULT_REQUESTS = 48
 
 EPILOG = f"""\
@@ -227,7 +231,7 @@ def _facts(args: argparse.Namespace, setting: Setting, engine: Any) -> dict[str,
 
 def _changes(options: dict[str, Any]) -> dict[str, Any]:
     """Of LLM's options, those with which it can be rebuilt."""
-    return {name: value for name, value in options.items() if name not in ("dtype", "load_format")}
+    return {name: value for name, value in options.items() if name not in FIXED_OPTIONS}
 
 
 def _token_counter(tokenizer_file: Path | None) -> Callable[[str], int] | None:

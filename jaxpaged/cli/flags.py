@@ -1,4 +1,5 @@
-"""The flags that become `SamplingParams`, `BeamSearchParams` and arguments of `LLM`: one table each.
+"""The flags that become `SamplingParams`, `BeamSearchParams` and arguments of `LLM`: one table each,
+the last made of `EngineOptions`.
 
 A flag that is not given leaves no attribute behind, so the defaults stay where they are: in those classes.
 """
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxpaged.cli.errors import UsageError
-from jaxpaged.config import KV_CACHES
+from jaxpaged.config.options import Option, engine_options
 
 
 class Flag(NamedTuple):
@@ -19,6 +20,7 @@ class Flag(NamedTuple):
     help: str
     option: str | None = None  # the flag's own spelling, where it is not made from the name
     repeated: bool = False
+    choices: tuple[str, ...] = ()  # all values that there are; of any other flag, what reads them knows
 
 
 def integer_or_none(text: str) -> int | None:
@@ -87,23 +89,19 @@ PROMPT_FLAGS = (
          option="--no-special-tokens"),
 )  # fmt: skip
 
+
+def _flag_of(option: Option) -> Flag:
+    if option.kind is bool:
+        return Flag(option.name, not option.default, option.help)
+    help = f"{option.sentence} (default {option.default_text})"
+    return Flag(option.name, option.kind, help, choices=option.choices)
+
+
+#: `seed` is a flag of each command, which says what it is the seed of there.
 MODEL_FLAGS = (
     Flag("tokenizer", str, "file or directory; by default the checkpoint's own"),
-    Flag("dtype", str, "float32, bfloat16, float16 or auto (default)"),
-    Flag("load_format", str, "auto (default), native, safetensors or dummy: random weights from config.json alone"),
-    Flag("max_model_len", int, "tokens of prompt and output at most (default: the model's positions)"),
-    Flag("page_size", int, "token positions in a page (default 16)"),
-    Flag("num_pages", int, "pages of the pool (default: what fits the device)"),
-    Flag("memory_utilization", float, "share of the device's memory that may be used (default 0.9)"),
-    Flag("max_num_seqs", int, "sequences that run together at most (default 256)"),
-    Flag("max_num_batched_tokens", int, "prompt tokens in one step at most (default 8192)"),
-    Flag("attention", str, "pallas, reference or auto (default)"),
-    Flag("shared_prefixes", True, "read the pages that samples of a prompt share once a step (pallas only)"),
-    Flag("preemption", str, "how a request gives way when pages run out: swap, recompute or auto (default)"),
-    Flag("swap_space_gib", float, "host memory for the pages of requests that gave way by swapping (default 4)"),
-    Flag("kv_cache", str, f"how KV memory is kept: {', '.join(KV_CACHES)} (default paged)"),
-    Flag("watermark", float, "share of the pool that admission leaves free, so that sequences can grow (default 0.01)"),
-)  # fmt: skip
+    *(_flag_of(option) for option in engine_options() if option.name != "seed"),
+)
 
 
 def with_defaults(flags: tuple[Flag, ...], defaults: Mapping[str, Any]) -> tuple[Flag, ...]:
@@ -114,10 +112,6 @@ def with_defaults(flags: tuple[Flag, ...], defaults: Mapping[str, Any]) -> tuple
         else flag
         for flag in flags
     )
-
-
-#: Of MODEL_FLAGS, those that decide what a request's result is; the others decide only how fast it comes.
-RESULT_OPTIONS = ("dtype", "load_format", "max_model_len")
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: tuple[Flag, ...]) -> None:
@@ -133,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: tuple[Flag, ..
             metavar = "N" if flag.read in (int, integer_or_none) else "X" if flag.read is float else "VALUE"
             group.add_argument(
                 option, dest=flag.name, type=flag.read, action=action, metavar=metavar, default=argparse.SUPPRESS,
-                help=flag.help,
+                help=flag.help, choices=flag.choices or None,
             )  # fmt: skip
 
 

@@ -34,9 +34,10 @@ from jaxpaged.batch.model_files import digest, model_identity
 from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.cli.errors import UsageError, usage_errors
-from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, RESULT_OPTIONS, SAMPLING_FLAGS, given
+from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, given
 from jaxpaged.cli.interrupts import exit_at_interrupt
 from jaxpaged.cli.output_files import check_outputs
+from jaxpaged.config.options import RESULT_OPTIONS
 from jaxpaged.requests.progress import ProgressBar
 from jaxpaged.study.account_file import check_account_name, write_account
 from jaxpaged.text.added_tokens import COMPANIONS

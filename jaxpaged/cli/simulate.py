@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxpaged.api.values import read_int, read_number, read_seed
 from jaxpaged.cli.output_files import check_outputs
-from jaxpaged.config import KV_CACHES, CacheConfig, PreemptionConfig
+from jaxpaged.config import KV_CACHES, CacheConfig, EngineOptions, PreemptionConfig
 from jaxpaged.host.account.memory_account import CATEGORIES
 from jaxpaged.requests.progress import ProgressBar
 from jaxpaged.study.account_file import check_account_name, saturated_steps, summarise, write_account
@@ -20,6 +20,7 @@ from jaxpaged.study.workloads import MAX_REQUESTS, Workload, make_workload, read
 #: Of a simulated pool, whose pages are entries of lists.
 MAX_PAGES = 10_000_000
 INT32_MAX = 2**31 - 1
+WATERMARK = EngineOptions.watermark
 #: Beyond these, sums of seconds no longer tell steps apart.
 MAX_STEP_MS = 1e6
 MIN_RATE, MAX_RATE = 1e-6, 1e9
@@ -51,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=int, default=2048, metavar="N", help="tokens of a sequence at most (default 2048)")
     add("--max-num-seqs", type=int, default=2048, metavar="N", help="sequences together at most (default 2048)")
     add("--max-num-batched-tokens", type=int, default=2560, metavar="N", help="in one prefill step (default 2560)")
-    add("--watermark", type=float, default=0.01, metavar="X", help="share of the pool left free (default 0.01)")
+    free = f"share of the pool left free (default {WATERMARK})"
+    add("--watermark", type=float, default=WATERMARK, metavar="X", help=free)
     add("--preemption", choices=("recompute", "swap"), default="recompute", help="(default recompute)")
     add("--account", metavar="FILE", help="every step's account, .csv or .json; with one --kv-cache")
 

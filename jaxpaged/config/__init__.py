@@ -1,4 +1,4 @@
-"""What a model looks like, what its cache looks like, how the engine runs: three frozen, self-checking dataclasses.
+"""What a model looks like, what its cache looks like, how the engine runs: frozen, self-checking dataclasses.
 
 They are hashable, so jit takes them as static arguments. One `ModelConfig` describes every supported family; the model
 file has no copy per family, only these switches.
@@ -21,14 +21,10 @@ from jaxpaged.config.checks import (
     check_text,
     check_token_id,
 )
+from jaxpaged.config.choices import DENSE_CACHES as DENSE_CACHES
+from jaxpaged.config.choices import DTYPES, KV_CACHES, PREEMPTION_MODES
+from jaxpaged.config.options import EngineOptions
 from jaxpaged.config.rope import RopeConfig
-
-DTYPES = ("float32", "bfloat16", "float16")
-PREEMPTION_MODES = ("auto", "swap", "recompute")
-#: Rows of `max_model_len` in one array: with continuous batching, or batches that end as a whole (systems/slots.py).
-DENSE_CACHES = ("dense-slots", "dense-static", "dense-static-global")
-#: How KV memory is kept: paged, reserved in one piece for each sequence (systems/reservation.py), dense, or not at all.
-KV_CACHES = ("paged", "contiguous-max", "contiguous-pow2", "contiguous-oracle", *DENSE_CACHES, "none")
 
 
 class AttentionOptions(NamedTuple):
@@ -254,15 +250,15 @@ class PreemptionConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits and policies of the scheduler. Lengths are in tokens."""
+    """Limits and policies of the scheduler, as `EngineOptions` says of them. Lengths are in tokens."""
 
     max_model_len: int
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    shares_prefixes: bool = False  # a decode step reads pages that several rows share once, where the kernels can
-    watermark: float = 0.01  # share of the pool that admission leaves free, so that running sequences can grow
+    max_num_seqs: int = EngineOptions.max_num_seqs
+    max_num_batched_tokens: int = EngineOptions.max_num_batched_tokens
+    shares_prefixes: bool = EngineOptions.shared_prefixes
+    watermark: float = EngineOptions.watermark
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
-    kv_cache: str = "paged"  # one of KV_CACHES
+    kv_cache: str = EngineOptions.kv_cache
 
     def __post_init__(self):
         check_choice("kv_cache", self.kv_cache, KV_CACHES)

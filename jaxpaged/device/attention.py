@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -9,12 +10,11 @@ from typing import Literal, NamedTuple
 import jax
 
 from jaxpaged.config import ModelConfig
+from jaxpaged.config.choices import ATTENTIONS
 from pallas_kernels import reference
 from pallas_kernels.checks import unsupported_cache
 
 logger = logging.getLogger("jaxpaged")
-
-IMPLEMENTATIONS = ("auto", "pallas", "reference")
 
 
 class AttentionKernels(NamedTuple):
@@ -29,6 +29,7 @@ class AttentionKernels(NamedTuple):
     max_members: Callable[[int, int, int], int] | None = None
     copy_pages: Callable[..., tuple[jax.Array, ...]] = reference.copy_pages  # for all pools at once
     copies_in_steps: bool = False  # whether padding in a list of copies costs nothing, so that every step may have one
+    is_batch_invariant: bool = False  # whether a row's bits depend on that row alone, wherever it stands
     dense: Literal["cudnn", "xla"] = "xla"  # what reads the dense caches that paging is compared with
 
 
@@ -36,18 +37,21 @@ REFERENCE = AttentionKernels("reference", reference.paged_decode, reference.page
 
 
 def resolve_attention(
-    requested: str, device: jax.Device, *, head_dim: int, page_size: int, dtype: str
+    requested: str, device: jax.Device, *, head_dim: int, page_size: int, dtype: str, batch_invariant: bool = False
 ) -> AttentionKernels:
-    """The kernels for "auto", "pallas" or "reference" over such a cache; ValueError for a choice that cannot run."""
-    if requested not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={requested!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    """The kernels for "auto", "pallas" or "reference" over such a cache; ValueError for a choice that cannot run.
+
+    `batch_invariant` asks "pallas" for its kernels that are; whether it got them is in what comes back.
+    """
+    if requested not in ATTENTIONS:
+        raise ValueError(f"attention={requested!r}; choose one of {', '.join(ATTENTIONS)}")
     if requested == "reference":
         return REFERENCE
     obstacle = _obstacle(device, head_dim, page_size, dtype)
     if obstacle is None:
         if requested == "auto":
             logger.info("attention: 'auto' is 'pallas' on %s", device.device_kind)
-        return _pallas()
+        return _pallas(batch_invariant)
     if requested == "pallas":
         raise ValueError(
             f"attention='pallas' cannot run its kernels on {device.device_kind}: {obstacle}; or choose "
@@ -67,8 +71,8 @@ def resolve_dense_attention(requested: str, device: jax.Device, model: ModelConf
             "attention='pallas' reads pages, which dense caches and systems without a cache have not: choose "
             "attention='auto' (cuDNN on a GPU that has it) or 'reference' (XLA), or kv_cache='paged'"
         )
-    if requested not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={requested!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if requested not in ATTENTIONS:
+        raise ValueError(f"attention={requested!r}; choose one of {', '.join(ATTENTIONS)}")
     obstacle = "attention='reference' is XLA's" if requested == "reference" else cudnn_obstacle(device, model, dtype)
     if obstacle is None:
         logger.info("dense attention: cuDNN on %s", device.device_kind)
@@ -101,7 +105,8 @@ def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str) -> 
     return missing_support(device) or unsupported_cache(head_dim, page_size, dtype)
 
 
-def _pallas() -> AttentionKernels:
+@functools.cache  # equal kernels are one object, so that programs compiled for them are found again
+def _pallas(batch_invariant: bool) -> AttentionKernels:
     # Not at the top: these modules need a newer JAX than the rest.
     from pallas_kernels.decode_tile import max_members
     from pallas_kernels.page_copy import copy_pages
@@ -109,6 +114,11 @@ def _pallas() -> AttentionKernels:
     from pallas_kernels.paged_prefill import paged_prefill
     from pallas_kernels.shared_prefix import shared_prefix_decode
 
+    if batch_invariant:  # prefill is, whoever asks; reading shared pages once cannot be
+        decode = functools.partial(paged_decode, batch_invariant=True)
+        return AttentionKernels(
+            "pallas", decode, paged_prefill, copy_pages=copy_pages, copies_in_steps=True, is_batch_invariant=True
+        )
     return AttentionKernels(
         "pallas", paged_decode, paged_prefill, shared_prefix_decode, max_members, copy_pages, copies_in_steps=True
     )

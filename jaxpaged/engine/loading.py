@@ -6,20 +6,16 @@ What can be refused by arithmetic is refused before weights are read.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.api.values import as_int, read_flag, read_int, read_number, read_seed, shortened
 from jaxpaged.checkpoint import Checkpoint, load_params
 from jaxpaged.config import (
     DENSE_CACHES,
-    DTYPES,
-    KV_CACHES,
-    PREEMPTION_MODES,
     CacheConfig,
     EngineConfig,
+    EngineOptions,
     ModelConfig,
     PreemptionConfig,
     num_slots,
@@ -34,81 +30,6 @@ from jaxpaged.host.ownership import Ownership
 
 logger = logging.getLogger("jaxpaged")
 
-#: Ids of pages and slots, and lengths, are 32 bits on the device.
-COUNT_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """The arguments of `LLM` that shape the engine; see there."""
-
-    dtype: str = "auto"
-    load_format: str = "auto"
-    seed: int = 0
-    max_model_len: int | None = None
-    page_size: int = 16
-    num_pages: int | None = None
-    memory_utilization: float = 0.9
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    attention: str = "auto"
-    shared_prefixes: bool = False
-    preemption: str = "auto"
-    swap_space_gib: float = 4.0
-    kv_cache: str = "paged"
-    watermark: float = 0.01
-
-    def __post_init__(self):
-        for name in ("attention", "load_format"):  # which there are is known where they are read
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a name, got {shortened(getattr(self, name))}")
-        choices = {"dtype": ("auto", *DTYPES), "preemption": PREEMPTION_MODES, "kv_cache": KV_CACHES}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise ValueError(f"{name}={shortened(value)}; choose one of {', '.join(known)}")
-        if self.kv_cache != "paged" and self.preemption == "swap":
-            raise ValueError(
-                f"kv_cache={self.kv_cache!r} reserves all that a request needs beforehand, so none gives way: "
-                "preemption='swap' needs kv_cache='paged'"
-            )
-        if self.kv_cache != "paged" and self.shared_prefixes:
-            raise ValueError(f"kv_cache={self.kv_cache!r} shares nothing: shared_prefixes=True needs kv_cache='paged'")
-        for name in ("page_size", "max_num_seqs", "max_num_batched_tokens", "num_pages", "max_model_len"):
-            self._read_count(name, may_be_none=name in ("num_pages", "max_model_len"))
-        self._settle("seed", read_seed(self.seed))
-        self._settle("shared_prefixes", read_flag("shared_prefixes", self.shared_prefixes))
-        self._read_shares()
-        if self.preemption == "swap" and self.swap_space_gib == 0:
-            raise ValueError(
-                "preemption='swap' needs host memory for the pages that it moves, but swap_space_gib=0: give it some "
-                "(4 is the default), or choose preemption='recompute'"
-            )
-
-    def _read_count(self, name: str, may_be_none: bool) -> None:
-        value = getattr(self, name)
-        if value is None and may_be_none:
-            return
-        number = as_int(value)
-        if number is None or number < 1:
-            raise ValueError(f"{name} must be a positive integer, got {shortened(value)}")
-        self._settle(name, read_int(name, number, 1, COUNT_MAX))
-
-    def _read_shares(self) -> None:
-        for name, wanted in (("memory_utilization", "in (0, 1]"), ("watermark", "in [0, 1)")):
-            self._settle(name, read_number(name, getattr(self, name), 0, 1, wanted))
-        if self.memory_utilization == 0:
-            raise ValueError("memory_utilization must be in (0, 1], got 0")
-        if self.watermark == 1:
-            raise ValueError("watermark must be in [0, 1), got 1")
-        gib = read_number("swap_space_gib", self.swap_space_gib, 0, float("inf"), "a number of at least 0")
-        if gib > COUNT_MAX:
-            raise ValueError(f"swap_space_gib must be at most {COUNT_MAX}, got {shortened(self.swap_space_gib)}")
-        self._settle("swap_space_gib", gib)
-
-    def _settle(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
 
 def build_engine(
     checkpoint: Checkpoint, options: EngineOptions, params: Params | None = None, owner: Ownership | None = None
@@ -120,11 +41,6 @@ def build_engine(
     model = checkpoint.config.for_length(max_model_len)
     dtype = resolve_dtype(options.dtype, model, device)
     kernels = _resolve_kernels(options, model, device, dtype)
-    if options.shared_prefixes and kernels.shared_prefix_decode is None:
-        raise ValueError(
-            f"shared_prefixes=True needs attention='pallas', but attention={options.attention!r} is {kernels.name!r} "
-            f"on {device.device_kind}: leave shared_prefixes=False there"
-        )
     preemption = PreemptionConfig()
     if options.kv_cache == "paged":  # who has reserved everything never gives way
         preemption = resolve_preemption(
@@ -151,10 +67,23 @@ def build_engine(
 
 def _resolve_kernels(options: EngineOptions, model: ModelConfig, device: jax.Device, dtype: str) -> AttentionKernels:
     if options.kv_cache in (*DENSE_CACHES, "none"):
-        return resolve_dense_attention(options.attention, device, model, dtype)
-    return resolve_attention(
-        options.attention, device, head_dim=model.head_dim, page_size=options.page_size, dtype=dtype
-    )
+        kernels = resolve_dense_attention(options.attention, device, model, dtype)
+    else:
+        kernels = resolve_attention(
+            options.attention, device, head_dim=model.head_dim, page_size=options.page_size, dtype=dtype,
+            batch_invariant=options.batch_invariant,
+        )  # fmt: skip
+    can = {
+        "shared_prefixes": kernels.shared_prefix_decode is not None,
+        "batch_invariant": kernels.is_batch_invariant,
+    }
+    for name, possible in can.items():
+        if getattr(options, name) and not possible:
+            raise ValueError(
+                f"{name}=True needs attention='pallas', but attention={options.attention!r} is {kernels.name!r} "
+                f"on {device.device_kind}: leave {name}=False there"
+            )
+    return kernels
 
 
 def resolve_dtype(requested: str, model: ModelConfig, device: jax.Device) -> str:

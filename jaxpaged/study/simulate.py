@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
+from jaxpaged.config import CacheConfig, EngineConfig, EngineOptions, PreemptionConfig
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.scheduler import Sample, Scheduler, StepPlan
@@ -42,7 +42,7 @@ def paper_limits(
     max_model_len: int = 2048,
     max_num_seqs: int = 2048,
     max_num_batched_tokens: int = 2560,
-    watermark: float = 0.01,
+    watermark: float = EngineOptions.watermark,
     preemption: PreemptionConfig | None = None,
 ) -> EngineConfig:
     """The scheduler's limits as the artifact of the vLLM paper has them."""

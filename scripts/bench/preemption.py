@@ -35,8 +35,9 @@ import jaxpaged
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.config.choices import ATTENTIONS
 from jaxpaged.device import steps, swap
-from jaxpaged.device.attention import IMPLEMENTATIONS, AttentionKernels, resolve_attention
+from jaxpaged.device.attention import AttentionKernels, resolve_attention
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.memory import device_memory
 from jaxpaged.device.params import Params, param_shapes, random_params
@@ -281,7 +282,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--recompute-page-size", type=int, default=16, help="where more tokens are recomputed, too")
     parser.add_argument("--page-by-page", action="store_true", help="also one transfer a page, as in the paper")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=10)
     return parser.parse_args(argv)

@@ -26,8 +26,9 @@ import numpy as np
 import jaxpaged
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config import CacheConfig, ModelConfig
+from jaxpaged.config.choices import ATTENTIONS
 from jaxpaged.device import steps
-from jaxpaged.device.attention import IMPLEMENTATIONS, AttentionKernels, resolve_attention
+from jaxpaged.device.attention import AttentionKernels, resolve_attention
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.params import Params, random_params
 from jaxpaged.engine.loading import resolve_dtype
@@ -234,7 +235,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", nargs="?", default="scripts/shapes/llama-3.1-8b")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=540, help="tokens that each row reads, the new one included")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")

@@ -18,6 +18,7 @@ import numpy as np
 import jaxpaged
 from jaxpaged import LLM
 from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.config.options import FIXED_OPTIONS
 from jaxpaged.engine.engine import Engine
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.host.step.batching import Buckets, StepShape, fit
@@ -52,7 +53,7 @@ class Measurement:
             "dtype": args.dtype, "load_format": "dummy", "max_model_len": args.max_model_len, "page_size": 16,
             "num_pages": self.pages_measured, "max_num_seqs": args.max_num_seqs,
             "max_num_batched_tokens": args.max_num_batched_tokens, "attention": args.attention,
-            "preemption": "recompute", "watermark": 0.01, "kv_cache": "paged", **changes,
+            "preemption": "recompute", **changes,
         }  # fmt: skip
 
     @property
@@ -62,7 +63,7 @@ class Measurement:
     def rebuild(self, decode_rows: list[int], prefill_tokens: list[int], **changes: Any) -> None:
         """An engine with other options, which pads its steps to these sizes alone."""
         options = self.options(**changes)
-        self.llm.rebuild(**{name: value for name, value in options.items() if name not in ("dtype", "load_format")})
+        self.llm.rebuild(**{name: value for name, value in options.items() if name not in FIXED_OPTIONS})
         self.restrict(decode_rows, prefill_tokens)
 
     def restrict(self, decode_rows: list[int], prefill_tokens: list[int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from figure import Figure, Row
 
-from jaxpaged.config import CacheConfig, PreemptionConfig
+from jaxpaged.config import CacheConfig, EngineOptions, PreemptionConfig
 from jaxpaged.host.account.memory_account import CATEGORIES
 from jaxpaged.study.account_file import saturated_steps
 from jaxpaged.study.simulate import PAPER_POOL, Simulation, paper_limits
@@ -31,8 +31,8 @@ class Run(NamedTuple):
 
 @functools.cache
 def simulate(
-    kv_cache: str, workload: str, requests: int, seed: int, page_size: int = 16, watermark: float = 0.01,
-    samples: int = 1, beams: int = 0,
+    kv_cache: str, workload: str, requests: int, seed: int, page_size: int = 16,
+    watermark: float = EngineOptions.watermark, samples: int = 1, beams: int = 0,
 ) -> Run:  # fmt: skip
     slots = PAPER_POOL.num_usable_tokens
     cache = CacheConfig(page_size, slots // page_size + 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy import TOY, save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
-from jaxpaged.engine.loading import EngineOptions
+from jaxpaged.config import EngineOptions
 from jaxpaged.requests.prompts import is_one_prompt, read_prompts
 
 OPTIONS = {

@@ -7,7 +7,7 @@ from fake_llm import FakeLLM
 
 from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS
 from jaxpaged.cli.main import main
-from jaxpaged.engine.loading import EngineOptions
+from jaxpaged.config import EngineOptions
 
 HOSTILE = (
     "", " ", "x", "-1", "0", "1.5", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 30, "9" * 5000, "none", "1,2,x",

@@ -12,8 +12,7 @@ from toy import make_group as make_toy_group
 from jaxpaged import LLM
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.config import KV_CACHES, CacheConfig, EngineConfig
-from jaxpaged.engine.loading import EngineOptions
+from jaxpaged.config import KV_CACHES, CacheConfig, EngineConfig, EngineOptions
 from jaxpaged.host.account.memory_account import CATEGORIES
 from jaxpaged.host.beams.beam_state import best_hypotheses
 from jaxpaged.host.pages.page_allocator import OutOfPagesError

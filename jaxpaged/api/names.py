@@ -1,0 +1,101 @@
+"""Keyword arguments that a call does not take: the error says which it does, and what vLLM's names are here."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ONE_DEVICE = "jaxpaged runs on one GPU, so leave it out"
+_NO_ADAPTERS = "jaxpaged has no adapters, so leave it out"
+_LOCAL = "a model is a local directory and nothing is downloaded, so leave it out"
+_NO_IMAGES = "jaxpaged runs models of text alone, so leave it out"
+
+#: What vLLM's arguments of `LLM` are here.
+VLLM_OPTIONS = {
+    "gpu_memory_utilization": "here it is memory_utilization",
+    "block_size": "here it is page_size",
+    "num_gpu_blocks_override": "here it is num_pages",
+    "max_seq_len": "here it is max_model_len",
+    "max_seq_len_to_capture": "the device's programs are compiled for all lengths up to max_model_len, so leave it out",
+    "max_num_batched_seqs": "here it is max_num_seqs",
+    "swap_space": "here it is swap_space_gib",
+    "preemption_mode": "here it is preemption",
+    "attention_backend": "here it is attention",
+    "enable_prefix_caching": "here a prefix is named: generate(..., shared_prefix=...) computes and stores it once",
+    "enable_chunked_prefill": "prompts beyond max_num_batched_tokens are always computed in chunks, so leave it out",
+    "tensor_parallel_size": _ONE_DEVICE,
+    "pipeline_parallel_size": _ONE_DEVICE,
+    "data_parallel_size": _ONE_DEVICE,
+    "distributed_executor_backend": _ONE_DEVICE,
+    "disable_custom_all_reduce": _ONE_DEVICE,
+    "enforce_eager": "every step is a compiled program, so leave it out",
+    "trust_remote_code": "no code of a checkpoint is ever run, so leave it out",
+    "quantization": "weights are kept in dtype, 16 or 32 bits",
+    "kv_cache_dtype": "keys and values are kept in dtype",
+    "cpu_offload_gb": "weights stay on the device; swap_space_gib is host memory for pages",
+    "kv_cache_memory_bytes": "here the pool's size is num_pages, or what memory_utilization leaves",
+    "served_model_name": "jaxpaged serves nothing, so leave it out",
+    "speculative_config": "jaxpaged does not speculate, so leave it out",
+    "enable_lora": _NO_ADAPTERS,
+    "max_loras": _NO_ADAPTERS,
+    "revision": _LOCAL,
+    "tokenizer_revision": _LOCAL,
+    "download_dir": _LOCAL,
+    "hf_token": _LOCAL,
+    "limit_mm_per_prompt": _NO_IMAGES,
+    "tokenizer_mode": "give an object with encode and decode as tokenizer=",
+    "skip_tokenizer_init": "give prompts as token ids and SamplingParams(detokenize=False)",
+    "hf_overrides": "edit the directory's config.json instead",
+    "disable_log_stats": "what a run did is in llm.last_run, and nothing is logged at intervals, so leave it out",
+}
+#: The same of `generate` and its kind.
+VLLM_REQUESTS = {
+    "use_tqdm": "here it is progress",
+    "prompt_token_ids": "here token ids are prompts: generate([[1, 2, 3]])",
+    "lora_request": _NO_ADAPTERS,
+    "priority": "requests run in the order of the list",
+    "concurrency_limit": "here LLM(max_num_seqs=...) is how many sequences run together",
+    "tokenization_kwargs": "here it is add_special_tokens",
+}
+
+
+def check_names(call: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, str]) -> None:
+    """Raise TypeError for names that `call` does not take: all of them at once, with what `elsewhere` says of each."""
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    said = [f"{name!r} ({_advice(name, known, elsewhere)})" for name in unknown]
+    unguessed = [name for name in unknown if name not in elsewhere and not _close(name, known)]
+    listed = f"; it takes {', '.join(known)}" if unguessed else ""
+    raise TypeError(f"{call} takes no argument {', '.join(said)}{listed}")
+
+
+def _advice(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:
+    close = _close(name, known)
+    return elsewhere.get(name) or (f"did you mean {' or '.join(close)}?" if close else "there is none like it")
+
+
+def _close(name: str, known: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(name.lower(), known, n=2)
+
+
+def explains_names(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A method that answers keyword arguments which it does not take as `check_names` does."""
+
+    def explained(method: Callable[P, R]) -> Callable[P, R]:
+        known = [name for name in inspect.signature(method).parameters if name != "self"]
+
+        @functools.wraps(method)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            check_names(method.__name__, kwargs, known, elsewhere)
+            return method(*args, **kwargs)
+
+        return checked
+
+    return explained
