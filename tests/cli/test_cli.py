@@ -14,6 +14,7 @@ from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.cli import main as cli
 from jaxpaged.cli.flags import MODEL_FLAGS, SAMPLING_FLAGS
 from jaxpaged.cli.main import main
+from jaxpaged.config.options import engine_options
 
 FAKE_COMMAND = [sys.executable, str(ROOT / "tests" / "fake_llm.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -205,8 +206,24 @@ def test_every_sampling_parameter_and_llm_argument_is_a_flag():
 
     fields = set(signature(SamplingParams).parameters)
     assert {flag.name for flag in SAMPLING_FLAGS} == fields - {"seed", "logits_processors"}
-    arguments = set(signature(jaxpaged.LLM.__init__).parameters)
-    assert {flag.name for flag in MODEL_FLAGS} == arguments - {"self", "model", "seed"}
+    arguments = set(signature(jaxpaged.LLM).parameters)
+    assert {flag.name for flag in MODEL_FLAGS} == arguments - {"model", "seed"}
+
+
+def test_the_flags_of_the_model_have_the_types_choices_and_defaults_of_the_options():
+    flags = {flag.name: flag for flag in MODEL_FLAGS}
+    for option in (option for option in engine_options() if option.name != "seed"):
+        flag = flags[option.name]
+        assert flag.read == (True if option.kind is bool else option.kind)
+        assert flag.choices == option.choices and flag.help.startswith(option.sentence)
+        assert flag.read is True or flag.help.endswith(f"(default {option.default_text})")
+    assert (flags["page_size"].read, flags["watermark"].read, flags["num_pages"].read) == (int, float, int)
+
+
+def test_an_unknown_choice_is_refused_before_the_model_is_loaded(model, capfd):
+    assert main(["generate", model, "--prompt", "a", "--kv-cache", "buddy"], make_llm=None) == 2
+    error = capfd.readouterr().err
+    assert "--kv-cache: invalid choice: 'buddy' (choose from" in error and "contiguous-max" in error
 
 
 def test_flags_reach_the_parameters_and_the_model(model, capfd):

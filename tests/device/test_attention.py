@@ -30,6 +30,17 @@ def test_a_hopper_gpu_runs_the_kernels(requested):
     assert resolve_attention("reference", FakeDevice(), **CACHE) is REFERENCE
 
 
+@needs_new_jax
+def test_batch_invariant_kernels_are_another_decode_and_one_object_for_all():
+    plain = resolve_attention("pallas", FakeDevice(), **CACHE)
+    invariant = resolve_attention("auto", FakeDevice(), **CACHE, batch_invariant=True)
+    assert invariant is resolve_attention("pallas", FakeDevice(), **CACHE, batch_invariant=True)
+    assert invariant.is_batch_invariant and not plain.is_batch_invariant and not REFERENCE.is_batch_invariant
+    assert invariant.paged_decode.func is plain.paged_decode
+    assert invariant.paged_decode.keywords == {"batch_invariant": True}
+    assert invariant.shared_prefix_decode is None and invariant.copies_in_steps
+
+
 CPU = FakeDevice("cpu", platform="cpu")
 OBSTACLES = [
     pytest.param(FakeDevice("NVIDIA A100", "8.0"), {}, "NVIDIA A100: they need a Hopper GPU .* has 8.0", id="ampere"),

@@ -128,6 +128,35 @@ def test_the_kernels_are_as_close_to_float32_as_the_reference_is():
     assert lost.max() < 2 * theirs.max()
 
 
+def test_with_batch_invariance_log_probabilities_do_not_depend_on_the_batch_to_the_bit():
+    """A long request beside seven short ones, and beside seven that are long: as many rows, so the same programs."""
+    if missing_support(jax.devices()[0]):
+        pytest.skip("the kernels need a Hopper GPU and JAX 0.11")
+    llm = LLM(
+        ROOT / "scripts" / "shapes" / "llama-3.2-1b", load_format="dummy", max_model_len=8192, num_pages=4200,
+        max_num_seqs=8, max_num_batched_tokens=2048,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    asked = rng.integers(0, 1000, 4096).tolist()  # two prefill steps of its own
+    short, long = (rng.integers(0, 1000, (7, length)).tolist() for length in (10, 7000))
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=5, ignore_eos=True)
+
+    def beside(others):
+        sample = llm.generate([asked, *others], params, progress=False)[0].outputs[0]
+        assert llm.last_run.preemptions == 0
+        return [{token: entry.logprob for token, entry in step.items()} for step in sample.logprobs]
+
+    assert beside(short) != beside(long)
+    llm.rebuild(batch_invariant=True)
+    assert llm.engine.kernels.is_batch_invariant
+    assert beside(short) == beside(long)
+
+
+def test_batch_invariance_is_refused_where_attention_is_the_reference():
+    with pytest.raises(ValueError, match="batch_invariant=True needs attention='pallas', but .* is 'reference'"):
+        LLM(GOLDENS / "llama_tied", batch_invariant=True, attention="reference")
+
+
 def values(logprobs) -> list[float]:
     """Of the token that is there, at every position that has one."""
     return [next(iter(entry.values())).logprob for entry in logprobs if entry]
