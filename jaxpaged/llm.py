@@ -10,10 +10,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.beam_snapshot import BeamSnapshot
 from jaxpaged.api.names import VLLM_OPTIONS, VLLM_REQUESTS, check_names, explains_names
 from jaxpaged.api.outputs import RequestOutput
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import is_list, read_path, shortened
 from jaxpaged.checkpoint import open_checkpoint

@@ -110,7 +110,7 @@ def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], l
 
 def make_search(prompt_len, max_tokens, width) -> SequenceGroup:
     group = make_group(prompt_len, max_tokens)
-    group.params = BeamSearchParams(width, max_tokens=max_tokens)
+    group.params = BeamSearchParams(beam_width=width, max_tokens=max_tokens)
     group.beams = BeamState.of(group.params, (), max_tokens)
     return group
 

@@ -77,7 +77,7 @@ def random_group(i: int, rng: np.random.Generator, prefix: list[int]) -> Sequenc
     prompt = prefix + rng.integers(1, 60, rng.integers(1, 20)).tolist()
     max_tokens = int(rng.integers(2, 24))
     params = (
-        BeamSearchParams(int(rng.integers(2, 6)), max_tokens=max_tokens)
+        BeamSearchParams(beam_width=int(rng.integers(2, 6)), max_tokens=max_tokens)
         if i % 3 == 0
         else SamplingParams(n=int(rng.integers(1, 5)), max_tokens=max_tokens)
     )

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxpaged.api.checks import (
-    check_token_ids,
-    read_counts,
-    read_flags,
-    read_int_field,
-    read_lists,
-    read_number_field,
-    read_optional_int,
-    read_penalties,
-    read_temperature,
-    read_text_flags,
-    stop_strings,
-)
-from jaxpaged.api.sampling_params import LogitsProcessor, SamplingParams
+from jaxpaged.api.checks import read_flags, read_int_field, read_number_field, read_optional_int
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.values import shortened
 
 #: A generated length raised to a power beyond this could leave the range of float32.
@@ -29,18 +16,23 @@ MIN_DRAWN_TEMPERATURE = 0.01
 MAX_DIVERSITY_PENALTY = 100.0
 
 
-@dataclass(frozen=True)
-class BeamSearchParams:
-    """How one request is searched and when the search ends; the semantics are those of transformers 5.
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams(RequestParams):
+    """How one request is searched and when the search ends; the semantics are those of transformers 5. All arguments go
+    by name.
 
     The search keeps the `beam_width` continuations with the highest sum of log-probabilities, and a pool of the
     `beam_width` best finished ones by score: that sum / generated length ** `length_penalty`. A beam finishes at the
     model's end-of-sequence ids, `stop_token_ids` and `stop` strings, if it is then among the best `beam_width`
     candidates, and at `max_tokens`. The token that ends it counts in its length.
 
+    Penalties, biases and `logits_processors` act on log-probabilities, which are not normalised again: the changes are
+    part of the sums. `logprobs` are those of each token of a beam under the model alone, with its rank; their sum is
+    `cumulative_logprob` where nothing changes them. `temperature` divides log-probabilities where `do_sample`;
+    otherwise it is 1, or 0, which is vLLM's word for the same.
+
     Attributes:
         beam_width: beams that run at a time, and hypotheses that are kept.
-        max_tokens: tokens generated at most; None means up to the model's length.
         n: hypotheses returned, best first (default `beam_width`).
         length_penalty: above 0 favours long hypotheses, below 0 short ones; in [-5, 5].
         early_stopping: True ends the search when `beam_width` hypotheses have finished; False when no running beam of
@@ -49,46 +41,15 @@ class BeamSearchParams:
         num_beam_groups, diversity_penalty: so many groups of beams search apart, one after the other in each step; a
             token that earlier groups chose c times in this step loses c * `diversity_penalty`.
         do_sample: draw candidates without replacement, from the softmax of their sums, instead of taking the best.
-        temperature: divides log-probabilities where `do_sample`; otherwise 1, or 0, which is vLLM's word for the same.
-        seed: of this request's random numbers; None takes one from the `LLM`'s seed and the request's number.
-        min_tokens: before that many tokens, end-of-sequence and `stop_token_ids` cannot be chosen.
-        stop: strings that end a beam; cut from the text unless `include_stop_str_in_output`.
-        stop_token_ids: token ids that end a beam, besides the model's end-of-sequence ids.
-        ignore_eos: go on past the model's end-of-sequence ids.
-        repetition_penalty, presence_penalty, frequency_penalty, logit_bias, allowed_token_ids, bad_words,
-        logits_processors: as in `SamplingParams`, on log-probabilities, which are not normalised again: the changes are
-            part of the sums.
-        logprobs: as in `SamplingParams`: of each token of a beam under the model alone, with its rank, and of so many
-            likeliest tokens in its place. Their sum is `cumulative_logprob` where nothing above changes them.
-        prompt_logprobs, detokenize, skip_special_tokens: as in `SamplingParams`.
     """
 
     beam_width: int
-    max_tokens: int | None = 16
     n: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     num_beam_groups: int = 1
     diversity_penalty: float = 0.0
     do_sample: bool = False
-    temperature: float = 1.0
-    seed: int | None = None
-    min_tokens: int = 0
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] | None = None
-    logits_processors: Sequence[LogitsProcessor] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
 
     def __post_init__(self):
         read_int_field(self, "beam_width", 1)
@@ -98,14 +59,13 @@ class BeamSearchParams:
                 f"n={self.n} hypotheses cannot be returned of the beam_width={self.beam_width} that are kept: "
                 "raise beam_width"
             )
-        read_counts(self)
+        self._read_counts()
         self._read_ending()
-        read_flags(self, "do_sample")
-        self._read_temperature()
+        self._read_drawing()
         self._read_groups()
-        read_penalties(self)
-        read_lists(self, "beam")
-        read_text_flags(self)
+        self._read_penalties()
+        self._read_lists("beam")
+        self._read_text_flags()
 
     def _read_ending(self):
         limit = LENGTH_PENALTY_LIMIT
@@ -118,8 +78,9 @@ class BeamSearchParams:
                     f"early_stopping must be False, True or 'never', got {shortened(self.early_stopping)}"
                 ) from None
 
-    def _read_temperature(self):
-        read_temperature(self, "0 or more")
+    def _read_drawing(self):
+        read_flags(self, "do_sample")
+        self._read_temperature("0 or more")
         if self.do_sample and self.temperature == 0:
             raise ValueError("temperature=0 leaves nothing to draw: set temperature above 0, or do_sample=False")
         if self.do_sample and self.temperature < MIN_DRAWN_TEMPERATURE:
@@ -160,22 +121,9 @@ class BeamSearchParams:
 
     @property
     def num_samples(self) -> int:
-        """Sequences that run for this request."""
         return self.beam_width
 
     @property
     def group_width(self) -> int:
         """Beams of one of the `num_beam_groups`."""
         return self.beam_width // self.num_beam_groups
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return stop_strings(self.stop)
-
-    def check_token_ids(self, vocab_size: int) -> None:
-        """Raise ValueError where a token id is outside the vocabulary of the model that is about to run."""
-        check_token_ids(self, vocab_size)
-
-
-#: What one request may be asked with.
-RequestParams = SamplingParams | BeamSearchParams

@@ -15,8 +15,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpaged.api.beam_params import RequestParams
 from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.values import check_encodable, shortened
 from jaxpaged.batch.json_values import bias_from_json, check_keys, is_token_list
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, Prompt, make_request

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpaged.api.beam_params import RequestParams
 from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.batch.openai import completion_body, rounded
 from jaxpaged.batch.requests import BatchRequest, InvalidLine
 from jaxpaged.text.stream import Decode

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxpaged.api.beam_params import RequestParams
 from jaxpaged.api.outputs import RequestOutput
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.batch.requests import BatchRequest
 
 

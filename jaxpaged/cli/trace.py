@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import check_encodable
 from jaxpaged.cli.errors import UsageError, usage_errors

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.api.sampling_params import LogitsProcessor
+from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.step_io import Layout, SamplingInputs
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxpaged.api.sampling_params import LogitsProcessor
+from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.step_io import Layout
 

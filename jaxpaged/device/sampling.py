@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.api.sampling_params import LogitsProcessor
+from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, WHOLE_VOCABULARY, SamplingInputs
 
 Array = jax.Array

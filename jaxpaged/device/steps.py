@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.api.sampling_params import LogitsProcessor
+from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_candidates import beam_columns

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxpaged.api.beam_params import RequestParams
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.pages.block_table import BlockTable
 

@@ -52,8 +52,9 @@ def _completions(group: SequenceGroup, tokenizer: Tokenizer | None) -> list[Comp
         found = [_beam(group, params, hypothesis, i, tokenizer) for i, hypothesis in enumerate(best)]
         return found if group.error is None else [*found, _sample(group, group.sequences[0], len(found), tokenizer)]
     chosen = group.sequences
-    if params.num_samples > params.n:
-        chosen = sorted(chosen, key=lambda s: (s.finish_reason == "error", -s.cumulative_logprob))[: params.n]
+    if params.num_samples > params.num_returned:
+        chosen = sorted(chosen, key=lambda s: (s.finish_reason == "error", -s.cumulative_logprob))
+        chosen = chosen[: params.num_returned]
     return [_sample(group, sequence, i, tokenizer) for i, sequence in enumerate(chosen)]
 
 

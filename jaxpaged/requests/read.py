@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import is_list, read_strings, shortened
 from jaxpaged.engine.engine import Engine
@@ -199,7 +200,7 @@ def _prepare_beams(group: SequenceGroup, params: BeamSearchParams, tokenizer: To
         group.ends_text = lambda output_ids: text.find_stop(output_ids) is not None
 
 
-def _prepare_samples(group: SequenceGroup, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+def _prepare_samples(group: SequenceGroup, params: RequestParams, tokenizer: Tokenizer | None) -> None:
     if params.stop_strings and tokenizer is not None:
         group.make_stream = functools.partial(
             StopStringStream, tokenizer, group.sequences[0].token_ids, params.stop_strings,

@@ -173,7 +173,7 @@ def make_requests(
     prompts = [rng.integers(0, vocab_size, length).tolist() for length in workload.prompt_lens]
     lengths = workload.output_lens.tolist()
     if beam_width:
-        beams = [BeamSearchParams(beam_width, n=1, max_tokens=n, ignore_eos=True, early_stopping="never",
+        beams = [BeamSearchParams(beam_width=beam_width, n=1, max_tokens=n, ignore_eos=True, early_stopping="never",
                                   detokenize=False) for n in lengths]  # fmt: skip
         return Requests(workload, prompts, beams)
     samples = [

@@ -92,7 +92,7 @@ class Simulation:
         self._prompt_lens = workload.prompt_lens + prefix_len
         self._shared_len = prefix_len if self.scheduler.policy.shares_pages else 0
         self.params: SamplingParams | BeamSearchParams = (
-            BeamSearchParams(beam_width, max_tokens=None, early_stopping="never")
+            BeamSearchParams(beam_width=beam_width, max_tokens=None, early_stopping="never")
             if beam_width
             else SamplingParams(n=num_samples, max_tokens=None, ignore_eos=True)
         )

@@ -134,7 +134,7 @@ def measure_case(llm: Any, case: Case, args: argparse.Namespace) -> dict[str, An
     from jaxpaged import BeamSearchParams
 
     prompts = random_prompts(case, args.prompt_len, llm.engine.model.vocab_size)
-    params = BeamSearchParams(case.width, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
+    params = BeamSearchParams(beam_width=case.width, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
     runs = []
     for repeat in range(1 + args.repeats):
         with CommitClock() as clock:

@@ -18,7 +18,8 @@ import time
 
 import numpy as np
 
-from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.account.accounting import RunStats
@@ -93,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
 def _request(index: int, prompt: list[int], args: argparse.Namespace) -> SequenceGroup:
     params: RequestParams
     if args.beam_width:
-        params = BeamSearchParams(args.beam_width, max_tokens=args.steps, ignore_eos=True)
+        params = BeamSearchParams(beam_width=args.beam_width, max_tokens=args.steps, ignore_eos=True)
     else:
         params = SamplingParams(n=args.samples_per_request, max_tokens=args.steps, ignore_eos=True)
     group = SequenceGroup(

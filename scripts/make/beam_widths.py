@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(llm: LLM, headers: list[str], width: int, max_tokens: int) -> tuple[dict[str, Any], list[float]]:
     """One row of the table, and the log-probability of each prompt's best continuation."""
     began = time.perf_counter()
-    outputs = llm.beam_search(headers, BeamSearchParams(width, max_tokens=max_tokens, ignore_eos=True))
+    outputs = llm.beam_search(headers, BeamSearchParams(beam_width=width, max_tokens=max_tokens, ignore_eos=True))
     seconds = time.perf_counter() - began
     logprobs = [output.outputs[0].cumulative_logprob for output in outputs]
     judged = [judge(header, output) for header, output in zip(headers, outputs, strict=True)]

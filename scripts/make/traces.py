@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.host.account.trace import TraceRecorder
@@ -153,7 +154,7 @@ def parallel_sampling() -> dict[str, Any]:
 def beam_search() -> dict[str, Any]:
     """Before: 0-1-3-5, 0-1-3-6, 0-1-3-7, 0-2-4-8; the next four beams descend from the second and the third."""
     story = Story(num_pages=18, free=[page + 1 for page in (0, 1, 2, 3, 5, 6, 4, 7, 8)])
-    story.add("Once there was a", BeamSearchParams(4, max_tokens=16), "A")
+    story.add("Once there was a", BeamSearchParams(beam_width=4, max_tokens=16), "A")
     pages = [
         ([0, 0, 0, 0], ["king who ruled a", "girl who lived by", "cat that sat on", "boy who had no"]),
         ([0, 0, 0, 1], ["small and distant land", "large and rich city", "land of ice and", "the sea and sang"]),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from jaxpaged.api.beam_params import BeamSearchParams
-from jaxpaged.api.sampling_params import SamplingParams
 
 
 def test_defaults_return_every_beam():
-    params = BeamSearchParams(4)
+    params = BeamSearchParams(beam_width=4)
     assert (params.num_returned, params.num_samples, params.group_width, params.max_tokens) == (4, 4, 4, 16)
     assert (params.length_penalty, params.early_stopping, params.stop_strings) == (1.0, False, ())
-    assert BeamSearchParams(4, n=2).num_returned == 2
-    assert BeamSearchParams(256, max_tokens=None, num_beam_groups=32, diversity_penalty=0.5).group_width == 8
-    assert BeamSearchParams(1, early_stopping="never", stop="\n").stop_strings == ("\n",)
+    assert BeamSearchParams(beam_width=4, n=2).num_returned == 2
+    assert BeamSearchParams(beam_width=256, max_tokens=None, num_beam_groups=32, diversity_penalty=0.5).group_width == 8
+    assert BeamSearchParams(beam_width=1, early_stopping="never", stop="\n").stop_strings == ("\n",)
 
 
 def test_the_arguments_of_vllm_are_taken():
@@ -67,13 +64,6 @@ def test_what_cannot_be_searched_is_refused(fields, words):
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():
-    BeamSearchParams(2, stop_token_ids=[9], logit_bias={0: 1.0}).check_token_ids(10)
+    BeamSearchParams(beam_width=2, stop_token_ids=[9], logit_bias={0: 1.0}).check_token_ids(10)
     with pytest.raises(ValueError, match="stop_token_ids has token id 10; the vocabulary has ids 0 to 9"):
-        BeamSearchParams(2, stop_token_ids=[10]).check_token_ids(10)
-
-
-def test_fields_that_both_kinds_of_request_have_mean_and_default_to_the_same():
-    defaults = {f.name: f.default for f in dataclasses.fields(SamplingParams)}
-    shared = [f for f in dataclasses.fields(BeamSearchParams) if f.name in defaults and f.name != "n"]
-    assert len(shared) == 19
-    assert {f.name: f.default for f in shared} == {f.name: defaults[f.name] for f in shared}
+        BeamSearchParams(beam_width=2, stop_token_ids=[10]).check_token_ids(10)

@@ -122,7 +122,7 @@ def accepts(llm, prompt, params, prefix=None) -> bool:
 
 @cases(quick=100, slow=1000)
 def test_the_other_arguments_of_calls_are_read_or_refused(llm, num_cases):
-    params = st.sampled_from([SamplingParams(max_tokens=1), BeamSearchParams(2, max_tokens=1)]) | anything
+    params = st.sampled_from([SamplingParams(max_tokens=1), BeamSearchParams(beam_width=2, max_tokens=1)]) | anything
 
     def check(params, ids, times, odd):
         calls = (
@@ -195,7 +195,7 @@ def test_seeds_of_64_bits_differ_and_others_are_refused(llm):
     for seed in (-1, 2**64, 10**5000):
         for kind in (
             lambda s: SamplingParams(seed=s),
-            lambda s: BeamSearchParams(2, seed=s),
+            lambda s: BeamSearchParams(beam_width=2, seed=s),
             lambda s: EngineOptions(seed=s),
         ):
             with pytest.raises(ValueError, match=r"seed must be at least 0 and below 2\*\*64"):
@@ -257,7 +257,8 @@ def test_what_is_no_prompt_is_refused(given):
 
 def test_sizes_are_checked_before_anything_is_built(llm):
     for params in (
-        BeamSearchParams(2**31), BeamSearchParams(10**12, num_beam_groups=10**12, diversity_penalty=1.0),
+        BeamSearchParams(beam_width=2**31),
+        BeamSearchParams(beam_width=10**12, num_beam_groups=10**12, diversity_penalty=1.0),
         SamplingParams(n=10**12), SamplingParams(best_of=10**12), SamplingParams(logprobs=10**9),
     ):  # fmt: skip
         assert not accepts(llm, "abc", params)

@@ -207,7 +207,7 @@ def test_the_identity_of_a_model_changes_with_a_weight_and_not_with_notes(tmp_pa
 def test_a_line_with_a_beam_width_is_a_beam_search():
     line = {"prompt": "a", "beam_width": 4, "length_penalty": 0.5, "early_stopping": "never", "n": 2}
     (params,) = parse_one(line).params
-    assert params == BeamSearchParams(4, n=2, length_penalty=0.5, early_stopping="never", seed=params.seed)
+    assert params == BeamSearchParams(beam_width=4, n=2, length_penalty=0.5, early_stopping="never", seed=params.seed)
     body = {"prompt": ["a", "b"], "beam_width": 3, "max_tokens": 5}
     request = parse_one({"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": body})
     assert [type(p) for p in request.params] == [BeamSearchParams] * 2

@@ -64,15 +64,15 @@ def test_every_step_can_be_watched_and_the_last_has_the_output(llm, fields):
 
 
 def test_who_stops_watching_ends_the_search(llm):
-    for _ in llm.watch_beams(PROMPT, BeamSearchParams(4, max_tokens=30)):
+    for _ in llm.watch_beams(PROMPT, BeamSearchParams(beam_width=4, max_tokens=30)):
         break
     assert not llm.engine.scheduler.has_work
-    assert len(llm.beam_search(PROMPT, BeamSearchParams(2, max_tokens=3))[0].outputs) == 2
+    assert len(llm.beam_search(PROMPT, BeamSearchParams(beam_width=2, max_tokens=3))[0].outputs) == 2
 
 
 def test_one_prompt_is_watched(llm):
     with pytest.raises(ValueError, match="one prompt, got 2"):
-        llm.watch_beams(["a", "b"], BeamSearchParams(2))
+        llm.watch_beams(["a", "b"], BeamSearchParams(beam_width=2))
 
 
 # The tree

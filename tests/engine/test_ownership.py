@@ -19,7 +19,7 @@ from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.tree.toy import ToyLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-BEAMS = BeamSearchParams(2, max_tokens=3)
+BEAMS = BeamSearchParams(beam_width=2, max_tokens=3)
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [5, 6, 7], [40]]
 PARAMS = [
     SamplingParams(max_tokens=6, seed=1, ignore_eos=True), GREEDY,

@@ -33,7 +33,7 @@ def mixed_load(count=40) -> list:
     for i, prompt in enumerate(random_prompts(count, low=2, high=16, seed=5)):
         max_tokens = 24 + 7 * i % 16
         if i % 3 == 0:
-            params = BeamSearchParams(2 + i // 3 % 7, max_tokens=max_tokens)
+            params = BeamSearchParams(beam_width=2 + i // 3 % 7, max_tokens=max_tokens)
             groups.append(beam_group(prompt, params, (31, 94), str(i)))
         elif i % 3 == 1:
             params = SamplingParams(n=1 + i // 3 % 8, max_tokens=max_tokens)

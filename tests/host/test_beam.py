@@ -461,7 +461,7 @@ def test_diverse_groups_equal_turns_over_the_whole_vocabulary(make_model):
     requests, expected, some_end_first = [], [], 0
     for salt, (width, groups, strength, early_stopping) in enumerate(cases * 6):
         params = BeamSearchParams(
-            width, num_beam_groups=groups, diversity_penalty=strength, early_stopping=early_stopping
+            beam_width=width, num_beam_groups=groups, diversity_penalty=strength, early_stopping=early_stopping
         )
         model = make_model(23, bytes([salt]))
         requests.append((model, (salt,), BeamState.of(params, [2, 3, 5], 6)))
@@ -520,7 +520,7 @@ def test_searches_ranked_by_keys_beside_drawn_ones_find_what_each_finds_alone(ca
         for kind, (width, groups), strength, early_stopping, salt in cases:
             is_diverse = kind == "diverse" and groups > 1
             params = BeamSearchParams(
-                width, early_stopping=early_stopping, num_beam_groups=groups if is_diverse else 1,
+                beam_width=width, early_stopping=early_stopping, num_beam_groups=groups if is_diverse else 1,
                 diversity_penalty=strength if is_diverse else 0.0,
             )  # fmt: skip
             states = BeamState.of(params, [2, 3], 5)
@@ -537,7 +537,7 @@ def test_searches_ranked_by_keys_beside_drawn_ones_find_what_each_finds_alone(ca
 def test_a_penalty_counts_where_candidates_are_ranked_by_keys():
     """The third group has lost what the others chose, though the step has keys, since a drawn search is part of it."""
     scores = np.array([[-1.0, -1.1, -1.2, -4.0]], np.float32)
-    states = BeamState.of(BeamSearchParams(3, num_beam_groups=3, diversity_penalty=0.8), [], 3)
+    states = BeamState.of(BeamSearchParams(beam_width=3, num_beam_groups=3, diversity_penalty=0.8), [], 3)
     advance_beams(states, scores, np.array([[5, 6, 7, 8]], np.int32), [0, 0, 0], scores.copy())
     assert [state.tokens[-1].tolist() for state in states] == [[5], [6], [7]]
     assert [state.running_scores.tolist() for state in states] == scores[:, :3].T.tolist()
@@ -547,7 +547,7 @@ def test_diverse_groups_of_width_1_first_choose_different_tokens():
     def flat(lists):
         return np.tile(log_softmax(np.linspace(0, -0.1, 8).astype(np.float32)), (len(lists), 1))
 
-    states = BeamState.of(BeamSearchParams(4, num_beam_groups=4, diversity_penalty=1.0), [], 3)
+    states = BeamState.of(BeamSearchParams(beam_width=4, num_beam_groups=4, diversity_penalty=1.0), [], 3)
     assert [state.row_candidates for state in states] == [2, 3, 4, 5]
     advance_beams(states, *device_step(states, [flat([[]])] * 4))
     assert [int(state.tokens[-1][0]) for state in states] == [0, 1, 2, 3]

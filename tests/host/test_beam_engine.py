@@ -28,7 +28,7 @@ def searches() -> list[tuple[int, BeamSearchParams, tuple[int, ...]]]:
     return [
         (
             i % len(PROMPTS),
-            BeamSearchParams(width, max_tokens=MAX_TOKENS, early_stopping=stopping, length_penalty=penalty),
+            BeamSearchParams(beam_width=width, max_tokens=MAX_TOKENS, early_stopping=stopping, length_penalty=penalty),
             ends,
         )
         for i, (width, stopping, penalty, ends) in enumerate(grid)
@@ -73,7 +73,7 @@ def mixed() -> list[SequenceGroup]:
     groups: list[SequenceGroup] = []
     for i, prompt in enumerate(random_prompts(9, low=3, high=25, seed=4)):
         if i % 3 == 0:
-            groups.append(beam_group(prompt, BeamSearchParams(2 + i // 2, max_tokens=20), ENDS, str(i)))
+            groups.append(beam_group(prompt, BeamSearchParams(beam_width=2 + i // 2, max_tokens=20), ENDS, str(i)))
         else:
             params = SamplingParams(n=1 + i % 4, max_tokens=20) if i % 3 == 1 else SamplingParams(temperature=0)
             groups.append(make_group(prompt, params, str(i), seed=i))
@@ -101,7 +101,7 @@ def test_beams_samples_and_greedy_requests_in_a_tight_pool_end_as_in_an_endless_
 
 def test_a_step_copies_a_shared_last_page_once_for_each_writer_but_one():
     engine = toy_engine(num_pages=300, page_size=4)
-    group = beam_group([1, 2, 3, 4, 5], BeamSearchParams(5, max_tokens=12), ())
+    group = beam_group([1, 2, 3, 4, 5], BeamSearchParams(beam_width=5, max_tokens=12), ())
     engine.scheduler.add(group)
     engine.begin_record(SamplingFeatures.of([group], TOY.vocab_size))
     expected = 0
@@ -123,5 +123,6 @@ def test_width_1_is_greedy():
     engine = toy_engine()
     greedy = make_group(PROMPTS[0], SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
     expected = run_tokens(engine, [greedy])["0"][0]
-    (hypotheses,) = found(engine, [beam_group(PROMPTS[0], BeamSearchParams(1, max_tokens=MAX_TOKENS), ())]).values()
+    narrow = beam_group(PROMPTS[0], BeamSearchParams(beam_width=1, max_tokens=MAX_TOKENS), ())
+    (hypotheses,) = found(engine, [narrow]).values()
     assert hypotheses[0][0] == expected

@@ -59,10 +59,10 @@ def test_every_token_of_every_beam(llm, fields, count):
 
 def test_each_request_of_a_batch_gets_what_it_asked_for(llm):
     params = [
-        BeamSearchParams(3, max_tokens=6, logprobs=2),
-        BeamSearchParams(2, max_tokens=6),
+        BeamSearchParams(beam_width=3, max_tokens=6, logprobs=2),
+        BeamSearchParams(beam_width=2, max_tokens=6),
         SamplingParams(n=2, seed=1, max_tokens=6, logprobs=4),
-        BeamSearchParams(16, max_tokens=5, logprobs=0),
+        BeamSearchParams(beam_width=16, max_tokens=5, logprobs=0),
     ]
     beams, plain, samples, wide = llm.generate([PROMPT] * 4, params)
     for output, count in ((beams, 2), (samples, 4), (wide, 0)):
@@ -74,7 +74,7 @@ def test_each_request_of_a_batch_gets_what_it_asked_for(llm):
 def test_they_do_not_depend_on_preemption(llm, tmp_path):
     prompts = [[i + 3, *PROMPT] for i in range(5)]
     tight = LLM(save_toy_checkpoint(tmp_path / "toy"), page_size=4, num_pages=40, max_num_seqs=32, max_model_len=64)
-    outputs = tight.beam_search(prompts, BeamSearchParams(5, max_tokens=16, logprobs=1, ignore_eos=True))
+    outputs = tight.beam_search(prompts, BeamSearchParams(beam_width=5, max_tokens=16, logprobs=1, ignore_eos=True))
     assert tight.last_run.preemptions > 0
     for prompt, output in zip(prompts, outputs, strict=True):
         for beam in output.outputs:
@@ -84,7 +84,7 @@ def test_they_do_not_depend_on_preemption(llm, tmp_path):
 @pytest.mark.parametrize("others", [[], [SamplingParams(n=2, seed=1, max_tokens=6)]])
 def test_groups_that_the_device_merges_find_what_the_reference_finds(llm, others):
     widths = [16, 20, 9]
-    params = [BeamSearchParams(width, max_tokens=5, ignore_eos=True) for width in widths]
+    params = [BeamSearchParams(beam_width=width, max_tokens=5, ignore_eos=True) for width in widths]
     outputs = llm.generate([PROMPT] * (3 + len(others)), [*params, *others])
     assert llm.engine.record.features.merged_widths == (8, 32)
     assert llm.engine.record.features.draws_tokens == bool(others)
@@ -98,7 +98,7 @@ def test_groups_that_the_device_merges_find_what_the_reference_finds(llm, others
 def test_after_warm_up_wide_beams_with_logprobs_compile_nothing(tmp_path):
     directory = save_toy_checkpoint(tmp_path / "toy")
     llm = LLM(directory, page_size=4, num_pages=100, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=64)
-    params = BeamSearchParams(16, max_tokens=5, logprobs=2)
+    params = BeamSearchParams(beam_width=16, max_tokens=5, logprobs=2)
     llm.warm_up(params)
     llm.beam_search([PROMPT, [5], [6, 7]], params)  # a prompt of one token may go through a decode step, but not here
     assert llm.last_run.compilations == 0

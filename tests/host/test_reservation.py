@@ -133,7 +133,8 @@ def toy_groups():
     groups = []
     for i, prompt in enumerate(random_prompts(10, low=3, high=25, seed=4)):
         if i % 3 == 0:
-            beams = BeamSearchParams(4, max_tokens=20, **(dict(num_beam_groups=2, diversity_penalty=0.5) if i else {}))
+            groups_of_beams = dict(num_beam_groups=2, diversity_penalty=0.5) if i else {}
+            beams = BeamSearchParams(beam_width=4, max_tokens=20, **groups_of_beams)
             groups.append(beam_group(prompt, beams, (31,), str(i)))
         else:
             params = SamplingParams(n=3, max_tokens=20) if i % 3 == 1 else SamplingParams(temperature=0)

@@ -26,7 +26,7 @@ def test_all_searches_of_a_family_in_one_batch(name):
     llm = LLM(GOLDENS / name, dtype="float32", page_size=4, num_pages=150, max_num_seqs=16, max_num_batched_tokens=64)
     params = [
         BeamSearchParams(
-            search["beam_width"], max_tokens=MAX_TOKENS, early_stopping=search["early_stopping"],
+            beam_width=search["beam_width"], max_tokens=MAX_TOKENS, early_stopping=search["early_stopping"],
             length_penalty=search["length_penalty"], stop_token_ids=search["end_ids"], ignore_eos=True,
         )
         for search in searches

@@ -38,9 +38,10 @@ def test_results_are_best_first_and_scores_are_what_they_say(llm):
 
 def test_a_search_is_the_same_alone_and_beside_anything(llm):
     alone = search(llm)
-    others = [SamplingParams(n=3, max_tokens=12), BeamSearchParams(3, max_tokens=7), SamplingParams(temperature=0)]
+    narrow = BeamSearchParams(beam_width=3, max_tokens=7)
+    others = [SamplingParams(n=3, max_tokens=12), narrow, SamplingParams(temperature=0)]
     outputs = llm.generate(
-        ["one", PROMPT, "two", "three"], [others[0], BeamSearchParams(4, max_tokens=10), *others[1:]]
+        ["one", PROMPT, "two", "three"], [others[0], BeamSearchParams(beam_width=4, max_tokens=10), *others[1:]]
     )
     assert [o.token_ids for o in outputs[1].outputs] == [o.token_ids for o in alone]
     assert [len(output.outputs) for output in outputs] == [3, 4, 3, 1]
@@ -84,7 +85,7 @@ def test_banned_and_allowed_tokens_hold(llm):
 def test_drawn_beams_follow_their_seed_alone(llm):
     drawn = dict(do_sample=True, temperature=1.5, ignore_eos=True)
     first = found(search(llm, seed=7, **drawn))
-    params = [BeamSearchParams(4, max_tokens=10, seed=7, **drawn), SamplingParams(n=4, max_tokens=9)]
+    params = [BeamSearchParams(beam_width=4, max_tokens=10, seed=7, **drawn), SamplingParams(n=4, max_tokens=9)]
     assert found(llm.generate([PROMPT, "other"], params)[0].outputs) == first
     assert found(search(llm, seed=8, **drawn)) != first
     assert first != found(search(llm, ignore_eos=True))
@@ -98,14 +99,14 @@ def test_diverse_groups_begin_differently(llm):
 
 
 def test_the_prompt_is_prefilled_once_and_its_pages_are_shared(llm):
-    (output,) = llm.beam_search("a" * 40, BeamSearchParams(8, max_tokens=4, ignore_eos=True))
+    (output,) = llm.beam_search("a" * 40, BeamSearchParams(beam_width=8, max_tokens=4, ignore_eos=True))
     assert llm.last_run.num_prompt_tokens == 40
     assert output.kv.pages_shared >= 7 * 10  # eight beams read the ten full pages of the prompt
     assert output.kv.pages_at_peak <= 10 + 8
 
 
 def test_after_warm_up_a_search_compiles_nothing(llm):
-    params = BeamSearchParams(3, max_tokens=5)
+    params = BeamSearchParams(beam_width=3, max_tokens=5)
     llm.warm_up(params)
     llm.beam_search([PROMPT, "x"], params)
     assert llm.last_run.compilations == 0

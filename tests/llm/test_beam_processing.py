@@ -76,7 +76,7 @@ CHANGES = [
 @pytest.mark.slow
 def test_every_change_in_one_batch_beside_samples_and_greedy_requests(llm):
     """Also that processors act on a sample's logits and on a beam's log-probabilities in one and the same step."""
-    requests = [BeamSearchParams(3, max_tokens=MAX_TOKENS, **change) for change in CHANGES]
+    requests = [BeamSearchParams(beam_width=3, max_tokens=MAX_TOKENS, **change) for change in CHANGES]
     sampled = SamplingParams(n=3, seed=5, max_tokens=MAX_TOKENS, logits_processors=[no_repeat], repetition_penalty=1.4)
     greedy = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logits_processors=[likes_even])
     alone = [llm.generate([PROMPT], one)[0].outputs for one in (sampled, greedy)]
@@ -101,7 +101,7 @@ def test_a_step_with_beams_and_samples_processes_once(llm):
         return logits
 
     params = [
-        BeamSearchParams(2, max_tokens=3, logits_processors=[counted]),
+        BeamSearchParams(beam_width=2, max_tokens=3, logits_processors=[counted]),
         SamplingParams(temperature=0, max_tokens=3, logits_processors=[counted]),
     ]
     llm.generate([PROMPT, PROMPT], params)
@@ -112,32 +112,34 @@ def test_a_step_with_beams_and_samples_processes_once(llm):
 @pytest.mark.slow
 def test_widths_from_1_to_256_each_its_own_request(llm):
     widths = [1, 2, 7, 16, 64, 100, 256]
-    params = [BeamSearchParams(width, max_tokens=4, ignore_eos=True) for width in widths]
+    params = [BeamSearchParams(beam_width=width, max_tokens=4, ignore_eos=True) for width in widths]
     for width, output in zip(widths, llm.beam_search([PROMPT] * len(widths), params), strict=True):
-        expected = beam_search(changed(BeamSearchParams(1), set()), PROMPT, width, 4, set())
+        expected = beam_search(changed(BeamSearchParams(beam_width=1), set()), PROMPT, width, 4, set())
         assert [beam.token_ids for beam in output.outputs] == [tokens[len(PROMPT) :] for tokens, _, _ in expected]
 
 
 def test_the_models_end_of_sequence_ends_a_beam_unless_it_is_ignored(llm):
     likes_end = {1: 4.0}
-    ended = llm.beam_search([PROMPT], BeamSearchParams(3, max_tokens=6, logit_bias=likes_end))[0].outputs
+    ended = llm.beam_search([PROMPT], BeamSearchParams(beam_width=3, max_tokens=6, logit_bias=likes_end))[0].outputs
     first = next(beam for beam in ended if beam.finish_reason == "stop")
     assert (first.token_ids[-1], first.stop_reason) == (1, None)
     assert first.score == pytest.approx(first.cumulative_logprob / len(first.token_ids))  # the ending token counts
-    ignored = llm.beam_search([PROMPT], BeamSearchParams(3, max_tokens=6, logit_bias=likes_end, ignore_eos=True))
+    ignoring = BeamSearchParams(beam_width=3, max_tokens=6, logit_bias=likes_end, ignore_eos=True)
+    ignored = llm.beam_search([PROMPT], ignoring)
     assert all(len(beam.token_ids) == 6 and beam.finish_reason == "length" for beam in ignored[0].outputs)
-    both = BeamSearchParams(3, max_tokens=6, logit_bias=likes_end, ignore_eos=True, stop_token_ids=[1])
+    both = BeamSearchParams(beam_width=3, max_tokens=6, logit_bias=likes_end, ignore_eos=True, stop_token_ids=[1])
     (output,) = llm.beam_search([PROMPT], both)
     assert [b.token_ids for b in output.outputs] == [b.token_ids for b in ended]
     assert any(beam.stop_reason == 1 for beam in output.outputs)
 
 
 def test_a_stop_string_that_is_complete_before_min_tokens_ends_nothing(llm):
-    likeliest = llm.beam_search([PROMPT], BeamSearchParams(2, max_tokens=6, ignore_eos=True))[0].outputs[0].text
+    (output,) = llm.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True))
+    likeliest = output.outputs[0].text
     stop = likeliest[1]
 
     def beams(min_tokens):
-        params = BeamSearchParams(2, max_tokens=6, stop=stop, min_tokens=min_tokens, ignore_eos=True)
+        params = BeamSearchParams(beam_width=2, max_tokens=6, stop=stop, min_tokens=min_tokens, ignore_eos=True)
         return llm.beam_search([PROMPT], params)[0].outputs
 
     assert [2] == [len(beam.token_ids) for beam in beams(2) if beam.text + stop == likeliest[:2]]

@@ -91,7 +91,9 @@ def random_case(rng: np.random.Generator) -> tuple[list[int], SamplingParams | B
         extra = {"top_p": 0.7, "top_k": 3} if rng.random() < 0.5 else {}
         return prompt, SamplingParams(n=int(rng.integers(1, 4)), seed=int(rng.integers(99)), **options, **extra)
     sampled = {"do_sample": True, "seed": 5} if rng.random() < 0.3 else {}
-    return prompt, BeamSearchParams(4, early_stopping="never" if rng.random() < 0.5 else True, **options, **sampled)
+    return prompt, BeamSearchParams(
+        beam_width=4, early_stopping="never" if rng.random() < 0.5 else True, **options, **sampled
+    )
 
 
 def first_tokens(prompt, params) -> list[int]:
@@ -164,7 +166,7 @@ def test_of_more_beams_than_are_possible_all_that_are_possible_are_found(llm):
     ]
     drawn = {"do_sample": True, "seed": 1}
     searches = [
-        BeamSearchParams(16, max_tokens=4, early_stopping="never", **one, **beams)
+        BeamSearchParams(beam_width=16, max_tokens=4, early_stopping="never", **one, **beams)
         for one in options for beams in ({}, drawn)
     ]  # fmt: skip
     for params, output in zip(searches, llm.generate([[A - 1]] * len(searches), searches), strict=True):
@@ -180,7 +182,7 @@ def test_of_more_beams_than_are_possible_all_that_are_possible_are_found(llm):
     ({"stop_token_ids": range(TOY.vocab_size), "min_tokens": 1}, ["min_tokens=1 forbids \\[0, 1, 2, .*\\.\\.\\.\\]"]),
 ])  # fmt: skip
 def test_what_leaves_no_first_token_is_refused_by_name(llm, options, named):
-    for params in (SamplingParams(max_tokens=4, **options), BeamSearchParams(4, max_tokens=4, **options)):
+    for params in (SamplingParams(max_tokens=4, **options), BeamSearchParams(beam_width=4, max_tokens=4, **options)):
         for words in named:
             with pytest.raises(ValueError, match=words):
                 llm.generate("x", params)
@@ -210,12 +212,12 @@ def test_a_sample_that_cannot_go_on_ends_its_request_and_what_was_finished_stays
 
 
 def test_a_search_that_cannot_go_on_is_watched_to_its_end(llm):
-    params = BeamSearchParams(3, max_tokens=6, allowed_token_ids=[A, B], bad_words=["aa", "ab", "ba", "bb"])
+    params = BeamSearchParams(beam_width=3, max_tokens=6, allowed_token_ids=[A, B], bad_words=["aa", "ab", "ba", "bb"])
     *_, last = llm.watch_beams("x", params)
     assert last.output.error == (
         "no token is left to choose after 1 generated tokens: allowed_token_ids, bad_words made all of them impossible"
     )
     (sample,) = last.output.outputs
     assert sample.finish_reason == "error" and sample.token_ids in ([A], [B]) and sample.score is None
-    for snapshot in llm.watch_beams("x", BeamSearchParams(4, max_tokens=3, allowed_token_ids=[A])):
+    for snapshot in llm.watch_beams("x", BeamSearchParams(beam_width=4, max_tokens=3, allowed_token_ids=[A])):
         assert all(len(search.running) <= 1 and len(search.parents) <= 1 for search in snapshot.searches)

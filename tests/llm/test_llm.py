@@ -297,7 +297,7 @@ def test_shared_prefixes_need_the_pallas_kernels(directory):
 
 def test_a_shared_prefix_comes_before_every_prompt(llm):
     prefix, prompts = "four score and seven years", [" ago", " our fathers", "x"]
-    params = [GREEDY, SamplingParams(n=3, max_tokens=6, seed=1), BeamSearchParams(3, max_tokens=6)]
+    params = [GREEDY, SamplingParams(n=3, max_tokens=6, seed=1), BeamSearchParams(beam_width=3, max_tokens=6)]
     whole = llm.generate([ids(prefix + prompt) for prompt in prompts], params)
     forms = [
         (prefix, prompts),

@@ -156,8 +156,8 @@ def test_a_logits_processor_spoils_its_own_requests_alone(llm):
         SamplingParams(temperature=0, max_tokens=6),
         SamplingParams(temperature=0, max_tokens=6, logits_processors=[nan_after_two]),
         SamplingParams(logits_processors=[endless], n=2, seed=1, max_tokens=6),
-        BeamSearchParams(2, max_tokens=6, logits_processors=[nan_after_two]),
-        BeamSearchParams(2, max_tokens=1, logits_processors=[nan_after_two]),
+        BeamSearchParams(beam_width=2, max_tokens=6, logits_processors=[nan_after_two]),
+        BeamSearchParams(beam_width=2, max_tokens=1, logits_processors=[nan_after_two]),
     ]
     outputs = llm.generate([GOOD] * len(params), params)
     assert [output.error is None for output in outputs] == [True, False, False, False, True]

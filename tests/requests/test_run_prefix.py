@@ -201,7 +201,7 @@ def load(prefix_len, is_shared=True) -> list:
         elif i % 3 == 1:
             groups.append(make_group(prompt, SamplingParams(n=3, max_tokens=12), str(i), seed=i))
         else:
-            groups.append(beam_group(prompt, BeamSearchParams(4, max_tokens=10), (31, 94), str(i)))
+            groups.append(beam_group(prompt, BeamSearchParams(beam_width=4, max_tokens=10), (31, 94), str(i)))
         groups[-1].prefix_len = prefix_len if is_shared else 0
     return groups
 

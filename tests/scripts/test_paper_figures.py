@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beams.beam_state import BeamState
@@ -104,7 +105,7 @@ def survivors(*parents: int, rows: int = 4) -> RowCandidates:
 def test_figure_9_beams_share_what_they_have_in_common_and_losers_give_their_pages_back():
     """Before: 0-1-3-5, 0-1-3-6, 0-1-3-7, 0-2-4-8. The next four descend from the second and the third of them."""
     scheduler = make_scheduler([p + 1 for p in (0, 1, 2, 3, 5, 6, 4, 7, 8)], page_size=1)
-    group = add(scheduler, [11], BeamSearchParams(4, max_tokens=12))
+    group = add(scheduler, [11], BeamSearchParams(beam_width=4, max_tokens=12))
     step(scheduler, survivors(0, 0, 0, 0, rows=1))  # the prompt's page, four beams
     step(scheduler, survivors(0, 0, 0, 1))  # 1, 2, and two that are dropped
     step(scheduler, survivors(0, 0, 0, 3))  # 3, two that are dropped, 4

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jaxpaged.api.beam_params import BeamSearchParams, RequestParams
-from jaxpaged.api.sampling_params import LogitsProcessor, SamplingParams
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.request_params import LogitsProcessor, RequestParams
+from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.step_io import Wanted

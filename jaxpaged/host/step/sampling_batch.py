@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from jaxpaged.api.beam_params import BeamSearchParams
-from jaxpaged.api.sampling_params import LOGIT_BIAS_LIMIT, SamplingParams
+from jaxpaged.api.request_params import LOGIT_BIAS_LIMIT
+from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.host.step.features import SamplingFeatures, penalties, processor_places
 from jaxpaged.host.step.step_plan import Sample
 from jaxpaged.step_io import SamplingInputs
