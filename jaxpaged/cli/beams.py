@@ -21,7 +21,7 @@ from jaxpaged.api.values import check_encodable
 from jaxpaged.batch.requests import BEAM_NAMES
 from jaxpaged.cli.beam_tree import TextOf, grow_branches, shown, tree_lines
 from jaxpaged.cli.errors import UsageError, usage_errors
-from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, given
+from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.output_files import Named, check_outputs
 from jaxpaged.text.stream import decode_continuation
 
@@ -46,7 +46,18 @@ SEARCH_FLAGS = (
 )
 
 
-def beams(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--plot", metavar="FILE", help="draw the whole search: a .png, .pdf or .svg file")
+    parser.add_argument("--delay", type=float, default=0.0, metavar="X", help="seconds to wait after each step")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of beams that are drawn (default 0)")
+    add_flags(parser, "prompts", PROMPT_FLAGS)
+    add_flags(parser, "search (4 beams, unless --beam-width says otherwise)", SEARCH_FLAGS)
+    add_flags(parser, "model and memory", MODEL_FLAGS)
+
+
+def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     with usage_errors():
         check_encodable(args.prompt, "--prompt: the text")
         params = BeamSearchParams(**{"beam_width": DEFAULT_WIDTH, "seed": args.seed, **given(args, SEARCH_FLAGS)})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpaged.cli.compare_table import print_table
+from jaxpaged.cli.errors import usage_errors
 from jaxpaged.cli.flags import MODEL_FLAGS, add_flags, given, with_defaults
 from jaxpaged.cli.output_files import check_new_folder, check_outputs
 from jaxpaged.config import KV_CACHES, CacheConfig, EngineOptions
@@ -98,8 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "model and memory", with_defaults(flags, own))
 
 
+@usage_errors()
 def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
-    """Raises ValueError or OSError for what cannot run, before anything does."""
     _check_outputs(args)
     setting = _setting(args)
     if args.plot is not None:

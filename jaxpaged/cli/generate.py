@@ -19,6 +19,7 @@ from jaxpaged.batch import (
     BatchRequest,
     InvalidLine,
     ResultStream,
+    WriteError,
     check_requests,
     error_row,
     failure_row,
@@ -31,10 +32,11 @@ from jaxpaged.batch import (
     run_batch,
 )
 from jaxpaged.batch.model_files import digest, model_identity
+from jaxpaged.batch.parse import FORMATS
 from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.cli.errors import UsageError, usage_errors
-from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, given
+from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.interrupts import exit_at_interrupt
 from jaxpaged.cli.output_files import check_outputs
 from jaxpaged.config.options import RESULT_OPTIONS
@@ -43,9 +45,47 @@ from jaxpaged.study.account_file import check_account_name, write_account
 from jaxpaged.text.added_tokens import COMPANIONS
 
 STDOUT = 1
+EPILOG = """\
+input files, told apart by their first line: plain text, one prompt a line; JSON, one object a line, either
+  {"prompt": "..."} or {"prompt_token_ids": [...]}, with "id" and any parameter, or an OpenAI batch line
+  {"custom_id": "...", "method": "POST", "url": "/v1/completions", "body": {"prompt": "...", ...}}
+  Flags are the defaults of lines that do not say otherwise.
+
+A run that was stopped, at any moment and in any way, goes on when the same command is given again.
+"""
 
 
-def generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for more")
+    source.add_argument("--input", metavar="FILE", help="a file of prompts, '-' for standard input")
+    parser.add_argument(
+        "--shared-prefix", metavar="TEXT", help="comes before every prompt; computed once and stored once for all"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input (default auto)")
+    parser.add_argument("--output", metavar="FILE", default="-", help="rows of JSON (default '-': standard output)")
+    parser.add_argument("--account", metavar="FILE", help="write where memory was at every step, as .csv or .json")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where the output has results already")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N",
+        help="of lines without a seed of their own, each of which gets one made of N and its line number (default 0)",
+    )  # fmt: skip
+    add_flags(parser, "prompts", PROMPT_FLAGS)
+    add_flags(parser, "sampling", SAMPLING_FLAGS)
+    add_flags(parser, "beam search, with --beam-width", BEAM_FLAGS)
+    add_flags(parser, "model and memory", MODEL_FLAGS)
+
+
+def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+    try:
+        return _generate(args, make_llm)
+    except WriteError as error:
+        print(f"jaxpaged: {error}; mend that and give the same command again to go on", file=sys.stderr)
+        return 1
+
+
+def _generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     context = _context(args)
     lines = _lines(args, context)
     _check_used(context, lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.api.values import read_int, read_number, read_seed
+from jaxpaged.cli.errors import usage_errors
 from jaxpaged.cli.output_files import check_outputs
 from jaxpaged.config import KV_CACHES, CacheConfig, EngineOptions, PreemptionConfig
 from jaxpaged.host.account.memory_account import CATEGORIES
@@ -58,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--account", metavar="FILE", help="every step's account, .csv or .json; with one --kv-cache")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Raises ValueError or OSError for what cannot run, before anything does."""
+@usage_errors()
+def run(args: argparse.Namespace, _make_llm: object) -> int:
     _check_sizes(args)
     systems = args.kv_cache or [name for name in KV_CACHES if name != "none"]
     check_account_name(args.account)

@@ -16,9 +16,9 @@ from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import check_encodable
 from jaxpaged.cli.errors import UsageError, usage_errors
-from jaxpaged.cli.flags import MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, Flag, given, with_defaults
+from jaxpaged.cli.flags import MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, Flag, add_flags, given, with_defaults
 from jaxpaged.cli.output_files import check_outputs
-from jaxpaged.trace_page import dump_trace, example_trace, make_page
+from jaxpaged.trace_page import dump_trace, example_names, example_trace, make_page
 
 DEFAULTS = {"page_size": 4, "num_pages": 41}
 MAX_TOKENS = 24
@@ -36,7 +36,19 @@ examples:
 """
 
 
-def trace(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint directory")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for more")
+    parser.add_argument("--example", choices=example_names(), help="a bundled run instead of a model's")
+    parser.add_argument("--html", metavar="FILE", help="the page: one file, to be opened in any browser")
+    parser.add_argument("--json", metavar="FILE", help="the trace as data (host/account/trace.py has the format)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+    add_flags(parser, "prompts", PROMPT_FLAGS)
+    add_flags(parser, "sampling and search", TRACE_FLAGS)
+    add_flags(parser, "model and memory", TRACE_MODEL_FLAGS)
+
+
+def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     with usage_errors("cannot write: "):
         _check_outputs(args)
     made, errors = (_bundled(args), []) if args.example is not None else _run(args, make_llm)

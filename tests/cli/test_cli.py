@@ -329,6 +329,22 @@ def test_version_and_help(capsys):
         assert exit_info.value.code == 0 and expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("argument", ["--help", "--version", "--nonsense"])
+def test_what_needs_no_command_imports_none(argument):
+    script = (
+        f"import sys; sys.argv = ['jaxpaged', {argument!r}]\n"
+        "from jaxpaged.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'numpy', 'rich', 'matplotlib', 'logging'} & set(sys.modules)\n"
+        "rooms = {name for name in sys.modules if name.startswith('jaxpaged.')}\n"
+        "print(*heavy, *sorted(rooms))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    own = "jaxpaged.__main__ jaxpaged.cli jaxpaged.cli.errors jaxpaged.cli.interrupts jaxpaged.cli.main"
+    assert ran.stdout.splitlines()[-1] == own
+
+
 def test_help_and_bad_usage_import_no_jax():
     script = "import sys; from jaxpaged.cli.main import main; main(['generate']); sys.exit('jax' in sys.modules)"
     assert (
