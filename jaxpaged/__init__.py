@@ -1,4 +1,7 @@
-"""jaxpaged: language-model inference in JAX over a paged KV cache. The public names, nothing else."""
+"""jaxpaged: language-model inference in JAX over a paged KV cache. The public names, nothing else.
+
+Searches that are written on a `Tree` are in `jaxpaged.tree.search`, simulations without a model in `jaxpaged.study`.
+"""
 
 from importlib import import_module
 
@@ -9,8 +12,9 @@ if TYPE_CHECKING:
     from jaxpaged.api.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
     from jaxpaged.api.sampling_params import SamplingParams
     from jaxpaged.llm import LLM
+    from jaxpaged.tree import OutOfPagesError, ToyLM, Tree
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LLM",
     "BeamSearchParams",
@@ -18,9 +22,12 @@ __all__ = [
     "CompletionOutput",
     "KVUsage",
     "Logprob",
+    "OutOfPagesError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ToyLM",
+    "Tree",
     "__version__",
 ]
 _MODULES = {
@@ -30,19 +37,23 @@ _MODULES = {
     "CompletionOutput": "jaxpaged.api.outputs",
     "KVUsage": "jaxpaged.api.outputs",
     "Logprob": "jaxpaged.api.outputs",
+    "OutOfPagesError": "jaxpaged.tree",
     "RequestMetrics": "jaxpaged.api.outputs",
     "RequestOutput": "jaxpaged.api.outputs",
     "SamplingParams": "jaxpaged.api.sampling_params",
+    "ToyLM": "jaxpaged.tree",
+    "Tree": "jaxpaged.tree",
 }
 
+if not TYPE_CHECKING:  # a type checker would take it for a promise of any name
 
-def __getattr__(name: str):
-    """Names are imported when they are first used: the host side and `jaxpaged --help` need no jax, and a command that
-    is interrupted as it starts has begun."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'jaxpaged' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
-    return value
+    def __getattr__(name: str):
+        """Names are imported when they are first used: the host side and `jaxpaged --help` need no jax, and a command
+        that is interrupted as it starts has begun."""
+        if name not in _MODULES:
+            raise AttributeError(f"module 'jaxpaged' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -37,7 +38,7 @@ ARROWS = {
         "text",
         "trace_page",
     ),
-    "jaxpaged": ("api", "llm"),  # __init__.py, which may be imported by all
+    "jaxpaged": ("api", "llm", "tree"),  # __init__.py, which may be imported by all
     "__main__": ("cli",),
     "pallas_kernels": (),
 }
@@ -130,6 +131,22 @@ def test_arrows_go_one_way():
 
     for room in ARROWS:
         rank_of(room)
+
+
+def test_what_the_docs_teach_to_import_is_exported_by_a_package():
+    """No page sends a reader to a module in a room, whose name may change."""
+    rooms = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("jaxpaged/**/__init__.py")}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    blocks = [block for page in pages for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)]
+    taught = {name for block in blocks for name in imports("docs", block) if is_below(name, "jaxpaged")}
+    assert {"jaxpaged.LLM", "jaxpaged.ToyLM", "jaxpaged.study.StepTable", "jaxpaged.tree.search.best_of_n"} <= taught
+    assert [name for name in taught if name.rpartition(".")[0] not in rooms] == []
+
+
+def test_every_room_says_what_it_is_for():
+    rooms = [file for package in ("jaxpaged", "pallas_kernels") for file in ROOT.glob(f"{package}/**/__init__.py")]
+    assert len(rooms) > 20
+    assert [file for file in rooms if not ast.get_docstring(ast.parse(file.read_text()))] == []
 
 
 @pytest.mark.parametrize(

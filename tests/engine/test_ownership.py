@@ -346,7 +346,7 @@ def test_the_package_imports_its_names_when_they_are_asked_for():
         import sys, jaxpaged
         assert "numpy" not in sys.modules and {"LLM", "SamplingParams", "__version__"} <= set(dir(jaxpaged))
         from jaxpaged import *
-        assert all(value is getattr(jaxpaged, name) for name, value in [("LLM", LLM), ("Logprob", Logprob)])
+        assert all(value is getattr(jaxpaged, name) for name, value in [("LLM", LLM), ("ToyLM", ToyLM)])
         """
     )
     assert (done.returncode, done.stderr) == (0, "")
