@@ -63,9 +63,15 @@ def find_file(directory: Path, name: str) -> Path | None:
 
 def find_weight_files(directory: Path) -> list[Path]:
     """The safetensors files to read: those of the index, else `model.safetensors`, else every one there is."""
+    single = find_file(directory, SINGLE_NAME)
     if find_file(directory, INDEX_NAME) is not None:
-        return _indexed_files(directory)
-    if (single := find_file(directory, SINGLE_NAME)) is not None:
+        files = _indexed_files(directory)
+        if single is not None and single not in files:  # transformers reads this one, other programs the index
+            raise ValueError(
+                f"{directory} has {SINGLE_NAME}, and {INDEX_NAME} names other files: remove the one that is out of date"
+            )
+        return files
+    if single is not None:
         return [single]
     names = sorted(file.name for file in directory.glob("*.safetensors"))
     files = [file for name in names if (file := find_file(directory, name)) is not None]

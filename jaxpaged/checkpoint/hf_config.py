@@ -18,10 +18,14 @@ from jaxpaged.config.checks import check_token_id, short
 def parse_config(values: Values, generation: Values | None = None) -> ModelConfig:
     """The contents of config.json, and of generation_config.json where there is one -> ModelConfig."""
     family = _find_family(values)
-    values = {**values, **read_object(values, "text_config")}  # multimodal files nest the language model
+    text, whole = read_object(values, "text_config"), values
+    _check_nesting(text, whole, family)
+    values = {**whole, **text}  # multimodal files nest the language model
     check_unread_keys(values, family.keys, family.name)
     fields = family.parse(values)
-    tokens = _token_ids(values, generation or {}, family, fields["vocab_size"])
+    # The whole model knows better than its part, in which transformers 5 writes all defaults.
+    named = {**text, **_given(whole)} if text else whole
+    tokens = _token_ids(named, generation or {}, family, fields["vocab_size"])
     return ModelConfig(family=family.name, **fields, **tokens, dtype=_dtype(values))
 
 
@@ -45,9 +49,25 @@ def _find_family(values: Values) -> Family:
         raise ValueError(
             f"architecture {', '.join(names):.200} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    if model_type in MODEL_TYPES and ARCHITECTURES[MODEL_TYPES[model_type]].name != found.name:
+    if model_type and (model_type not in MODEL_TYPES or ARCHITECTURES[MODEL_TYPES[model_type]].name != found.name):
         raise ValueError(f"model_type {model_type!r} and architectures {short(names)} name different models")
     return found
+
+
+def _check_nesting(text: Values, whole: Values, family: Family) -> None:
+    """transformers reads the language model of a multimodal file in `text_config` alone, and of others at the top."""
+    if text and family.name != "gemma3":
+        raise ValueError(f"text_config={short(text)} is not supported: {family.name} models have their keys at the top")
+    for key in sorted(family.keys) if text else ():
+        if (value := whole.get(key)) is not None and value != text.get(key):
+            raise ValueError(
+                f"{key} is {short(value)} at the top and {short(text.get(key))} in text_config, which alone is read: "
+                "give it there"
+            )
+
+
+def _given(values: Values) -> Values:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _token_ids(values: Values, generation: Values, family: Family, vocab_size: int) -> Values:

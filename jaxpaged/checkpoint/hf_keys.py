@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxpaged.checkpoint.hf_values import read_size
 from jaxpaged.config.checks import short
 
 WORDS = (
@@ -43,6 +44,11 @@ HARMLESS = (
 )  # fmt: skip
 #: Words of which 1 is the value that changes nothing.
 FACTORS = ("multiplier", "scale", "scaling", "factor", "pct", "mup")
+#: Keys that every one of our models with such a part has switched on, so that "off" is what acts.
+ALWAYS_ON = (
+    "use_rope", "use_rotary", "use_rotary_embedding", "use_rotary_embeddings", "use_rotary_position_embeddings",
+    "rotary_pct", "rotary_percent", "rope_pct", "norm_affine", "use_gated_mlp",
+)  # fmt: skip
 DENSE = ("full_attention", "dense")  # what a list of the layers' kinds may say of each
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
@@ -70,6 +76,8 @@ def _speaks_of_the_computation(key: str) -> bool:
 
 
 def _does_nothing(key: str, value: object) -> bool:
+    if key.lower() in ALWAYS_ON:
+        return value is None or value == 1
     if value is None or value is False or value in ("", "default", "none"):
         return True
     if isinstance(value, list):
@@ -86,7 +94,7 @@ def _check_window(values: dict[str, Any], read: frozenset[str], family: str) -> 
     window = values.get("sliding_window")
     if "sliding_window" in read or window is None or values.get("use_sliding_window", True) in (None, False):
         return
-    if not isinstance(window, int) or window < values.get("max_position_embeddings", 0):
+    if not isinstance(window, int) or window < read_size(values, "max_position_embeddings"):
         raise ValueError(
             f"sliding_window={short(window)} is not supported: {family} models read all of the text; "
             "remove the key if the model was not trained with it"

@@ -29,7 +29,8 @@ KINDS = {
     "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
     "longrope": ("factor", ORIGINAL, "attention_factor", "short_factor", "long_factor"),
 }  # fmt: skip
-COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+TYPE_KEYS = ("rope_type", "type")
+COMMON = (*TYPE_KEYS, "rope_theta", "partial_rotary_factor")
 #: Keys of other kinds, or that tools add, with the value with which they do nothing. "finetuned" is a note.
 WITHOUT_EFFECT = {"factor": 1, "attention_factor": 1, "attn_factor": 1, "extrapolation_factor": 1}
 NOTES = ("finetuned",)
@@ -47,6 +48,8 @@ def parse_layer_ropes(
     """Of the layers that see everything and of those with a window (Gemma 3); one object without layers, as in files of
     transformers 4, is for the former alone."""
     settings = _settings(values)
+    if values.get(ORIGINAL) is not None:
+        raise ValueError(f"{ORIGINAL} must stand in the rope settings of the layers that it is for, not at the top")
     if not any(key in settings for key in LAYER_TYPES):
         if read_object(values, "rope_parameters"):
             raise ValueError(
@@ -55,11 +58,16 @@ def parse_layer_ropes(
         settings = {"full_attention": settings}
     elif unknown := sorted(set(settings) - set(LAYER_TYPES)):
         raise ValueError(f"rope_parameters has the keys {', '.join(unknown)} beside {' and '.join(LAYER_TYPES)}")
-    local = {key: value for key, value in values.items() if key not in ("rope_theta", ORIGINAL)}
+    local = {key: value for key, value in values.items() if key != "rope_theta"}
     if (local_theta := values.get("rope_local_base_freq")) is not None:
         local["rope_theta"] = local_theta
     full = _parse(read_object(settings, "full_attention"), values, default_theta)
-    return full, _parse(read_object(settings, "sliding_attention"), local, default_local_theta)
+    sliding = _parse(read_object(settings, "sliding_attention"), local, default_local_theta)
+    if not (full.truncate and sliding.truncate):
+        raise ValueError(
+            "truncate=False is not supported in settings of kinds of layers: transformers 5 ignores it there"
+        )
+    return full, sliding
 
 
 def positions(rope: RopeConfig, max_position_embeddings: int) -> int:
@@ -75,21 +83,33 @@ def positions(rope: RopeConfig, max_position_embeddings: int) -> int:
 
 def _settings(values: Values) -> Values:
     """`rope_scaling` and `rope_parameters` as one object; a key that both have must be the same in both."""
-    merged: Values = {}
-    for place in PLACES:
-        for key, value in read_object(values, place).items():
-            if value is None:
-                continue
-            if key in merged and merged[key] != value:
-                raise ValueError(
-                    f"{key} is {short(merged[key])} in {PLACES[0]} and {short(value)} in {place}: give one of the two"
-                )
-            merged[key] = value
-    return merged
+    scaling, parameters = (_without_nulls(read_object(values, place)) for place in PLACES)
+    for key, value in parameters.items():
+        if key in scaling and scaling[key] != value:
+            raise ValueError(
+                f"{key} is {short(scaling[key])} in {PLACES[0]} and {short(value)} in {PLACES[1]}: give one of the two"
+            )
+        if scaling and not _is_said_outside(key, scaling, values):
+            raise ValueError(
+                f"{key} is in {PLACES[1]} and not in {PLACES[0]}, which alone transformers reads where both are given: "
+                "give one of the two"
+            )
+    return {**scaling, **parameters}
+
+
+def _is_said_outside(key: str, scaling: Values, values: Values) -> bool:
+    """Whether a key of `rope_parameters` says nothing that a reader of `rope_scaling` and of the top would not know."""
+    is_type = key in TYPE_KEYS and any(name in scaling for name in TYPE_KEYS)  # they are compared by _kind
+    return key in scaling or is_type or values.get(key) is not None
+
+
+def _without_nulls(settings: Values) -> Values:
+    """null is "not given", but for `truncate`, where transformers takes it for false: that is refused by `_yarn`."""
+    return {key: value for key, value in settings.items() if value is not None or key == "truncate"}
 
 
 def _parse(settings: Values, values: Values, default_theta: float) -> RopeConfig:
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = _without_nulls(settings)
     kind = _kind(settings)
     _check_keys(settings, values, kind)
     theta = _agreed(settings, values, "rope_theta", default_theta)
@@ -110,7 +130,7 @@ def _parse(settings: Values, values: Values, default_theta: float) -> RopeConfig
 
 
 def _kind(settings: Values) -> str:
-    names = [settings[key] for key in ("rope_type", "type") if key in settings]
+    names = [settings[key] for key in TYPE_KEYS if key in settings]
     for name in names:
         check_text("rope_type", name)
     if len(set(names)) > 1:
@@ -127,10 +147,10 @@ def _check_keys(settings: Values, values: Values, kind: str) -> None:
         if partial is not None and (isinstance(partial, bool) or partial != 1):
             raise ValueError(f"partial_rotary_factor={short(partial)} is not supported; heads are rotated whole")
     for key, value in settings.items():
-        if key in COMMON or key in KINDS[kind] or key in NOTES or value is False or value == []:
+        if key in COMMON or key in KINDS[kind] or key in NOTES or value is None or value is False or value == []:
             continue
         if isinstance(value, bool) or key not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[key]:
-            named = any(name in settings for name in ("rope_type", "type"))
+            named = any(name in settings for name in TYPE_KEYS)
             raise ValueError(
                 f"{key}={short(value)} is not read with rope_type {kind!r}"
                 + ("" if named else f", which is what {short(settings)} means: it has no rope_type")

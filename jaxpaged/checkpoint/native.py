@@ -24,7 +24,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from jaxpaged.checkpoint.checksums import Checksums, check_tensors, compute_checksums, read_checksums, write_checksums
+from jaxpaged.checkpoint.checksums import (
+    FILE_NAME,
+    Checksums,
+    check_tensors,
+    compute_checksums,
+    read_checksums,
+    write_checksums,
+)
 from jaxpaged.checkpoint.files import find_file, read_json
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import DTYPES, ModelConfig
@@ -112,8 +119,10 @@ def _check_dtypes(tensors: dict[str, ts.TensorStore], folder: Path) -> None:
 
 
 def _read_checksums(directory: Path, names: set[str]) -> Checksums | None:
-    has_checksums = read_json(directory / "config.json").get("format_version") != 1
-    return read_checksums(directory, names) if has_checksums else None
+    is_old = read_json(directory / "config.json").get("format_version") == 1
+    if is_old and find_file(directory, FILE_NAME) is None:
+        return None
+    return read_checksums(directory, names)
 
 
 def _read_tensors(tensors: dict[str, ts.TensorStore], folder: Path) -> dict[str, np.ndarray]:

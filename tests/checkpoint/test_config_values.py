@@ -30,7 +30,7 @@ HARMLESS = {
     "max_sequence_length": 16, "model_max_length": 8, "bias": None, "output_router_logits": False, "is_decoder": True,
     "router_aux_loss_coef": 0.001, "max_window_layers": 28, "embedding_initializer_range": 0.1,
     "classifier_dropout": 0.1, "warmup_steps": 100, "properties": {"a": 1}, "activation_checkpointing": True,
-    "lora_rank": 16, "conversation": "x", "gradient_checkpointing": True,
+    "use_rope": True, "rotary_pct": 1.0, "lora_rank": 16, "conversation": "x", "gradient_checkpointing": True,
 }  # fmt: skip
 #: What acts in a model of transformers and in none of ours.
 ACTING = {
@@ -43,6 +43,7 @@ ACTING = {
     "use_parallel_residual": True, "moe_intermediate_size": 64, "attn_output_gate": True, "use_post_norm": True,
     "swiglu_limit": 7.0, "add_cross_attention": True, "pruned_heads": {"0": [1]}, "sliding_window_pattern": 2,
     "rope_theta_scaling": 2.0, "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "use_rope": False, "use_rotary_embedding": False, "rotary_percent": 0.0, "norm_affine": False,
     "quantization": {"bits": 4, "group_size": 64}, "compression_config": {"quant_method": "sparse"},
 }  # fmt: skip
 
@@ -90,6 +91,26 @@ def test_a_window_that_nothing_exceeds_or_that_is_off_is_no_window():
 def test_architecture_and_model_type_must_agree():
     with pytest.raises(ValueError, match="model_type 'qwen2' and architectures .*LlamaForCausalLM.* different models"):
         parse_config(FILES["llama"] | {"model_type": "qwen2"})
+    # transformers picks the class by model_type, here one with the same tensors and other arithmetic
+    with pytest.raises(ValueError, match="model_type 'granite' and architectures .*Llama.* different models"):
+        parse_config(FILES["llama"] | {"model_type": "granite"})
+
+
+@pytest.mark.parametrize("positions", ["64", None])
+def test_a_window_beside_positions_that_are_no_number(positions):
+    with pytest.raises(ValueError, match="max_position_embeddings must be a positive integer, got"):
+        parse_config(FILES["llama"] | {"sliding_window": 6, "max_position_embeddings": positions})
+
+
+def test_a_nested_language_model_is_read_in_its_place_alone():
+    text = {key: value for key, value in FILES["gemma3"].items() if key not in ("architectures", "model_type")}
+    nested = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    assert parse_config(nested) == parse_config(FILES["gemma3"])
+    assert parse_config({**nested, "eos_token_id": [1, 7]}).eos_token_ids == (1, 7)
+    with pytest.raises(ValueError, match="final_logit_softcapping is 9.0 at the top and None in text_config"):
+        parse_config({**nested, "final_logit_softcapping": 9.0})
+    with pytest.raises(ValueError, match="text_config=.* is not supported: llama models have their keys at the top"):
+        parse_config(FILES["llama"] | {"text_config": {"rope_theta": 7.0}})
 
 
 @pytest.mark.parametrize(

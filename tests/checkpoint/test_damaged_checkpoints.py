@@ -207,6 +207,12 @@ def test_a_tensor_in_another_file_than_the_index_says(sharded):
         load(sharded)
 
 
+def test_one_file_beside_an_index_of_others(sharded):
+    (sharded / "model.safetensors").write_bytes(min(sharded.glob("model-*.safetensors")).read_bytes())
+    with pytest.raises(ValueError, match="has model.safetensors, and model.safetensors.index.json names other files"):
+        load(sharded)
+
+
 # Regular files only
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"]
@@ -335,6 +341,15 @@ def test_checkpoints_from_before_there_were_checksums_load(native):
     (native / "config.json").write_text(json.dumps({**values, "format_version": 1}))
     (native / "checksums.json").unlink()
     assert weights(native) == expected
+
+
+def test_checksums_count_whatever_version_stands_beside_them(native):
+    config, checksums = native / "config.json", native / "checksums.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "format_version": 1}))
+    values = json.loads(checksums.read_text())
+    checksums.write_text(json.dumps({**values, "tensors": {**values["tensors"], "embedding": "float32 00000000"}}))
+    with pytest.raises(ValueError, match="embedding is float32 .*, expected float32 00000000"):
+        load(native)
 
 
 def test_checksums_that_are_lost_or_of_another_model(native):

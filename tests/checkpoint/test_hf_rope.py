@@ -84,10 +84,13 @@ def test_all_spellings_of_gemma_3_are_one(kind):
         {"rope_parameters": {"full_attention": {}, "chunked_attention": {"rope_type": "default"}}},
         {"rope_parameters": {"full_attention": [4.0]}},
         {"rope_parameters": {"full_attention": {}}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, ORIGINAL: 32},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "yarn", "factor": 4.0}}, ORIGINAL: 32},
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}},
     ],
 )
 def test_gemma_3_refuses_what_does_not_say_which_layers_it_is_for(values):
-    with pytest.raises(ValueError, match="rope_parameters|full_attention|rope_type"):
+    with pytest.raises(ValueError, match="rope_parameters|full_attention|rope_type|settings .*of.* layers"):
         parse_config(config_values("gemma3", **values))
 
 
@@ -135,6 +138,9 @@ LONG = {"rope_type": "longrope", **KINDS["longrope"]}
         ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": float("nan")}}, "factor .*got nan"),
         ({"rope_parameters": {**YARN, "truncate": "no"}}, "truncate .* must be true or false, got 'no'"),
+        ({"rope_scaling": {**YARN, "truncate": None}}, "truncate .* must be true or false, got None"),
+        ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 50.0}}, "rope_theta is in rope_parameters and not"),
+        ({"rope_scaling": {"factor": 4.0}, "rope_parameters": LINEAR}, "rope_type is in rope_parameters and not"),
         ({"rope_parameters": {**YARN, "attention_factor": 0}}, "attention_factor .* must be above 0"),
         ({"rope_parameters": {**YARN, "attention_factor": True}}, "a number for 'attention_factor', got True"),
         ({"rope_parameters": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast=1.0 must not be below beta_slow"),
