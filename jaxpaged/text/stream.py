@@ -52,6 +52,7 @@ class TextStream:
         self._context = list(prompt_ids[start:end])  # its text has been given
         self._pieces = [len(self._context)]  # tokens of the context, by the pushes that they came with
         self._before = self._decode(self._context)
+        self._silent: list[int] = []  # tokens behind the context that add no text to it, but may to what comes
         self._waiting = list(prompt_ids[end:])  # behind the context, up to the end of a character
         self._num_given = 0  # characters of their text that have been given
         self._prompts = self._added(self._waiting)  # text that they have without the continuation
@@ -74,7 +75,7 @@ class TextStream:
 
     def peek_all(self, token_ids: Sequence[int]) -> str | None:
         """The pieces of many tokens, joined; None where that takes a `push` of each."""
-        whole = self._decode([*self._context, *self._waiting, *token_ids])
+        whole = self._decode([*self._context, *self._silent, *self._waiting, *token_ids])
         if not whole.startswith(self._before) or REPLACEMENT in whole[len(self._before) :]:
             return None
         return self._ungiven(whole[len(self._before) :])
@@ -97,7 +98,7 @@ class TextStream:
 
     def _added(self, token_ids: Sequence[int]) -> str:
         """The text that tokens add to the context's."""
-        whole = self._decode([*self._context, *token_ids])
+        whole = self._decode([*self._context, *self._silent, *token_ids])
         if whole.startswith(self._before):
             return whole[len(self._before) :]
         if self._before.endswith(REPLACEMENT):
@@ -113,12 +114,18 @@ class TextStream:
         return piece
 
     def _take_over(self, token_ids: list[int], added: str) -> None:
-        """Make tokens, whose text has been given, context: no more of it is kept than has a text of its own."""
+        """Make tokens, whose text has been given, context: no more of it is kept than has a text of its own.
+
+        Tokens without a text are kept too, as far as a decoder may look back: it may write one that comes by them (two
+        spaces behind a BOS token that is written, of which sentencepiece leaves the first out).
+        """
         self._num_given, self._prompts = max(0, self._num_given - len(added)), ""
         if not added and self._before:
+            self._silent = [*self._silent, *token_ids][-MAX_WAITING:]
             return
-        self._context += token_ids
-        self._pieces.append(len(token_ids))
+        self._context += [*self._silent, *token_ids]
+        self._pieces.append(len(self._silent) + len(token_ids))
+        self._silent = []
         before = None
         while len(self._pieces) > 1 and (shorter := self._decode(self._context[self._pieces[0] :])):
             del self._context[: self._pieces.pop(0)]

@@ -141,6 +141,20 @@ def test_a_character_belongs_to_the_tokens_that_complete_it(tokenizers, kind):
     assert decode_continuation(tokenizer, before, emoji[:1]) == "\ufffd"
 
 
+@pytest.mark.parametrize("kind", ("spm_bytes", "spm_plain"))
+def test_a_token_without_a_text_counts_for_those_behind_it(tokenizers, kind):
+    """Behind a BOS token that is written, sentencepiece leaves out one space, not two."""
+    tokenizer = tokenizers[kind]
+    space = tokenizer._model.piece_to_id("▁")
+    ids = [1, space, space, *tokenizer.encode("a", add_special_tokens=False)[-1:]]
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    assert whole.startswith("<s> ")
+    for cut in (0, 1):
+        pieces = text_pieces(tokenizer.decode, ids[:cut], ids[cut:], skip_special_tokens=False)
+        assert "".join(pieces) == whole[3 * cut :]
+        assert pieces[1 - cut : 3 - cut] == ["", " "]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20, deadline=None)
 @given(text=texts, cut=st.integers(0, 200), start=st.integers(0, 50), length=st.integers(1, 4))
