@@ -162,6 +162,12 @@ def test_a_file_of_bad_lines_has_a_row_for_each_and_the_results_of_the_good_ones
         ("q.xlsx", b"PK\x03\x04", ".xlsx files are not read"),
         ("q", b"\x1f\x8b\x08", "the input is gzip"),
         ("q.txt", b"PAR1\x15\x04", "the input is Parquet"),
+        ("q.tgz", b"\x1f\x8b", ".tgz files are not read"),
+        ("q.docx", b"PK\x03\x04", ".docx files are not read"),
+        ("q.tab", b"prompt\tid\n", ".tab files are not read"),
+        ("q", b"%PDF-1.7\n", "the input is PDF"),
+        ("q", "a prompt\n".encode("utf-16-le"), "the input has NUL bytes"),  # without a mark that says so
+        ("q.data", b"ORC\n\x0b\x08\x00\x12", "the input has NUL bytes"),
     ],
 )
 def test_a_file_that_is_no_lines_is_refused_unless_it_is_said_to_be_text(name, data, named, tmp_path, capfd):
@@ -179,6 +185,11 @@ def test_a_file_that_is_no_lines_is_refused_unless_it_is_said_to_be_text(name, d
     message = capfd.readouterr().err
     assert named.rstrip(": ") in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
     assert main([*arguments, "--format", "text"], make_llm=FakeLLM) in (0, 1)  # 1 where a line is not UTF-8
+
+
+def test_what_archives_begin_with_in_part_begins_prompts_too():
+    for line in (b"ORC: who goes there?", b"Rar! means rarely", b"{\0}"):
+        assert len(parse_batch(line, CONTEXT)) == 1
 
 
 def test_lines_of_a_jsonl_file_are_never_prompts(tmp_path):
