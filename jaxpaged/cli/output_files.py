@@ -46,7 +46,8 @@ def _check_writable(path: Path, flag: str) -> None:
         raise ValueError(f"{flag} {path} is a directory: name a file in it")
     real = Path(os.path.realpath(path))  # what a link leads to is written
     if not os.path.isdir(real.parent):
-        raise ValueError(f"{what}: {path.parent} is not a directory: create it, or choose another file")
+        parent = real.parent if os.path.islink(path) else path.parent
+        raise ValueError(f"{what}: {parent} is not a directory: create it, or choose another file")
     try:
         _try_to_open(real)
     except OSError as error:

@@ -35,7 +35,8 @@ def place(tmp_path, monkeypatch):
         ("", r"--output \. is a directory"),
         ("missing/file", "missing is not a directory: create it, or choose another file"),
         ("file/file", "file is not a directory"),
-        ("nowhere", "is not a directory"),
+        ("nowhere", "/missing is not a directory: create it"),  # where the link leads
+        ("x" * 300 + "/file", "x is not a directory"),
         ("x" * 300, "cannot be written: File name too long"),
         ("loop", "cannot be written"),
     ],
