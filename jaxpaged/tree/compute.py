@@ -21,7 +21,7 @@ from jaxpaged.tree.state import Growth, NextRow, Node, TreeState
 
 
 class TreeModel(Protocol):
-    """What computes a tree: the engine (tree_steps.py) or a toy (toy.py)."""
+    """What computes a tree: the engine (on_engine.py) or a toy (toy.py)."""
 
     allocator: PageAllocator  # all of whose pages are free, and the tree's own until `close`
     vocab_size: int

@@ -1,4 +1,4 @@
-"""How long the engine's own steps take on this device: what `reproduce_paper.py --step-times` replays whole days with.
+"""How long the engine's own steps take on this device: what `reproduce.py --step-times` replays whole days with.
 
     python scripts/bench/step_times.py scripts/shapes/opt-13b -o scripts/step_times/opt-13b-h100.json     # on a GPU
     python scripts/bench/step_times.py checkpoints/tiny-python -o times.json --decode-rows 1 8 32 --num-pages 400

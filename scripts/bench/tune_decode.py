@@ -4,7 +4,7 @@
 
 For each case a table, the fastest tile first, with the time over the fastest; `chosen` marks the rule's choice. The
 last line is JSON: every time, and for each case how much slower than the fastest the choice is. Programs are compiled
-side by side, then timed one after the other, as bench_attention.py times them. Needs a GPU that runs the kernels.
+side by side, then timed one after the other, as bench/attention.py times them. Needs a GPU that runs the kernels.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--decode", nargs="+", default=[], type=numbers(r"(\d+)x(\d+)"), metavar="ROWSxCONTEXT",
-        help="default: the named cases of bench_attention.py and a grid of others",
+        help="default: the named cases of bench/attention.py and a grid of others",
     )  # fmt: skip
     parser.add_argument("--heads", type=numbers(r"(\d+)/(\d+)"), default=(32, 8), metavar="H/K")
     parser.add_argument("--head-dim", type=int, default=128)

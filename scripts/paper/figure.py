@@ -1,4 +1,4 @@
-"""What all figures of reproduce_paper.py share: rows of ours beside the paper's with a verdict, tables and pictures."""
+"""What all figures of reproduce.py share: rows of ours beside the paper's with a verdict, tables and pictures."""
 
 from __future__ import annotations
 

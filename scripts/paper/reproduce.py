@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.plot is not None:
                 plot(figure, args.plot / f"figure-{name}.png")
     except (ValueError, OSError) as error:
-        print(f"reproduce_paper.py: {error}", file=sys.stderr)
+        print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
     if results:
         print(json.dumps({"seeds": args.seeds, "requests": args.requests, "figures": results}, allow_nan=False))

@@ -69,7 +69,7 @@ def rows_of(capsys, name):
 def error_of(capfd, arguments) -> str:
     assert reproduce_paper.main(arguments) == 2
     message = capfd.readouterr().err
-    assert message.count("\n") == 1 and message.startswith("reproduce_paper.py: "), message
+    assert message.count("\n") == 1 and message.startswith("reproduce.py: "), message
     return message
 
 
