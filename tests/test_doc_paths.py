@@ -6,6 +6,7 @@ All of it is read as text, so nothing is imported, and jax stays out.
 from __future__ import annotations
 
 import ast
+import fnmatch
 import functools
 import io
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from test_import_boundaries import ARROWS
 
 PACKAGES = ("jaxpaged", "pallas_kernels")
 FOLDERS = (*PACKAGES, "scripts", "tests", "docs", "checkpoints")
@@ -84,6 +86,18 @@ def missing(text: str) -> list[str]:
     return absent + sorted({name for name in DOTTED_NAME.findall(text) if not dotted_name_exists(name)})
 
 
+def mapped_files(tree: str) -> list[str]:
+    """Files of a drawn tree, each with the folders that its line is indented below."""
+    files, folders = [], []
+    for line in tree.splitlines():
+        indent = len(line) - len(line.lstrip())
+        folders = [(depth, name) for depth, name in folders if depth < indent]
+        if (first := line.split()[0]).endswith("/"):
+            folders.append((indent, first))
+        files += ["".join(name for _, name in folders) + file for file in re.findall(r"[\w*]+\.py\b", line)]
+    return files
+
+
 def prose_of(source: str) -> Iterator[str]:
     """Docstrings and comments of a module."""
     for node in ast.walk(ast.parse(source)):
@@ -140,3 +154,26 @@ def test_docstrings_and_comments_name_only_what_is_there():
 )
 def test_what_is_gone_is_found_and_what_is_there_is_not(text, absent):
     assert missing(text) == absent
+
+
+def section(heading: str) -> str:
+    return (ROOT / "docs" / "architecture.md").read_text().split(f" {heading}\n")[1].split("\n## ")[0]
+
+
+def test_every_module_is_on_the_map_in_its_room():
+    mapped = mapped_files(section("Rooms").split("```")[1].strip("\n"))
+    modules = [str(file.relative_to(ROOT)) for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    rooms = [name for name in modules if name.endswith("/__init__.py")]
+    off_the_map = [name for name in modules if not any(fnmatch.fnmatchcase(name, pattern) for pattern in mapped)]
+    assert sorted(set(off_the_map) - set(rooms)) == []
+    assert [pattern for pattern in mapped if not fnmatch.filter(paths(), f"/{pattern}")] == []
+
+
+def test_a_drawn_tree_is_read_by_its_indents():
+    tree = "a/    what\n  b/   c\n    d.py  e_*.py    words\n  f.py   words\ng.py"
+    assert mapped_files(tree) == ["a/b/d.py", "a/b/e_*.py", "a/f.py", "g.py"]
+
+
+def test_the_arrows_of_the_page_are_those_that_are_held():
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", section("Arrows"), re.MULTILINE)
+    assert {room: tuple(re.findall(r"`(\w+)`", others)) for room, others in rows} == ARROWS
