@@ -93,8 +93,7 @@ PROMPT_FLAGS = (
 def _flag_of(option: Option) -> Flag:
     if option.kind is bool:
         return Flag(option.name, not option.default, option.help)
-    help = f"{option.sentence} (default {option.default_text})"
-    return Flag(option.name, option.kind, help, choices=option.choices)
+    return Flag(option.name, option.kind, option.help_text, choices=option.choices)
 
 
 #: `seed` is a flag of each command, which says what it is the seed of there.

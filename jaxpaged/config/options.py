@@ -44,6 +44,10 @@ class Option(NamedTuple):
     def default_text(self) -> str:
         return self.unset or str(self.default)
 
+    @property
+    def help_text(self) -> str:
+        return f"{self.sentence} (default{':' if self.unset else ''} {self.default_text})"
+
 
 def option(
     default: Any,
@@ -213,7 +217,7 @@ def lists_options(method: Callable[P, R]) -> Callable[P, R]:
 
 
 def _list_options() -> str:
-    texts = (f"{each.name}: {each.sentence} (default {each.default_text})" for each in engine_options())
+    texts = (f"{each.name}: {each.help_text}" for each in engine_options())
     return "\n".join(
         textwrap.fill(text, 110, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
         for text in texts

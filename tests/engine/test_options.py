@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 import pytest
 from option_table import GUIDE, option_table, table_in
@@ -29,7 +30,9 @@ def test_help_lists_every_option_with_its_default_and_its_choices():
     assert list(shown) == ["model", "tokenizer", *OPTION_NAMES]
     for option in engine_options():
         assert shown[option.name].default == option.default
-        assert f"{option.name}: {option.sentence} (default {option.default_text})" in text
+        assert f"{option.name}: {option.help_text}" in text
+    assert "preemption: how a request gives way" in text and "one of auto, swap, recompute (default auto)" in text
+    assert "num_pages: pages of the pool, page 0 included, which is never used (default: what fits the device)" in text
 
 
 def test_an_option_that_is_not_given_has_its_default():
@@ -49,10 +52,13 @@ def test_which_options_an_llm_settles_and_which_decide_results():
 
 @pytest.mark.parametrize("option", [o for o in engine_options() if o.choices], ids=lambda option: option.name)
 def test_an_option_takes_each_of_its_choices_and_nothing_else(option):
-    for choice in option.choices:
-        assert getattr(EngineOptions(**{option.name: choice}), option.name) == choice
-    with pytest.raises(ValueError, match=f"^{option.name}='x'; choose one of {', '.join(option.choices)}$"):
-        EngineOptions(**{option.name: "x"})
+    def taken(choice: Any) -> str:
+        return getattr(EngineOptions(**{option.name: choice}), option.name)
+
+    assert [taken(choice) for choice in option.choices] == list(option.choices)
+    for other in ("x", None, ["auto"]):
+        with pytest.raises(ValueError, match=f"^{option.name}=.*; choose one of {', '.join(option.choices)}$"):
+            taken(other)
 
 
 UNKNOWN = [
