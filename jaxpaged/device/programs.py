@@ -53,7 +53,8 @@ class Programs:
         self._kept: dict[Hashable, Kept] = {}
         self._run = 0
         self._use = 0
-        self._computations: dict[Hashable, Hashable] = {}  # of logits processors in this run, by sizes
+        #: Of logits processors in this run, which stand for their identity, by sizes.
+        self._computations: dict[Hashable, tuple[tuple[LogitsProcessor, ...], Hashable]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -74,10 +75,10 @@ class Programs:
         return kept.program
 
     def computation_of(self, processors: tuple[LogitsProcessor, ...], layout: Layout, vocab_size: int) -> Hashable:
-        known, key = self._computations, (processors, layout, vocab_size)
+        known, key = self._computations, (*map(id, processors), layout, vocab_size)
         if key not in known:
-            known[key] = what_they_compute(processors, layout, vocab_size)
-        return known[key]
+            known[key] = processors, what_they_compute(processors, layout, vocab_size)
+        return known[key][1]
 
     def note_compiled(self, count: int) -> None:
         with self._lock:

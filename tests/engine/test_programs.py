@@ -18,6 +18,7 @@ from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.device.programs import PROGRAMS, Step, num_maps, reads_cache
 from jaxpaged.engine.engine import Engine
+from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, SamplingInputs, pack
 
 HAS_MAPS = pytest.mark.skipif(not programs.MAPS.exists(), reason="the system does not say which maps a process has")
@@ -146,6 +147,41 @@ def test_calls_into_python_are_the_same_only_if_the_function_is():
     assert not same(one, other)
 
 
+def in_a_loop(function, shape):
+    def call(logits):
+        return jax.pure_callback(function, shape, logits, vmap_method="sequential")
+
+    return lambda _ids, num, logits: jax.lax.cond(num > 3, lambda x: jax.lax.map(call, x[None])[0], call, logits)
+
+
+def test_calls_into_python_are_compared_wherever_they_stand():
+    def one(logits):
+        return logits
+
+    def other(logits):
+        return -logits
+
+    shape = jax.ShapeDtypeStruct((97,), jnp.float32)
+    assert same(in_a_loop(one, shape), in_a_loop(one, shape))
+    assert not same(in_a_loop(one, shape), in_a_loop(other, shape))
+
+
+@pytest.mark.parametrize("result, given", [
+    (lambda logits: logits[:1], r"float32\[1\]"), (lambda logits: logits.max(), r"float32\[\]"),
+    (lambda logits: logits > 0, r"bool\[97\]"), (lambda logits: jax.lax.complex(logits, logits), r"complex64\[97\]"),
+    (lambda logits: logits[:, None], r"float32\[97, 1\]"), (lambda logits: None, "None"),
+    (lambda logits: (logits,), "ShapeDtypeStruct"),
+])  # fmt: skip
+def test_a_processor_that_does_not_return_the_logits_is_refused(result, given):
+    with pytest.raises(ValueError, match=rf"logits_processors: .* returns .*{given}.* must return .*float32\[97\]"):
+        what_they_compute((lambda _ids, _num, logits: result(logits),), layout_of(8), TOY.vocab_size)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])
+def test_a_processor_may_return_numbers_of_another_kind(dtype):
+    what_they_compute((lambda _ids, _num, logits: logits.astype(dtype),), layout_of(8), TOY.vocab_size)
+
+
 @pytest.fixture(scope="module")
 def small():
     """An engine with one small program for each processor: it only prefills."""
@@ -181,6 +217,75 @@ def test_what_a_processor_holds_may_change_between_runs(small):
     assert first_token(small, processor) == 21
     wanted[0] = 22
     assert first_token(small, processor) == 22
+
+
+def decomposes(logits):
+    return logits + jnp.linalg.cholesky(jnp.eye(2))[0, 1]  # 0, by a call of LAPACK
+
+
+def test_what_a_processor_that_calls_other_code_holds_may_change_too(small):
+    wanted = [21]
+
+    def processor(token_ids, num_tokens, logits):
+        return decomposes(logits).at[wanted[0]].add(100.0)
+
+    assert first_token(small, processor) == 21
+    wanted[0] = 22
+    assert first_token(small, processor) == 22
+
+
+def test_a_processor_that_calls_into_python_is_another_when_what_it_holds_has_changed():
+    """Traced alone: XLA on a CPU may wait for ever for a function that it calls back."""
+    functions, shift = [np.negative, np.positive], [0]
+
+    def processor(token_ids, num_tokens, logits):
+        called = jax.pure_callback(functions[0], logits, logits, vmap_method="expand_dims")
+        return called + shift[0]
+
+    def computes():
+        return what_they_compute((processor,), layout_of(8), TOY.vocab_size)
+
+    first = computes()
+    assert computes() == first
+    functions.reverse()
+    other = computes()
+    shift[0] = 1
+    assert len({first, other, computes()}) == 3
+
+
+class Wants:
+    """Equal to all of its class, whatever it wants."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __eq__(self, other):
+        return isinstance(other, Wants)
+
+    def __hash__(self):
+        return 0
+
+    def __call__(self, token_ids, num_tokens, logits):
+        return logits.at[self.token].add(100.0)
+
+    def method(self, token_ids, num_tokens, logits):
+        return self(token_ids, num_tokens, logits)
+
+
+def wanted_tokens(engine, processors) -> list[int]:
+    """The first token of a request with each, in one run."""
+    params = [SamplingParams(temperature=0, max_tokens=1, logits_processors=[one]) for one in processors]
+    groups = [make_group([5, 6], one, str(i), max_model_len=32) for i, one in enumerate(params)]
+    return [tokens[0][0] for _, tokens in sorted(run_tokens(engine, groups).items())]
+
+
+def test_processors_that_call_themselves_equal_are_applied_each(small):
+    assert wanted_tokens(small, [Wants(31), Wants(32)]) == [31, 32]
+    one = Wants(33)
+    assert wanted_tokens(small, [one, one, one.method, one.method]) == [33] * 4
+    params = [SamplingParams(logits_processors=[given]) for given in (one, one, one.method, one.method)]
+    features = SamplingFeatures.of([make_group([5, 6], given) for given in params], TOY.vocab_size)
+    assert list(features.processors) == [one, one.method]
 
 
 @pytest.mark.slow
