@@ -14,7 +14,8 @@ def is_there(path: str) -> bool:
     if path.startswith("scripts/"):
         return (ROOT / path).is_file()
     try:
-        return importlib.util.find_spec(path) is not None
+        spec = importlib.util.find_spec(path)
+        return spec is not None and spec.origin is not None  # a folder that was left behind empty has no origin
     except ModuleNotFoundError:  # not even the package around it
         return False
 

@@ -18,7 +18,7 @@ import numpy as np
 import jaxpaged
 from jaxpaged import LLM
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.config.options import FIXED_OPTIONS
+from jaxpaged.config.options import FIXED_OPTIONS, EngineOptions
 from jaxpaged.engine.engine import Engine
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.host.step.batching import Buckets, StepShape, fit
@@ -53,7 +53,8 @@ class Measurement:
             "dtype": args.dtype, "load_format": "dummy", "max_model_len": args.max_model_len, "page_size": 16,
             "num_pages": self.pages_measured, "max_num_seqs": args.max_num_seqs,
             "max_num_batched_tokens": args.max_num_batched_tokens, "attention": args.attention,
-            "preemption": "recompute", **changes,
+            "preemption": "recompute", "watermark": EngineOptions.watermark, "kv_cache": EngineOptions.kv_cache,
+            **changes,
         }  # fmt: skip
 
     @property

@@ -50,7 +50,7 @@ def test_a_step_begins_with_its_copies(monkeypatch):
     """In a run with samples every decode step takes its list of copies along, and nothing is launched to copy."""
     expected = run_tokens(toy_engine(), workload(seed=1))
     engine = toy_engine(kernels=REFERENCE._replace(copies_in_steps=True))
-    monkeypatch.setattr(engine, "copy_pages", lambda copies: pytest.fail("copies were launched alone"))
+    monkeypatch.setattr(engine.runner, "copy_arrays", lambda copies: pytest.fail("copies were launched alone"))
     assert run_tokens(engine, workload(seed=1)) == expected
     assert engine.stats.page_copies > 0
 
