@@ -19,19 +19,19 @@ from jaxpaged.config.checks import short
 WORDS = (
     # positions
     "rope", "rotary", "yarn", "ntk", "logn", "alibi", "nope", "interpol", "position_bias",
-    "position_embedding_type",
+    "position_embedding_type", "position_encoding",
     # attention
     "attention_bias", "attention_out_bias", "attn_bias", "qkv_bias", "qk_", "clip_qkv", "query_pre_attn",
     "bidirectional", "window_size", "window_pattern", "window_layers", "chunk_attention", "attention_chunk",
     "attention_type", "attn_type", "attn_temperature", "attention_temperature", "cross_attention", "kv_shared",
     "attention_k_eq_v", "q_lora", "kv_lora", "o_lora", "head_dim", "key_value_heads", "kv_heads", "multi_query", "sink",
-    "layer_types",
+    "layer_types", "attention_window", "local_attention", "is_causal",
     # feed-forward
-    "mlp_bias", "use_bias", "enable_bias", "hidden_act", "activation", "expert", "moe", "swiglu",
+    "mlp_bias", "use_bias", "enable_bias", "hidden_act", "activation", "act_fn", "expert", "moe", "swiglu",
     # norms and residuals
     "norm_eps", "norm_epsilon", "norm_type", "norm_bias", "norm_before", "norm_affine", "post_norm", "pre_norm",
     "sandwich", "zero_center", "parallel_residual", "parallel_attn", "residual_", "gate", "gating", "altup",
-    "laurel", "hidden_size_per_layer", "pruned",
+    "laurel", "hidden_size_per_layer", "pruned", "parallel_block", "skip_layers", "normalize_embedding",
     # scales and caps
     "multiplier", "scale", "scaling", "softcap", "soft_cap", "logit_cap", "mup", "is_encoder_decoder",
     "prefix_lm",
@@ -48,7 +48,10 @@ FACTORS = ("multiplier", "scale", "scaling", "factor", "pct", "mup")
 ALWAYS_ON = (
     "use_rope", "use_rotary", "use_rotary_embedding", "use_rotary_embeddings", "use_rotary_position_embeddings",
     "rotary_pct", "rotary_percent", "rope_pct", "norm_affine", "use_gated_mlp",
+    "is_causal",
 )  # fmt: skip
+#: One function in several words: a gated feed-forward with SiLU.
+SILU = ("silu", "swish", "swiglu")
 DENSE = ("full_attention", "dense")  # what a list of the layers' kinds may say of each
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
@@ -62,7 +65,7 @@ def check_unread_keys(values: dict[str, Any], read: frozenset[str], family: str)
                 f"quantized weights ({str(method or key):.80}) are not supported; use the original checkpoint"
             )
     for key, value in values.items():
-        if key not in read and _speaks_of_the_computation(key) and not _does_nothing(key, value):
+        if key not in read and _speaks_of_the_computation(key) and not _does_nothing(key, value, values):
             raise ValueError(
                 f"{key}={short(value)} is not supported: {family} models are not computed with it; "
                 "remove the key if the model was not trained with it"
@@ -75,11 +78,14 @@ def _speaks_of_the_computation(key: str) -> bool:
     return any(word in name for word in WORDS) and not any(word in name for word in HARMLESS)
 
 
-def _does_nothing(key: str, value: object) -> bool:
+def _does_nothing(key: str, value: object, values: dict[str, Any]) -> bool:
     if key.lower() in ALWAYS_ON:
         return value is None or value == 1
     if value is None or value is False or value in ("", "default", "none"):
         return True
+    if isinstance(value, str):  # the same again, in another key's words
+        says_rotary = "position" in key.lower() and value.lower() in ("rope", "rotary")
+        return says_rotary or (value in SILU and values.get("hidden_act") in SILU)
     if isinstance(value, list):
         return all(isinstance(item, str) and item in DENSE for item in value)
     if isinstance(value, dict):

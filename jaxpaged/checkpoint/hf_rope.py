@@ -151,8 +151,13 @@ def _check_keys(settings: Values, values: Values, kind: str) -> None:
             continue
         if isinstance(value, bool) or key not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[key]:
             named = any(name in settings for name in TYPE_KEYS)
+            remedy = (
+                ": give attention_factor, what sines and cosines are multiplied by in all"
+                if key == "attn_factor"
+                else ""
+            )
             raise ValueError(
-                f"{key}={short(value)} is not read with rope_type {kind!r}"
+                f"{key}={short(value)} is not read with rope_type {kind!r}{remedy}"
                 + ("" if named else f", which is what {short(settings)} means: it has no rope_type")
             )
 

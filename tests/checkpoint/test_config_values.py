@@ -30,6 +30,7 @@ HARMLESS = {
     "max_sequence_length": 16, "model_max_length": 8, "bias": None, "output_router_logits": False, "is_decoder": True,
     "router_aux_loss_coef": 0.001, "max_window_layers": 28, "embedding_initializer_range": 0.1,
     "classifier_dropout": 0.1, "warmup_steps": 100, "properties": {"a": 1}, "activation_checkpointing": True,
+    "position_encoding": "rope", "is_causal": True, "local_attention": False, "parallel_block": False,
     "use_rope": True, "rotary_pct": 1.0, "lora_rank": 16, "conversation": "x", "gradient_checkpointing": True,
 }  # fmt: skip
 #: What acts in a model of transformers and in none of ours.
@@ -43,6 +44,7 @@ ACTING = {
     "use_parallel_residual": True, "moe_intermediate_size": 64, "attn_output_gate": True, "use_post_norm": True,
     "swiglu_limit": 7.0, "add_cross_attention": True, "pruned_heads": {"0": [1]}, "sliding_window_pattern": 2,
     "rope_theta_scaling": 2.0, "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "position_encoding": "alibi", "act_fn": "relu", "attention_window": 512, "is_causal": False, "parallel_block": True,
     "use_rope": False, "use_rotary_embedding": False, "rotary_percent": 0.0, "norm_affine": False,
     "quantization": {"bits": 4, "group_size": 64}, "compression_config": {"quant_method": "sparse"},
 }  # fmt: skip
@@ -54,6 +56,13 @@ def test_keys_that_change_nothing_are_ignored(family):
     for key, value in HARMLESS.items():
         if key not in FILES[family] or key in ("use_cache", "transformers_version"):
             assert parse_config(FILES[family] | {key: value}) == expected, key
+
+
+def test_a_key_may_say_the_same_activation_in_another_word():
+    same = {**FILES["llama"], "hidden_act": "silu", "activation": "swiglu"}
+    assert parse_config(same) == parse_config(FILES["llama"])
+    with pytest.raises(ValueError, match="activation='gelu' is not supported"):
+        parse_config({**same, "activation": "gelu"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
