@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.api.request_params import LogitsProcessor
+from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, WHOLE_VOCABULARY, SamplingInputs
 
 Array = jax.Array
@@ -90,9 +91,9 @@ def likeliest_tokens(logits: Array, count: int) -> Array:
     """The `count` likeliest tokens of each row and the bits of their log-probabilities: i32[R, 2 * count]."""
     if not count:
         return jnp.zeros((len(logits), 0), jnp.int32)
-    values, ids = jax.lax.top_k(logits, count)
+    values, ids = top_candidates(logits, count)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return jnp.concatenate([ids.astype(jnp.int32), bits(values - normaliser)], axis=1)
+    return jnp.concatenate([ids, bits(values - normaliser)], axis=1)
 
 
 def bits(x: Array) -> Array:
