@@ -227,7 +227,8 @@ def test_a_shared_prefix_changes_no_token(expected, prefix_len):
     assert run_checked(engine, load(prefix_len)) == tokens  # nothing is left of the run before
 
 
-@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.slow), 16])
+@pytest.mark.slow  # the contract's runs have prefixes and pages of all sizes
+@pytest.mark.parametrize("page_size", [1, 16])
 def test_the_page_size_changes_no_token(expected, page_size):
     engine = toy_engine(num_pages=2000 // page_size, page_size=page_size)
     assert run_checked(engine, load(10)) == expected[10][0]
