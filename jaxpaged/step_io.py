@@ -23,6 +23,11 @@ WHOLE_VOCABULARY = -1
 NO_TOKEN, BAD_LOGITS, BAD_PROCESSED = -1, -2, -3
 
 
+def of_row(row: int) -> int:
+    """In place of a token: the one that row `row` of the step before has chosen. Its own reverse."""
+    return -1 - row
+
+
 class PrefixGroups(NamedTuple):
     """Runs of full pages that several rows of a decode step have in common, each to be read once for all its rows.
 
@@ -41,7 +46,7 @@ class PrefixGroups(NamedTuple):
 class DecodeInputs(NamedTuple):
     """One new token a row. Padding rows have context length 0 and write to NULL_PAGE."""
 
-    tokens: Any  # i32[B]
+    tokens: Any  # i32[B] ids; below 0 (`of_row`) where the host does not know yet what the step before chose
     positions: Any  # i32[B]
     slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset
     block_tables: Any  # i32[B, P]

@@ -49,6 +49,7 @@ class PoolModel:
     def __init__(self, page_size, is_cached=True):
         self.page_size, self.is_cached = page_size, is_cached
         self.tokens: dict[tuple[int, int], int] = {}
+        self.latest: list[int] = []  # what the last step chose, which the host may not know yet
         self.swapped: dict[SequenceGroup, list[list[int]]] = {}
 
     def swap(self, group: SequenceGroup, page_ids: list[int], is_out: bool) -> None:
@@ -74,15 +75,20 @@ class PoolModel:
         for row in plan.rows:
             for position in range(row.start, row.start + row.count):
                 page, offset = divmod(position, self.page_size)
-                self.tokens[row.sequence.table.pages[page], offset] = row.sequence.token_ids[position]
+                self.tokens[row.sequence.table.pages[page], offset] = self.token_at(row.sequence, position)
         for row in plan.rows:
             pages, known = row.sequence.table.pages, row.start + row.count
             read = [self.tokens[pages[p // self.page_size], p % self.page_size] for p in range(known)]
-            assert read == row.sequence.token_ids[:known]
+            assert read == [self.token_at(row.sequence, position) for position in range(known)]
         return self.choose(plan)
 
+    def token_at(self, sequence: Sequence, position: int) -> int:
+        known = sequence.token_ids
+        return known[position] if position < len(known) else self.latest[sequence.pending_row]
+
     def choose(self, plan: StepPlan) -> StepOutputs:
-        tokens = np.array([script(sample) for sample in plan.samples], np.int32)
+        self.latest = [script(sample) for sample in plan.samples]
+        tokens = np.array(self.latest, np.int32)
         return StepOutputs(tokens, TokenLogprobs(np.full(len(tokens), -1.0, np.float32)))
 
 
@@ -100,6 +106,27 @@ def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], l
     while (plan := scheduler.schedule()) is not None:
         plans.append(plan)
         for group in scheduler.commit(plan, pool.run(plan)):
+            done[group.request_id] = [sequence.output_ids for sequence in group.sequences]
+        scheduler.check_invariants()
+        assert len(plans) < 5000, "the scheduler makes no progress"
+    assert scheduler.allocator.num_used == sum(len(table.pages) for table in scheduler.prefix_tables)
+    assert not pool.swapped
+    return done, plans
+
+
+def run_ahead(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
+    """As `run_all`, but every step that can be is planned, and run, before the host learns what the last one chose."""
+    begin(scheduler, groups)
+    pool, plans, done, flight = PoolModel(scheduler.cache.page_size), [], {}, None
+    while flight is not None or (plan := scheduler.schedule()) is not None:
+        plan, outputs = flight or (plan, pool.run(plan))
+        flight = None
+        plans.append(plan)
+        if scheduler.can_foresee(plan):
+            scheduler.foresee(plan)
+            if (following := scheduler.schedule(is_ahead=True)) is not None:
+                flight = following, pool.run(following)
+        for group in scheduler.commit(plan, outputs):
             done[group.request_id] = [sequence.output_ids for sequence in group.sequences]
         scheduler.check_invariants()
         assert len(plans) < 5000, "the scheduler makes no progress"

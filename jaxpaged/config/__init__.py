@@ -259,6 +259,7 @@ class EngineConfig:
     watermark: float = EngineOptions.watermark
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     kv_cache: str = EngineOptions.kv_cache
+    async_scheduling: bool = EngineOptions.async_scheduling
 
     def __post_init__(self):
         check_choice("kv_cache", self.kv_cache, KV_CACHES)

@@ -165,6 +165,9 @@ class EngineOptions:
         "paged", "how KV memory is kept: in pages, or as a system that they are compared with",
         choices=KV_CACHES,
     )  # fmt: skip
+    async_scheduling: bool = option(
+        True, "plan and launch the next step while one runs; without it tokens are the same, later: for debugging"
+    )
     watermark: float = option(
         0.01, "share of a paged pool that admission leaves free, so that running sequences can grow", _share_below_1
     )

@@ -2,14 +2,15 @@
 
 Each takes the cache by donation and returns its successor, so the pool is updated in place. Static are the model, the
 attention kernels and the layout of the packed inputs (hence the bucket); everything else is data. A step returns what
-the host must learn in one int32 array. programs.py keeps what is compiled.
+the host must learn in one int32 array, and the tokens that it chose in another that stays on the device, so that the
+next step can be launched before the host has learnt anything. programs.py keeps what is compiled.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,16 @@ from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward
 from jaxpaged.device.params import Params
 from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
 from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failures, sample_tokens, token_logprobs
-from jaxpaged.step_io import TOKENS_ALONE, DecodeBatch, Layout, PrefillBatch, SamplingInputs, StepInputs, Wanted
+from jaxpaged.step_io import (
+    TOKENS_ALONE,
+    DecodeBatch,
+    Layout,
+    PrefillBatch,
+    SamplingInputs,
+    StepInputs,
+    Wanted,
+    of_row,
+)
 
 Array = jax.Array
 Cache = TypeVar("Cache", bound=KVCache)
@@ -37,9 +47,18 @@ DEEP, FIRST_SHARE = 16, 0.2
 LOGPROB_TILE = 128
 
 
+class StepResults(NamedTuple):
+    """What a step leaves behind besides the cache."""
+
+    columns: Array  # i32[R, columns] in host memory, which `step_io.unpack_outputs` takes apart
+    latest: Array  # i32[L] on the device: the token of each row, which the next step begins with; 0 where there is none
+    prompt_columns: Array | None = None  # i32[T, columns] in host memory, if the prompt's log-probabilities are wanted
+
+
 def decode_step(
     params: Params,
     cache: Cache,
+    latest: Array,
     packed: Array | np.ndarray,
     *,
     config: ModelConfig,
@@ -47,11 +66,12 @@ def decode_step(
     layout: Layout,
     wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
-) -> tuple[Array, Cache]:
+) -> tuple[StepResults, Cache]:
     """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
 
-    `packed` is a packed `DecodeBatch` -> i32[B, columns] in host memory, which `step_io.unpack_outputs` takes apart:
-    tokens, their log-probabilities, the likeliest continuations of beams, as far as they are `wanted`; the new cache.
+    `packed` is a packed `DecodeBatch`, `latest` i32[L] the tokens that the step before chose -> results, whose columns
+    are tokens, their log-probabilities, the likeliest continuations of beams, as far as they are `wanted`; the new
+    cache.
 
     Of a deep model a step is two programs. The host needs a millisecond or two to launch some 14 kernels a layer,
     although they are one CUDA graph, and nothing runs before it is done: so a short first program keeps the device
@@ -59,14 +79,14 @@ def decode_step(
     """
     x, kept = None, []
     for layers, part, static in _decode_parts(params, config, kernels, layout, wanted, processors):
-        x, rest = decode_layers(part, cache.part(*layers), x, packed, layers=layers, **static)
+        x, rest = decode_layers(part, cache.part(*layers), x, latest, packed, layers=layers, **static)
         kept.append(rest)
-    assert x is not None, "a model without layers"
+    assert isinstance(x, StepResults), "a model without layers"
     return x, cache.joined(kept)
 
 
 def lower_decode_step(
-    params: Params, cache: KVCache, packed: np.ndarray, device: jax.Device, *, config: ModelConfig,
+    params: Params, cache: KVCache, latest: Array, packed: np.ndarray, device: jax.Device, *, config: ModelConfig,
     kernels: AttentionKernels, layout: Layout, wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> list[jax.stages.Lowered]:  # fmt: skip
@@ -76,10 +96,11 @@ def lower_decode_step(
     """
     x, programs = None, []
     for layers, part, static in _decode_parts(params, config, kernels, layout, wanted, processors):
-        lowered = decode_layers.lower(part, cache.part(*layers), x, packed, layers=layers, **static)
+        lowered = decode_layers.lower(part, cache.part(*layers), x, latest, packed, layers=layers, **static)
         programs.append(lowered)
         hidden = lowered.out_info[0]
-        x = jax.device_put(jnp.zeros(hidden.shape, hidden.dtype), device)
+        if not isinstance(hidden, StepResults):
+            x = jax.device_put(jnp.zeros(hidden.shape, hidden.dtype), device)
     return programs
 
 
@@ -102,6 +123,7 @@ def decode_layers(
     params: Params,
     cache: KVCache,
     x: Array | None,
+    latest: Array,
     packed: Array,
     *,
     config: ModelConfig,
@@ -110,23 +132,24 @@ def decode_layers(
     layers: tuple[int, int],
     wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
-) -> tuple[Array, KVCache]:
+) -> tuple[Array | StepResults, KVCache]:
     """The layers from `layers[0]` up to `layers[1]` of a decode step, with parameters and cache of these alone.
 
     The first ones begin with the tokens (x is None), later ones with hidden x [B, E]; the last ones end with the
-    columns of `decode_step`, earlier ones with hidden [B, E].
+    results of `decode_step`, earlier ones with hidden [B, E].
     """
     batch: DecodeBatch = unpack(packed, layout)
     inputs = batch.inputs
     if inputs.copies is not None:
         cache = cache.copy_pages(inputs.copies[0], inputs.copies[1], kernels)
     if x is None:
-        x = embed(params, config, inputs.tokens, inputs.positions)
+        chosen = latest.at[jnp.maximum(of_row(inputs.tokens), 0)].get(mode="promise_in_bounds")
+        x = embed(params, config, jnp.where(inputs.tokens < 0, chosen, inputs.tokens), inputs.positions)
     attend = _attend(inputs, config, kernels, layers[0])
     x, cache = run_layers(params["layers"], config, x, inputs.positions, cache, attend, layers[0])
     if layers[1] == config.num_layers:
-        hidden = finish(params, config, x)
-        x = _for_host(_choose(params, config, hidden, batch.sampling, wanted, processors))
+        columns = _choose(params, config, finish(params, config, x), batch.sampling, wanted, processors)
+        return StepResults(_for_host(columns), _latest(columns, wanted, len(latest))), cache.kept()
     return x, cache.kept()
 
 
@@ -134,6 +157,7 @@ def decode_layers(
 def prefill_step(
     params: Params,
     cache: KVCache,
+    latest: Array,
     packed: Array,
     *,
     config: ModelConfig,
@@ -141,11 +165,11 @@ def prefill_step(
     layout: Layout,
     wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
-) -> tuple[Array, Array | None, KVCache]:
+) -> tuple[StepResults, KVCache]:
     """Compute many tokens a row and choose the next token for the rows in `sample_from`.
 
-    `packed` is a packed `PrefillBatch` -> i32[R, columns] as in `decode_step`; the prompt's log-probability columns
-    i32[T, columns] if they are wanted; the new cache.
+    `packed` is a packed `PrefillBatch`, of `latest` only the length counts -> results as of `decode_step`; the new
+    cache.
     """
     batch: PrefillBatch = unpack(packed, layout)
     inputs = batch.inputs
@@ -153,11 +177,12 @@ def prefill_step(
     hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend)
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
-    outputs = _for_host(_choose(params, config, hidden_last, batch.sampling, wanted, processors))
+    columns = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
+    results = StepResults(_for_host(columns), _latest(columns, wanted, len(latest)))
     if batch.inputs.next_tokens is None:
-        return outputs, None, cache
+        return results, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
-    return outputs, _for_host(prompt), cache
+    return results._replace(prompt_columns=_for_host(prompt)), cache
 
 
 @takes_cache
@@ -214,6 +239,12 @@ def unpack(packed: Array, layout: Layout) -> Any:
 def _for_host(columns: Array) -> Array:
     """In pinned memory of the host when the step ends, so that reading them takes no further transfer."""
     return jax.device_put(columns, jax.memory.Space.Host)
+
+
+def _latest(columns: Array, wanted: Wanted, size: int) -> Array:
+    """i32[size]: the tokens that the rows have drawn."""
+    tokens = columns[:, 0] if wanted.draws_tokens else columns[:0, 0]
+    return jnp.zeros(size, jnp.int32).at[: len(tokens)].set(jnp.maximum(tokens, 0))
 
 
 def _attend(inputs: StepInputs, config: ModelConfig, kernels: AttentionKernels, first: int = 0) -> Attend[KVCache]:

@@ -1,4 +1,4 @@
-"""Schedule, run, commit: the loop that joins the two sides."""
+"""Runs requests until they end, and lends the pool: the door to the engine's room, for one caller at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxpaged.device.params import Params
 from jaxpaged.engine.loan import PoolLoan
 from jaxpaged.engine.record import RunRecord
 from jaxpaged.engine.runner import StepRunner
+from jaxpaged.engine.step_loop import StepLoop
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.arrivals import Arrivals
@@ -26,7 +27,6 @@ from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
-from jaxpaged.host.step.logprobs import collect_logprobs
 
 
 class Engine:
@@ -60,7 +60,7 @@ class Engine:
         self.device = device
         self.runner = StepRunner(params, model, cache, limits, kernels, device)
         self.scheduler = Scheduler(cache, limits)
-        self.record = RunRecord(cache, SamplingFeatures())
+        self.record = RunRecord(cache)
         self.recorder: TraceRecorder | None = None  # takes down the next run, if someone sets it
 
     @property
@@ -90,62 +90,47 @@ class Engine:
         self, groups: list[SequenceGroup], hold: Hold | None = None
     ) -> Generator[list[SequenceGroup], None, None]:
         """As `run`, but yields after every step: the groups that it finished, often none."""
-        with self._from_idle("Engine.run", hold) as hold:
-            yield from self._run_steps(groups, hold)
+        with self._from_idle("Engine.run", hold):
+            for group in groups:  # before any of them runs
+                self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
+            try:
+                yield from self._run_steps(groups)
+            finally:
+                self.recorder = None
 
-    def _run_steps(self, groups: list[SequenceGroup], hold: Hold) -> Iterator[list[SequenceGroup]]:
-        for group in groups:  # before any of them runs
-            self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
+    def _run_steps(self, groups: list[SequenceGroup]) -> Iterator[list[SequenceGroup]]:
         prefix = prefix_of(groups)
         arrivals = Arrivals(groups)
-        features = SamplingFeatures.of(groups, self.model.vocab_size)
-        record = self.begin_record(features, self.recorder)
-        record.add_requests(groups)
+        loop = self._begin_loop(SamplingFeatures.of(groups, self.model.vocab_size), self.recorder)
+        loop.record.add_requests(groups)
         compiled_before = steps.num_compiled()
-        try:
-            if prefix:
-                self.scheduler.share_prefix(prefix)
-            while arrivals or self.scheduler.has_work:
-                for group in arrivals.take(record.seconds):
-                    self.scheduler.add(group)
-                if not self.scheduler.has_work:
-                    record.stats.add_pause()
-                    time.sleep(arrivals.seconds_to_next(record.seconds))
-                    continue
-                finished = self.step(hold)
-                record.stats.compilations = steps.num_compiled() - compiled_before
-                yield finished
-        finally:
-            self.recorder = None
+        if prefix:
+            self.scheduler.share_prefix(prefix)
+        while arrivals or loop.has_work:
+            for group in arrivals.take(loop.record.seconds):
+                self.scheduler.add(group)
+            if not loop.has_work:
+                loop.record.stats.add_pause()
+                time.sleep(arrivals.seconds_to_next(loop.record.seconds))
+                continue
+            finished = loop.step()
+            loop.record.stats.compilations = steps.num_compiled() - compiled_before
+            yield finished
 
-    def begin_record(self, features: SamplingFeatures, trace: TraceRecorder | None = None) -> RunRecord:
-        """A new record, of a run whose requests ask for these features: the steps from here on go into it."""
-        self.record = RunRecord(self.cache_config, features, self.runner.page_bytes, trace)
-        return self.record
+    @contextlib.contextmanager
+    def step_by_hand(self, features: SamplingFeatures, scheduler: Scheduler | None = None) -> Iterator[StepLoop]:
+        """The pool for the block, and the loop over its steps, for who queues requests (`loop.scheduler.add`) and steps
+        by hand; the requests ask for these features. `scheduler`: one that has planned steps already."""
+        with self._from_idle("Engine.step_by_hand"):
+            if scheduler is not None:
+                self.scheduler = scheduler
+            yield self._begin_loop(features)
 
-    def step(self, hold: Hold | None = None) -> list[SequenceGroup]:
-        """One step of the device for whatever the scheduler decides; returns the groups that it finished."""
-        with self.owner.held("Engine.step", hold):
-            return self._step()
-
-    def _step(self) -> list[SequenceGroup]:
-        record, runner = self.record, self.runner
-        record.begin_step()
-        plan = self.scheduler.schedule()
-        assert plan is not None, "step() without work"
-        record.planned(plan, self.scheduler)
-        step = runner.prepare(plan, record.features)
-        record.packed()
-        for one in plan.swaps:
-            runner.swap(one)
-        record.moved(plan.swaps)
-        runner.copy_pages(step.copies_before)
-        outputs = runner.run(step)
-        record.arrived()
-        collect_logprobs(plan, outputs)
-        finished = self.scheduler.commit(plan, outputs)
-        record.committed(plan, finished, self.scheduler)
-        return finished
+    def _begin_loop(self, features: SamplingFeatures, trace: TraceRecorder | None = None) -> StepLoop:
+        """While a trace is recorded nothing overlaps: it shows what is known when a step is planned."""
+        self.record = RunRecord(self.cache_config, self.runner.page_bytes, trace)
+        is_async = self.limits.async_scheduling and trace is None
+        return StepLoop(self.runner, self.scheduler, features, self.record, is_async)
 
     def warm_up(self, groups: list[SequenceGroup]) -> None:
         """Compile every program that requests like these can need, whatever their number and lengths."""
@@ -168,11 +153,6 @@ class Engine:
                     f"a tree shares pages, and kv_cache={self.limits.kv_cache!r} cannot: use kv_cache='paged'"
                 )
             yield PoolLoan(self.runner, allocator, self.owner, hold)
-
-    def reset(self) -> None:
-        """Drop what was queued by hand, for `step`; all pages are free again."""
-        with self._from_idle("Engine.reset"):
-            pass
 
     @contextlib.contextmanager
     def _from_idle(self, who: str, hold: Hold | None = None) -> Iterator[Hold]:

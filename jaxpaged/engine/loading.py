@@ -49,7 +49,7 @@ def build_engine(
         )  # fmt: skip
     limits = EngineConfig(
         max_model_len, options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes,
-        options.watermark, preemption, options.kv_cache,
+        options.watermark, preemption, options.kv_cache, options.async_scheduling,
     )  # fmt: skip
     memory, _ = device_memory(device)
     sizer = PoolSizer(model, dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory)

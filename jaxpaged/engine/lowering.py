@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device import steps
@@ -53,15 +54,17 @@ def lower_step(
     if isinstance(batch, DecodeBatch) and features.has_samples and kernels.copies_in_steps:
         batch = with_copies(batch, [])
     packed, layout = pack(batch)
-    pool = jax.eval_shape(lambda: make_cache(model, cache, limits or EngineConfig(model.max_position_embeddings)))
-    params, pool, packed = jax.tree.map(
+    limits = limits or EngineConfig(model.max_position_embeddings)
+    pool = jax.eval_shape(lambda: make_cache(model, cache, limits))
+    latest = np.zeros(max(limits.max_num_seqs, shape.num_rows), np.int32)
+    params, pool, latest, packed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (param_shapes(model, cache.dtype), pool, packed),
+        (param_shapes(model, cache.dtype), pool, latest, packed),
     )
     static = static_arguments(model, kernels, layout, features)
     if shape.num_tokens is not None:
-        return steps.prefill_step.lower(params, pool, packed, **static)
-    return steps.decode_layers.lower(params, pool, None, packed, layers=(0, model.num_layers), **static)
+        return steps.prefill_step.lower(params, pool, latest, packed, **static)
+    return steps.decode_layers.lower(params, pool, None, latest, packed, layers=(0, model.num_layers), **static)
 
 
 def static_arguments(

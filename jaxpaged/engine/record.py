@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.account.accounting import RunStats
@@ -10,26 +11,34 @@ from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.step_plan import StepPlan
 
 
-class RunRecord:
-    """The record of one run, and what its requests ask of a step, in sum. Times are seconds since it began.
+@dataclass(slots=True)
+class StepTimes:
+    """When a step got on, in seconds since the run began."""
 
-    Of each step it is told, in this order: `begin_step`, `planned`, `packed`, `moved` (swaps are done), `arrived` (the
-    device's results are there), `committed`.
+    began: float  # deciding
+    planned: float = 0.0
+    packed: float = 0.0  # its arrays are made
+    moved: float = 0.0  # its swaps are done
+    arrived: float = 0.0  # its results are on the host
+
+
+class RunRecord:
+    """The record of one run. Of each step it is told, in this order: `begin_step`, `planned`, `moved`, `committed`.
+
+    Steps overlap, and what the caller does between two of them does not count. So time is shared out as it passes: what
+    lies before `_accounted` has its place already.
     """
 
-    def __init__(
-        self, cache: CacheConfig, features: SamplingFeatures, page_bytes: int = 0, trace: TraceRecorder | None = None
-    ):
-        self.features = features
+    def __init__(self, cache: CacheConfig, page_bytes: int = 0, trace: TraceRecorder | None = None):
         self.stats = RunStats.for_cache(cache)
         self._trace = trace
         self._page_bytes = page_bytes
         self._began = time.perf_counter()
-        self._marks: list[float] = []  # of this step
+        self._accounted = 0.0
+        self._last_ended = 0.0
 
     @property
     def seconds(self) -> float:
@@ -39,47 +48,50 @@ class RunRecord:
         self.stats.num_requests = len(groups)
         self.stats.num_prompt_tokens = sum(group.prompt_len for group in groups)
 
-    def begin_step(self) -> None:
-        self._marks = [self.seconds]
+    def resumed(self) -> None:
+        """The engine goes on, after the caller did something else."""
+        self._accounted = self.seconds
 
-    def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
-        self._mark()
+    def begin_step(self) -> StepTimes:
+        return StepTimes(self.seconds)
+
+    def planned(self, times: StepTimes, plan: StepPlan, scheduler: Scheduler) -> None:
+        times.planned = self.seconds
         if self._trace is not None:
             self._trace.planned(plan, scheduler)
         self.stats.record(plan, scheduler)
 
-    def packed(self) -> None:
-        self._mark()
-
-    def moved(self, swaps: list[Swap]) -> None:
-        self._mark()
+    def moved(self, times: StepTimes, swaps: list[Swap]) -> None:
+        times.moved = self.seconds
         for one in swaps:
             self.stats.add_swap(one, len(one.page_ids) * self._page_bytes)
 
-    def arrived(self) -> None:
-        self._mark()
-
-    def committed(self, plan: StepPlan, finished: list[SequenceGroup], scheduler: Scheduler) -> None:
+    def committed(
+        self, times: StepTimes, plan: StepPlan, finished: list[SequenceGroup], scheduler: Scheduler, is_followed: bool
+    ) -> None:
+        """The step is over; where it `is_followed`, the device went on with the next one."""
         if self._trace is not None:
             self._trace.committed(scheduler)
-        began, planned, packed, moved, arrived = self._marks
-        _note_times(plan, finished, planned, arrived)
+        self.stats.num_generated_tokens -= plan.num_trimmed
+        _note_times(plan, finished, times)
         ended = self.seconds
-        self.stats.add_seconds(planned - began, arrived - packed, ended - began)
-        self.stats.add_times(began, ended)
-        self.stats.add_preemption_seconds(plan, moved - packed, arrived - moved)
+        began = max(times.began, self._accounted)
+        busy_from, busy_until = max(times.packed, began), ended if is_followed else times.arrived
+        schedule = max(0.0, times.planned - began)
+        self.stats.add_seconds(schedule, max(0.0, busy_until - busy_from), ended - began)
+        self.stats.add_times(max(times.began, self._last_ended), ended)
+        swapped, launched = times.moved - times.packed, max(times.moved, self._last_ended)
+        self.stats.add_preemption_seconds(plan, swapped, max(0.0, times.arrived - launched))
+        self._accounted = self._last_ended = ended
 
-    def _mark(self) -> None:
-        self._marks.append(self.seconds)
 
-
-def _note_times(plan: StepPlan, finished: list[SequenceGroup], planned: float, done: float) -> None:
+def _note_times(plan: StepPlan, finished: list[SequenceGroup], times: StepTimes) -> None:
     if plan.is_prefill:
         for row in plan.rows:
             if row.group.first_scheduled_time < 0:
-                row.group.first_scheduled_time = planned
+                row.group.first_scheduled_time = times.planned
         for sample in plan.samples:
             if sample.group.first_token_time < 0:
-                sample.group.first_token_time = done
+                sample.group.first_token_time = times.arrived
     for group in finished:
-        group.finished_time = done
+        group.finished_time = times.arrived

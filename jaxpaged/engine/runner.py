@@ -1,7 +1,8 @@
 """Single steps on the device, and what they need there: the parameters, the page pool, the pages that are swapped out.
 
-A step is prepared (its arrays are made and packed), pages move, and it runs. What a step is for, which rows and which
-tokens, is the plan's; who may ask for one is the engine's business.
+A step is prepared (its arrays are made and packed), pages move, it is launched, and later its results are fetched. What
+a step is for, which rows and which tokens, is the plan's; who may ask for one is the engine's business. The device does
+one thing after the other, in the order of the launches: what a step writes, all that is launched behind it can read.
 """
 
 from __future__ import annotations
@@ -49,8 +50,16 @@ class PreparedStep(NamedTuple):
     copies_before: list[PageCopy]  # those that are not part of the step
 
 
+class LaunchedStep(NamedTuple):
+    """A step on its way, and what its columns mean."""
+
+    results: steps.StepResults
+    layout: Layout
+    features: SamplingFeatures
+
+
 class StepRunner:
-    """Runs one step at a time, and waits for it. State: the pool, which every step replaces, and the swapped pages."""
+    """Runs steps. State: the pool and the latest tokens, which every step replaces, and the swapped pages."""
 
     def __init__(
         self,
@@ -67,7 +76,7 @@ class StepRunner:
         self.limits = limits
         self.kernels = kernels
         self.device = device
-        self.pool: PagedCache = make_cache(model, cache, limits, device)
+        self.remake_pool()
         self.page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
         self.buckets = Buckets.for_limits(limits, cache)
         self.sharing = self._find_sharing() if limits.shares_prefixes else None
@@ -92,20 +101,26 @@ class StepRunner:
         """The step of arrays that were made elsewhere, without copies."""
         return PreparedStep(*pack(self._ready(batch, features)), features, [])
 
-    def run(self, step: PreparedStep) -> StepOutputs:
-        """Run the step and wait for what the host must learn of it."""
-        features = step.features
-        static = static_arguments(self.model, self.kernels, step.layout, features)
-        prompt_columns = None
-        if step.layout[0] is PrefillBatch:
-            columns, prompt_columns, self.pool = steps.prefill_step(self.params, self.pool, step.packed, **static)
-        else:
-            columns, self.pool = steps.decode_step(self.params, self.pool, step.packed, **static)
-        outputs = unpack_outputs(np.asarray(columns), features.wanted, num_merged_groups(step.layout))
-        if prompt_columns is None:
+    def launch(self, step: PreparedStep) -> LaunchedStep:
+        """Send the step, behind whatever is on its way already, and do not wait for it."""
+        static = static_arguments(self.model, self.kernels, step.layout, step.features)
+        send = steps.prefill_step if step.layout[0] is PrefillBatch else steps.decode_step
+        results, self.pool = send(self.params, self.pool, self._latest, step.packed, **static)
+        self._latest = results.latest
+        return LaunchedStep(results, step.layout, step.features)
+
+    @staticmethod
+    def fetch(launched: LaunchedStep) -> StepOutputs:
+        """Wait for what the host must learn of a step."""
+        results, layout, features = launched
+        outputs = unpack_outputs(np.asarray(results.columns), features.wanted, num_merged_groups(layout))
+        if results.prompt_columns is None:
             return outputs
-        prompt = unpack_logprobs(np.asarray(prompt_columns), features.num_prompt_logprobs)
+        prompt = unpack_logprobs(np.asarray(results.prompt_columns), features.num_prompt_logprobs)
         return outputs._replace(prompt_logprobs=prompt)
+
+    def run(self, step: PreparedStep) -> StepOutputs:
+        return self.fetch(self.launch(step))
 
     def _ready(self, batch: StepBatch, features: SamplingFeatures) -> StepBatch:
         """The batch, its ids checked, with the prefixes that it is to read once."""
@@ -139,11 +154,19 @@ class StepRunner:
 
     @property
     def has_lost_pool(self) -> bool:
-        """Whether a step that was interrupted had taken the pool by donation and never gave it back."""
-        return any(pool.is_deleted() for pool in self.pool.k)
+        """Whether a step that was interrupted had taken the pool by donation and never gave it back, or one that failed
+        left an error in its place. Waits for the last step that was launched."""
+        if any(pool.is_deleted() for pool in self.pool.k):
+            return True
+        try:
+            jax.block_until_ready(self._latest)
+        except jax.errors.JaxRuntimeError:
+            return True
+        return False
 
     def remake_pool(self) -> None:
-        self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
+        self.pool: PagedCache = make_cache(self.model, self.cache_config, self.limits, self.device)
+        self._latest = jax.device_put(np.zeros(self.limits.max_num_seqs, np.int32), self.device)
 
     def copy_pages(self, copies: list[PageCopy]) -> None:
         for part in make_copies(copies, self.buckets):
@@ -200,8 +223,8 @@ class StepRunner:
         packed, layout = pack(batch)
         static = static_arguments(self.model, self.kernels, layout, features)
         if layout[0] is PrefillBatch:
-            return [steps.prefill_step.lower(self.params, self.pool, packed, **static)]
-        return steps.lower_decode_step(self.params, self.pool, packed, self.device, **static)
+            return [steps.prefill_step.lower(self.params, self.pool, self._latest, packed, **static)]
+        return steps.lower_decode_step(self.params, self.pool, self._latest, packed, self.device, **static)
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

@@ -12,16 +12,19 @@ def fail(group: SequenceGroup, policy: Policy) -> None:
     """End a group whose `failure` is set: what is unfinished keeps its tokens, and gives all memory back."""
     group.record_pages()
     group.error = _message(group)
-    for sequence in reversed(group.unfinished):
-        policy.release(sequence.table)
-        sequence.status, sequence.finish_reason = SequenceStatus.FINISHED, "error"
+    for sequence in reversed(group.sequences):
+        if sequence.status is not SequenceStatus.FINISHED:
+            policy.release(sequence.table)
+            sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = sequence.finish_reason or "error"
     for state in group.running_beams:
         state.end()
 
 
 def _message(group: SequenceGroup) -> str:
     # Other samples may have got their token in the step in which one failed.
-    place = f"after {min((s.num_generated for s in group.unfinished), default=0)} generated tokens"
+    unfinished = [s for s in group.sequences if s.finish_reason is None]
+    place = f"after {min((len(s.output_ids) for s in unfinished), default=0)} generated tokens"
     if group.failure == NO_TOKEN:
         return f"no token is left to choose {place}: {restrictions(group)} made all of them impossible"
     if group.failure == BAD_LOGITS:

@@ -4,6 +4,12 @@
     outputs = ...                                  # the device computes
     finished = scheduler.commit(plan, outputs)     # learn
 
+While the device computes, the next step can be decided already, from what is known of this one without its tokens:
+
+    scheduler.foresee(plan)
+    following = scheduler.schedule(is_ahead=True)  # None where it must wait for the tokens
+    finished = scheduler.commit(plan, outputs)
+
 First come, first served: groups are admitted in order of arrival, the latest arrival is preempted first, and a
 preempted group goes back to the head of the queue. So the running groups are always those that arrived first. A
 preempted group gives up all its pages. Either they are kept in host memory (swap.py), and it goes on where it was once
@@ -11,7 +17,9 @@ they fit the pool again; or it is prefilled again, its sharing rebuilt (token_tr
 
 A prefix that all requests share is prefilled before the first is admitted, and never gives way (shared_prefix.py).
 
-`schedule` reads the lengths of sequences, never the values of their last tokens.
+`schedule` reads the lengths of sequences, never the values of their last tokens. So a sample that is seen to have
+ended, by a token or a text, may have a row in the step that is in flight: what that chooses is trimmed. Its pages are
+free at once all the same, since the device carries out one step after the other: whoever gets them writes later.
 """
 
 from __future__ import annotations
@@ -23,13 +31,13 @@ from collections import deque
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beams.beam_groups import advance_groups
 from jaxpaged.host.failure import fail
-from jaxpaged.host.pages.block_table import BlockTable, num_pages_for, num_pages_needed
+from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.shared_prefix import make_prefix
 from jaxpaged.host.pages.swap import Swap, SwapSpace
 from jaxpaged.host.pages.token_tree import Branch, build_branches
 from jaxpaged.host.prefill_queue import PrefillQueue
-from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
+from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.systems.policies import make_policy
@@ -52,6 +60,7 @@ class Scheduler:
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
+        self._copies: list[PageCopy] = []  # likewise
         self.is_short = False  # whether the head of the queue found no memory when the latest step was planned
         self._watermark = math.ceil(limits.watermark * cache.num_usable_pages)
 
@@ -99,22 +108,29 @@ class Scheduler:
         self.policy.expect(group.max_len - group.prompt_len)
         self.waiting.append(group)
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to do. Prefill goes first: it fills the batch for decoding."""
-        self._swaps, self.is_short = [], False
-        copies = self.policy.take_copies()  # before anything is admitted: nothing has taken their sources yet
+    def schedule(self, is_ahead: bool = False) -> StepPlan | None:
+        """The next step, or None when there is nothing to do. Prefill goes first: it fills the batch for decoding.
+
+        `is_ahead`: a step is in flight. None also where a group has to give way: it gives up tokens that are known.
+        """
+        self.is_short = False
+        self._copies += self.policy.take_copies()  # before anything is admitted: nothing has taken their sources yet
         while self._is_prefix_computed and self.waiting and self._try_admit(self.waiting[0]):
             self.waiting.popleft()
-        copies += self.policy.take_copies()  # of part-filled pages of the prefix, for those who were admitted
+        self._copies += self.policy.take_copies()  # of part-filled pages of the prefix, for those who were admitted
         if not self.has_work:
+            self._copies.clear()
             return None
         if self._prefill.has_work:
             plan = self._prefill.plan()
             self._batch = None  # samples may have forked
+        elif self.policy.is_cached:
+            plan = self._plan_decode(may_preempt=not is_ahead)
         else:
-            plan = self._plan_decode() if self.policy.is_cached else self._plan_recompute()
-        plan.swaps = self._swaps
-        plan.copies += copies
+            plan = self._plan_recompute()
+        if plan is not None:
+            plan.swaps, self._swaps = self._swaps, []
+            plan.copies, self._copies = plan.copies + self._copies, []
         return plan
 
     # Admission
@@ -171,7 +187,7 @@ class Scheduler:
 
     # Decode and preemption
 
-    def _plan_decode(self) -> StepPlan:
+    def _plan_decode(self, may_preempt: bool) -> StepPlan | None:
         plan = StepPlan(is_prefill=False)
         while True:
             samples = self._decoding()
@@ -180,6 +196,8 @@ class Scheduler:
                 plan.num_idle_rows = self.policy.num_idle_rows
                 break
             except OutOfPagesError:
+                if not may_preempt:
+                    return None
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
                 self._preempt(self.running.pop(), plan)
         plan.samples = samples
@@ -223,11 +241,32 @@ class Scheduler:
 
     # Learning from a step
 
+    def can_foresee(self, plan: StepPlan) -> bool:
+        """Whether the next step can be planned without the tokens of this one: not where beams choose theirs here, nor
+        where a step computes all tokens again."""
+        return self.policy.is_cached and not any(sample.group.beams for sample in plan.samples)
+
+    def foresee(self, plan: StepPlan) -> None:
+        """Take what is known of a step without its tokens: samples are longer by one, and end where that is all they
+        may be long. Their memory is free from here on; their last token comes by `commit`."""
+        plan.is_foreseen = True
+        ended = []
+        for row, (group, sequence, _) in enumerate(plan.samples):
+            if group.beams or sequence.status is SequenceStatus.FINISHED:
+                continue
+            sequence.num_pending, sequence.pending_row = 1, row
+            if len(sequence.token_ids) + 1 >= group.max_len:
+                self._end(group, sequence)
+                ended.append(group)
+        plan.leaving = self._leave(ended)
+
     def commit(self, plan: StepPlan, outputs: StepOutputs) -> list[SequenceGroup]:
         """Append the chosen tokens, end the samples that are done and free their pages; returns the finished groups.
 
         A group of which some sample has no token (step_io.py has the codes) ends as a whole.
         """
+        if not plan.is_foreseen:
+            self.foresee(plan)
         tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
         ended: list[SequenceGroup] = []
         failed: dict[SequenceGroup, int] = {}
@@ -236,6 +275,10 @@ class Scheduler:
             if group.beams:
                 searches.setdefault(group, i)
                 continue
+            if sequence.finish_reason is not None:  # it had ended, as the step before has told
+                plan.num_trimmed += 1
+                continue
+            sequence.num_pending = 0
             token_id, logprob = tokens[i], logprobs[i]
             if token_id < 0 or group.failure:
                 failed[group] = group.failure = group.failure or token_id
@@ -243,10 +286,8 @@ class Scheduler:
                 continue
             sequence.token_ids.append(token_id)
             sequence.cumulative_logprob += logprob
-            if apply_stop(group, sequence):
-                group.record_pages()
-                sequence.status = SequenceStatus.FINISHED
-                self.policy.release(sequence.table)
+            if apply_stop(group, sequence) and sequence.status is not SequenceStatus.FINISHED:
+                self._end(group, sequence)
                 ended.append(group)
         if searches:
             assert outputs.candidates is not None, "beams ran, but no candidates came"
@@ -256,14 +297,28 @@ class Scheduler:
             fail(group, self.policy)
             self._prefill.drop(group)  # samples that came back from a preemption
             ended.append(group)
-        for group in dict.fromkeys([*ended, *searches]):
+        for group in searches.keys() - ended:
             self.policy.settle(group)
-        if ended or (searches and is_changed):
+        if searches and is_changed:
             self._batch = None
-        finished = self.policy.leave([group for group in dict.fromkeys(ended) if not group.unfinished])
-        if finished:
+        return plan.leaving + self._leave([group for group in ended if group not in plan.leaving])
+
+    def _end(self, group: SequenceGroup, sequence: Sequence) -> None:
+        """A sample has all its tokens, or will have them with the step in flight; its memory is given back."""
+        group.record_pages()
+        sequence.status = SequenceStatus.FINISHED
+        self.policy.release(sequence.table)
+
+    def _leave(self, ended: list[SequenceGroup]) -> list[SequenceGroup]:
+        """Some sequence of each of these groups has ended; returns the groups that leave now, of them and of others."""
+        groups = list(dict.fromkeys(ended))
+        for group in groups:
+            self.policy.settle(group)
+            self._batch = None
+        left = self.policy.leave([group for group in groups if not group.unfinished])
+        if left:
             self.running = [group for group in self.running if group.unfinished]
-        return finished
+        return left
 
     def check_invariants(self) -> None:
         """Tables, memory and swap space agree. For tests, between steps."""

@@ -32,7 +32,7 @@ class Sequence:
     """One stream of tokens and the pages that hold its KV."""
 
     sample_index: int  # which sample of its request
-    token_ids: list[int]  # prompt, then output
+    token_ids: list[int]  # prompt, then output, as far as the host knows them
     prompt_len: int
     table: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0  # leading tokens whose KV is in the pages, or will be when the planned step has run
@@ -45,14 +45,17 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[Any] = field(default_factory=list)  # one entry a generated token, if the request wants them
     stream: TextStream | None = None
+    num_pending: int = 0  # 1 while the step in flight chooses a token of it, behind those that are known
+    pending_row: int = 0  # of that step's outputs
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Its length: the tokens that are known, and the one that is being chosen."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.prompt_len
+        return self.num_tokens - self.prompt_len
 
     @property
     def output_ids(self) -> list[int]:

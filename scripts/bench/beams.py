@@ -199,9 +199,11 @@ def choose_ms(llm: Any, case: Case, args: argparse.Namespace) -> float:
     import jax.numpy as jnp
 
     from jaxpaged.device.beam_candidates import beam_columns
+    from jaxpaged.host.step.features import SamplingFeatures
     from jaxpaged.step_io import SamplingInputs
 
-    rows, features = case.prompts * case.width, llm.engine.record.features
+    rows, vocab_size = case.prompts * case.width, llm.engine.model.vocab_size
+    features = SamplingFeatures.of([_group_of(case, args)] * case.prompts, vocab_size)
     beam_rows = None if features.merged_widths is None else np.arange(rows, dtype=np.int32).reshape(case)
     zeros = np.zeros(rows, np.int32)
     inputs = SamplingInputs(
@@ -212,7 +214,7 @@ def choose_ms(llm: Any, case: Case, args: argparse.Namespace) -> float:
     def choose(logits):
         return beam_columns(logits, jax.nn.log_softmax(logits), inputs, features.wanted)
 
-    logits = jax.random.normal(jax.random.key(0), (rows, llm.engine.model.vocab_size), jnp.float32)
+    logits = jax.random.normal(jax.random.key(0), (rows, vocab_size), jnp.float32)
     jax.block_until_ready(choose(logits))
     times = []
     for _ in range(5):
@@ -222,6 +224,18 @@ def choose_ms(llm: Any, case: Case, args: argparse.Namespace) -> float:
         jax.block_until_ready(columns)
         times.append((time.perf_counter() - began) / 10 * 1e3)
     return statistics.median(times)
+
+
+def _group_of(case: Case, args: argparse.Namespace) -> Any:
+    """A request of the case, for what it asks of a step."""
+    from jaxpaged import BeamSearchParams
+    from jaxpaged.host.beams.beam_state import BeamState
+    from jaxpaged.host.sequence import Sequence, SequenceGroup
+
+    params = BeamSearchParams(beam_width=case.width, max_tokens=args.max_tokens, ignore_eos=True)
+    group = SequenceGroup("0", None, params, 0, [Sequence(0, [0], 1)], 1 + args.max_tokens)
+    group.beams = BeamState.of(params, (), args.max_tokens)
+    return group
 
 
 # transformers

@@ -25,7 +25,7 @@ import numpy as np
 
 import jaxpaged
 from jaxpaged.checkpoint import open_checkpoint
-from jaxpaged.config import CacheConfig, ModelConfig
+from jaxpaged.config import CacheConfig, EngineOptions, ModelConfig
 from jaxpaged.config.choices import ATTENTIONS
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels, resolve_attention
@@ -59,6 +59,7 @@ class Setup(NamedTuple):
 class Step(NamedTuple):
     """A decode step that can be launched again and again."""
 
+    latest: jax.Array
     packed: jax.Array
     static: dict[str, Any]
     compiled: dict[str, float]  # what compiling it took and gave
@@ -191,7 +192,8 @@ def build_step(setup: Setup, shape: StepShape, cache: CacheConfig, args: argpars
         "aliased_bytes": memory.alias_size_in_bytes,
     }
     static = static_arguments(setup.model, setup.kernels, layout, features)
-    return Step(jax.device_put(packed, setup.device), static, compiled)
+    latest = np.zeros(max(EngineOptions.max_num_seqs, shape.num_rows), np.int32)  # as `lower_step` has it
+    return Step(*jax.device_put((latest, packed), setup.device), static, compiled)
 
 
 def decode_batch(shape: StepShape, args: argparse.Namespace) -> DecodeBatch:
@@ -221,12 +223,13 @@ def random_pool(setup: Setup, cache: CacheConfig) -> PagedCache:
 def run_steps(setup: Setup, step: Step, pool: PagedCache, count: int) -> tuple[float, float, PagedCache]:
     """Seconds a step until the host is free, seconds a step until all are done, and the pool."""
     jax.block_until_ready(pool)
-    columns = None
+    latest = step.latest
     began = time.perf_counter()
     for _ in range(count):
-        columns, pool = steps.decode_step(setup.params, pool, step.packed, **step.static)
+        results, pool = steps.decode_step(setup.params, pool, latest, step.packed, **step.static)
+        latest = results.latest
     launched = time.perf_counter() - began
-    jax.block_until_ready((columns, pool))
+    jax.block_until_ready((latest, pool))
     return launched / count, (time.perf_counter() - began) / count, pool
 
 

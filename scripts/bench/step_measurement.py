@@ -157,23 +157,22 @@ def time_decode(
         simulation.run(max_steps=stats.steps + 1)
         if stats.preemptions or not simulation.scheduler.has_work:
             raise ValueError(f"{requests} requests do not run together in {engine.cache_config.num_usable_pages} pages")
-    groups = simulation.scheduler.running
     is_greedy = num_samples == 1 and not beam_width
-    engine.begin_record(SamplingFeatures() if is_greedy else SamplingFeatures.of(groups, engine.model.vocab_size))
-    engine.scheduler = simulation.scheduler
+    groups = [] if is_greedy else simulation.scheduler.running
     walls, tokens, copied = [], [], 0
     device = 0.0
-    for step in range(WARM_UP_STEPS + args.steps):
-        if step == WARM_UP_STEPS:
-            device, copied = engine.stats.seconds["device"], engine.stats.page_copies
-        began = time.perf_counter()
-        engine.step()
-        walls.append(time.perf_counter() - began)
-        tokens.append(sum(table.num_slots for table in engine.scheduler.tables))
-    assert engine.stats.prefill_steps == 0 and engine.stats.preemptions == 0
-    device = (engine.stats.seconds["device"] - device) / args.steps
-    copied = (engine.stats.page_copies - copied) / args.steps
-    engine.reset()
+    with engine.step_by_hand(SamplingFeatures.of(groups, engine.model.vocab_size), simulation.scheduler) as loop:
+        stats = loop.record.stats
+        for step in range(WARM_UP_STEPS + args.steps):
+            if step == WARM_UP_STEPS:
+                device, copied = stats.seconds["device"], stats.page_copies
+            began = time.perf_counter()
+            loop.step()
+            walls.append(time.perf_counter() - began)
+            tokens.append(sum(table.num_slots for table in loop.scheduler.tables))
+    assert stats.prefill_steps == 0 and stats.preemptions == 0
+    device = (stats.seconds["device"] - device) / args.steps
+    copied = (stats.page_copies - copied) / args.steps
     kind = "beams" if beam_width else "samples" if num_samples > 1 else "greedy"
     seconds = statistics.median(walls[WARM_UP_STEPS:]) - copy_seconds(m, copied)
     rows = fit(requests * max(num_samples, beam_width, 1), engine.runner.buckets.decode_rows)
@@ -213,19 +212,19 @@ def time_prefill(m: Measurement, num_tokens: int, longest: int) -> None:
     count = -(-num_tokens // min(longest, engine.limits.max_model_len - 2))
     lens = [len(part) for part in np.array_split(np.zeros(num_tokens), count)]
     prompts = [rng.integers(0, engine.model.vocab_size, length).tolist() for length in lens]
-    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     walls, device = [], 0.0
     for repeat in range(WARM_UP_STEPS + args.steps):
-        engine.begin_record(SamplingFeatures())
-        for i, prompt in enumerate(prompts):
-            one = Sequence(0, list(prompt), len(prompt))
-            engine.scheduler.add(SequenceGroup(str(i), None, params, 0, [one], len(prompt) + 2))
-        began = time.perf_counter()
-        engine.step()
-        walls.append(time.perf_counter() - began)
-        assert engine.stats.batch_tokens.tolist() == [num_tokens], "the prompts were not computed in one step"
-        device += engine.stats.seconds["device"] if repeat >= WARM_UP_STEPS else 0.0
-        engine.reset()
+        with engine.step_by_hand(SamplingFeatures()) as loop:
+            for i, prompt in enumerate(prompts):
+                one = Sequence(0, list(prompt), len(prompt))
+                loop.scheduler.add(SequenceGroup(str(i), None, params, 0, [one], len(prompt) + 1))
+            began = time.perf_counter()
+            loop.step()
+            walls.append(time.perf_counter() - began)
+        stats = loop.record.stats
+        assert stats.batch_tokens.tolist() == [num_tokens], "the prompts were not computed in one step"
+        device += stats.seconds["device"] if repeat >= WARM_UP_STEPS else 0.0
     name = name_of(engine.limits.kv_cache, engine.cache_config.page_size)
     seconds = statistics.median(walls[WARM_UP_STEPS:])
     m.add_point(name, "prefill", len(prompts), num_tokens, seconds, device / args.steps)
@@ -234,7 +233,6 @@ def time_prefill(m: Measurement, num_tokens: int, longest: int) -> None:
 def run_requests(m: Measurement, system: str) -> None:
     """Requests at once, on the engine as users run it."""
     engine, args = m.engine, m.args
-    engine.reset()  # with a scheduler of this system
     count = max(2, round(RUNS[system] * args.run_share))
     workload = make_workload(args.workload, count, seed=1, max_len=engine.limits.max_model_len)
     result = measure(m.llm, make_requests(workload, engine.model.vocab_size, seed=1), system, None)

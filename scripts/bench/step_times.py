@@ -3,8 +3,8 @@
     python scripts/bench/step_times.py scripts/shapes/opt-13b -o scripts/step_times/opt-13b-h100.json     # on a GPU
     python scripts/bench/step_times.py checkpoints/tiny-python -o times.json --decode-rows 1 8 32 --num-pages 400
 
-Weights, keys and values are random, only config.json is read. Every time is the wall time of `Engine.step`, the host's
-part included: decide, pack, send, compute, fetch, learn. A decode step is measured in the middle of a simulated run
+Weights, keys and values are random, only config.json is read. Every time is the wall time of a step of the engine's
+loop (engine/step_loop.py), which decides, packs and sends the next one meanwhile. A decode step is measured in the middle of a simulated run
 (simulate.py), whose scheduler the engine takes over, at several numbers of rows and of tokens that these read; medians
 of `--steps`. Prefill steps likewise, over numbers of new tokens.
 
@@ -140,7 +140,6 @@ def measure_runs(m: Measurement) -> None:
         engine.limits = dataclasses.replace(engine.limits, kv_cache=system)
         run_requests(m, system)
     engine.cache_config, engine.limits = before
-    engine.reset()
 
 
 def measure_dense(m: Measurement) -> None:

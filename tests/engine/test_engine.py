@@ -9,6 +9,7 @@ from scripted_device import most_pages_of
 from toy import TOY, make_group, random_prompts, run_tokens, toy_engine
 
 from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.host.step.features import SamplingFeatures
 
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=18),
@@ -143,7 +144,7 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_the_engine_usable(large, ex
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(large.runner, "run", take_the_pool_and_stop)
+        patch.setattr(large.runner, "launch", take_the_pool_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run_tokens(large, mixed_requests())
     assert run_tokens(large, mixed_requests()) == expected
@@ -152,11 +153,12 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_the_engine_usable(large, ex
 def test_a_page_outside_the_pool_never_reaches_the_device():
     engine = toy_engine(num_pages=20)
     group = make_group([5, 6, 7, 8, 9, 10], SamplingParams(temperature=0, max_tokens=5))
-    engine.scheduler.add(group)
-    engine.step()
-    group.sequences[0].table.pages[0] = 20
-    with pytest.raises(RuntimeError, match="block_tables: row 0, entry 0 is 20, but the pool has 20 pages of 4 tokens"):
-        engine.step()
+    with engine.step_by_hand(SamplingFeatures()) as loop:
+        loop.scheduler.add(group)
+        loop.step()
+        group.sequences[0].table.pages[0] = 20
+        with pytest.raises(RuntimeError, match="block_tables: row 0, entry 0 is 20, but the pool has 20 pages of 4 to"):
+            loop.step()
     assert not any(pool.is_deleted() for pool in engine.runner.pool.k)
 
 

@@ -78,8 +78,7 @@ def calls_of(llm):
         "record_trace": llm.record_trace,
         "Engine.run": lambda: next(engine.run(groups)),
         "Engine.run_steps": lambda: next(engine.run_steps(groups)),
-        "Engine.step": engine.step,
-        "Engine.reset": engine.reset,
+        "Engine.step_by_hand": lambda: engine.step_by_hand(SamplingFeatures()).__enter__(),
         "Engine.lend_pool": lambda: engine.lend_pool().__enter__(),
         "Engine.lower_steps": lambda: engine.lower_steps(shape, SamplingFeatures()),
         "Engine.warm_up": lambda: engine.warm_up(groups),
@@ -300,7 +299,7 @@ def test_a_forked_process_is_told_that_jax_cannot_work_there(directory):
         if (child := os.fork()) == 0:
             signal.alarm(60)
             for call in (lambda: llm.generate([5]), llm.tree, llm.warm_up, lambda: llm.rebuild(num_pages=20),
-                         lambda: tree.append(node, 7), lambda: llm.engine.step()):
+                         lambda: tree.append(node, 7), lambda: next(llm.engine.run([]))):
                 try:
                     call()
                 except RuntimeError as error:

@@ -102,20 +102,20 @@ def test_beams_samples_and_greedy_requests_in_a_tight_pool_end_as_in_an_endless_
 def test_a_step_copies_a_shared_last_page_once_for_each_writer_but_one():
     engine = toy_engine(num_pages=300, page_size=4)
     group = beam_group([1, 2, 3, 4, 5], BeamSearchParams(beam_width=5, max_tokens=12), ())
-    engine.scheduler.add(group)
-    engine.begin_record(SamplingFeatures.of([group], TOY.vocab_size))
     expected = 0
-    while engine.scheduler.has_work:
-        before = [(s.table.pages[-1], s.table.num_slots % 4) for s in group.sequences if s.table.pages]
-        writers: dict[int, int] = {}
-        for page, filled in before:
-            if filled and group.is_forked:
-                writers[page] = writers.get(page, 0) + 1
-        expected += sum(count - 1 for count in writers.values())
-        engine.step()
-        assert group.pages.copied == expected
-        held = set().union(*(sequence.table.pages for sequence in group.sequences))
-        assert group.pages.physical == len(held) == engine.scheduler.allocator.num_used
+    with engine.step_by_hand(SamplingFeatures.of([group], TOY.vocab_size)) as loop:
+        loop.scheduler.add(group)
+        while loop.has_work:
+            before = [(s.table.pages[-1], s.table.num_slots % 4) for s in group.sequences if s.table.pages]
+            writers: dict[int, int] = {}
+            for page, filled in before:
+                if filled and group.is_forked:
+                    writers[page] = writers.get(page, 0) + 1
+            expected += sum(count - 1 for count in writers.values())
+            loop.step()
+            assert group.pages.copied == expected
+            held = set().union(*(sequence.table.pages for sequence in group.sequences))
+            assert group.pages.physical == len(held) == loop.scheduler.allocator.num_used
     assert expected > 0
 
 

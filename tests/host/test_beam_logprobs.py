@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from beam_reference import beam_search
 from helpers import logprobs_after, reference_model
-from toy import save_toy_checkpoint
+from toy import TOY, beam_group, make_group, save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
+from jaxpaged.host.step.features import SamplingFeatures
 
 PROMPT = [40, 41, 42, 40, 43]
 
@@ -86,8 +87,9 @@ def test_groups_that_the_device_merges_find_what_the_reference_finds(llm, others
     widths = [16, 20, 9]
     params = [BeamSearchParams(beam_width=width, max_tokens=5, ignore_eos=True) for width in widths]
     outputs = llm.generate([PROMPT] * (3 + len(others)), [*params, *others])
-    assert llm.engine.record.features.merged_widths == (8, 32)
-    assert llm.engine.record.features.draws_tokens == bool(others)
+    asked = [make_group([1], p) if isinstance(p, SamplingParams) else beam_group([1], p, ()) for p in params + others]
+    features = SamplingFeatures.of(asked, TOY.vocab_size)
+    assert features.merged_widths == (8, 32) and features.draws_tokens == bool(others)
     for width, output in zip(widths, outputs, strict=False):
         expected = beam_search(reference_model, PROMPT, width, 5, set())
         assert [beam.token_ids for beam in output.outputs] == [tokens[len(PROMPT) :] for tokens, _, _ in expected]

@@ -54,10 +54,10 @@ def decode(config, cache, tables, page_size, prompts) -> list[list[int]]:
             np.vstack([tables, np.zeros_like(tables[:1])]), np.array([*lens, 0], np.int32),
         )  # fmt: skip
         packed, layout = pack(DecodeBatch(inputs, greedy(len(prompts) + 1)))
-        columns, cache = step(toy_params(config), cache, packed, layout=layout)
+        results, cache = step(toy_params(config), cache, np.zeros(8, np.int32), packed, layout=layout)
         for i, prompt in enumerate(prompts):
             if live[i] and position >= len(prompt) - 1:
-                outputs[i].append(int(columns[i, 0]))
+                outputs[i].append(int(results.columns[i, 0]))
     return outputs
 
 
@@ -111,5 +111,7 @@ def test_one_prefill_computes_what_many_decode_steps_do():
     )  # fmt: skip
     packed, layout = pack(PrefillBatch(inputs, greedy(4)))
     cache: PagedCache = poisoned(make_paged_cache(TOY, CacheConfig(4, 30, "float32")), tables)
-    columns, _, _ = prefill_step(toy_params(), cache, packed, config=TOY, kernels=REFERENCE, layout=layout)
-    assert np.asarray(columns)[:3, 0].tolist() == [recompute(TOY, prompt)[0] for prompt in prompts]
+    results, _ = prefill_step(
+        toy_params(), cache, np.zeros(8, np.int32), packed, config=TOY, kernels=REFERENCE, layout=layout
+    )
+    assert np.asarray(results.columns)[:3, 0].tolist() == [recompute(TOY, prompt)[0] for prompt in prompts]

@@ -42,7 +42,7 @@ class RunStats:
     swap_overflows: int = 0  # preemptions that would have swapped, but swap space was full
     page_copies: int = 0
     compilations: int = 0  # programs compiled during the run
-    #: "schedule": deciding; "device": until the step's results are on the host; "host": the rest; "total": their sum.
+    #: "device": some step is on its way or runs; else "schedule": deciding, or "host": the rest; "total": their sum.
     #: Parts of "device" are "swap" and "recompute": the share that recomputed tokens have in the steps they are in.
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("schedule", "device", "host", "total", "swap", "recompute"), 0.0)

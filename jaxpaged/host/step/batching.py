@@ -18,7 +18,7 @@ from jaxpaged.host.pages.block_table import PageCopy, num_pages_for
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.sampling_batch import make_beam_rows, make_sampling_inputs
 from jaxpaged.host.step.step_plan import PlanRow, StepPlan
-from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, StepBatch
+from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, StepBatch, of_row
 
 
 class StepShape(NamedTuple):
@@ -130,12 +130,18 @@ def _decode_inputs(rows: list[PlanRow], tables: np.ndarray, page_size: int) -> D
     positions = np.array([row.start for row in rows], np.int32)
     slots = tables[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
     return DecodeInputs(
-        tokens=_padded([row.sequence.token_ids[row.start] for row in rows], num_rows),
+        tokens=_padded([_token_or_row(row) for row in rows], num_rows),
         positions=_padded(positions, num_rows),
         slot_mapping=_padded(slots, num_rows, NULL_PAGE * page_size),
         block_tables=tables,
         context_lens=_padded(positions + 1, num_rows),
     )
+
+
+def _token_or_row(row: PlanRow) -> int:
+    """The token that the row computes; where the step in flight is to choose it, the row of that step's outputs."""
+    sequence = row.sequence
+    return sequence.token_ids[row.start] if row.start < len(sequence.token_ids) else of_row(sequence.pending_row)
 
 
 def _prefill_inputs(

@@ -38,6 +38,7 @@ class SamplingFeatures:
     is_filtered: bool = False  # ... and top_p, top_k or min_p
     is_penalised: bool = False
     max_edits: int = 0  # logits of one row that bias, banned words or min_tokens may change
+    has_banned_phrases: bool = False  # some request's bad_words have several tokens, the last of which is banned
     max_allowed: int = 0  # tokens in the longest allowed_token_ids
     processors: tuple[LogitsProcessor, ...] = ()
     num_logprobs: int | None = None  # likeliest tokens to return; None: not even the chosen one's rank
@@ -60,6 +61,7 @@ class SamplingFeatures:
             is_filtered=any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in drawn),
             is_penalised=any(penalties(p) != (1, 0, 0) for p in params),
             max_edits=_power_of_two(max(map(_most_edits, groups), default=0)),
+            has_banned_phrases=any(len(word) > 1 for group in groups for word in group.banned_words),
             max_allowed=_power_of_two(max((len(p.allowed_token_ids or ()) for p in params), default=0)),
             processors=_all_processors(params),
             num_logprobs=_logprob_size([p.logprobs for p in params], vocab_size),
@@ -80,6 +82,11 @@ class SamplingFeatures:
     @property
     def needs_history(self) -> bool:
         return self.is_penalised or bool(self.processors)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the arrays of a step tell which tokens the step before it chose."""
+        return self.needs_history or self.has_banned_phrases
 
 
 def processor_places(processors: Sequence[LogitsProcessor], params: RequestParams) -> list[int]:

@@ -12,7 +12,9 @@ from jaxpaged.step_io import BAD_LOGITS, StepOutputs, TokenLogprobs
 def collect_logprobs(plan: StepPlan, outputs: StepOutputs) -> None:
     """To be called before `Scheduler.commit` of the same plan."""
     for i, (group, sequence, _) in enumerate(plan.samples):
-        if group.params.logprobs is not None and not group.beams and (token_id := int(outputs.tokens[i])) >= 0:
+        if group.params.logprobs is None or group.beams or sequence.finish_reason is not None:
+            continue
+        if (token_id := int(outputs.tokens[i])) >= 0:
             sequence.logprobs.append(_entry(outputs.token_logprobs, i, token_id, group.params.logprobs))
     if outputs.prompt_logprobs is not None:
         _collect_prompt_logprobs(plan, outputs.prompt_logprobs)
@@ -22,7 +24,7 @@ def _collect_prompt_logprobs(plan: StepPlan, logprobs: TokenLogprobs) -> None:
     offset = 0
     for row in plan.rows:
         wanted, known = row.group.params.prompt_logprobs, row.group.prompt_logprobs
-        if wanted is not None:
+        if wanted is not None and row.sequence.finish_reason is None:
             # The logits behind position p speak of the token at p + 1; what a preemption repeats is filed once.
             for position in range(max(row.start, len(known)), min(row.start + row.count, row.group.prompt_len - 1)):
                 token_id = row.sequence.token_ids[position + 1]

@@ -27,7 +27,7 @@ def make_sampling_inputs(
     inputs = SamplingInputs(
         seeds=_rows([_seed_words(s.group.seed) for s in seeded], (num_rows, 2), np.uint32).view(np.int32),
         sample_indices=_rows([s.sequence.sample_index for s in seeded], (num_rows,), np.int32),
-        positions=_rows([len(s.sequence.token_ids) for s in seeded], (num_rows,), np.int32),
+        positions=_rows([s.sequence.num_tokens for s in seeded], (num_rows,), np.int32),
     )
     if features.num_candidates and features.draws_tokens:
         inputs = inputs._replace(is_beam=_rows([bool(s.group.beams) for s in samples], (num_rows,), np.int32))

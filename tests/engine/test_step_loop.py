@@ -1,0 +1,174 @@
+"""The next step is on its way while the host learns what the last one chose: when, and that it changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+from toy import beam_group, make_group, random_prompts, run_tokens, toy_engine
+
+from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.host.account.trace import TraceRecorder
+
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=18, stop_token_ids=[*range(40)], logprobs=2),
+    SamplingParams(n=3, top_p=0.9, top_k=20, max_tokens=20, stop_token_ids=[*range(8)], logprobs=2),
+    SamplingParams(temperature=0.8, max_tokens=9, prompt_logprobs=1),
+    SamplingParams(n=2, min_p=0.05, max_tokens=15, min_tokens=4, stop_token_ids=[*range(60)]),
+    SamplingParams(temperature=0, max_tokens=1),
+]
+
+
+def mixed_requests(count=15):
+    return [make_group(prompt, PARAMS[i % 5], str(i), seed=i) for i, prompt in enumerate(random_prompts(count))]
+
+
+def waiting_engine(**sizes):
+    """One that learns what each step chose before it plans the next."""
+    engine = toy_engine(**sizes)
+    engine.limits = dataclasses.replace(engine.limits, async_scheduling=False)
+    return engine
+
+
+def results_of(engine, groups):
+    """Everything that a request gets, by its name."""
+    results = {}
+    for group in engine.run(groups):
+        samples = [
+            (one.output_ids, one.finish_reason, one.stop_reason, approximate([{0: (one.cumulative_logprob, 0)}]),
+             approximate(one.logprobs))
+            for one in group.sequences
+        ]  # fmt: skip
+        results[group.request_id] = samples, approximate(group.prompt_logprobs)
+        engine.scheduler.check_invariants()
+    return results
+
+
+def approximate(entries):
+    """Which tokens they speak of, and log-probabilities up to the order in which a batch adds."""
+    return [
+        {token: (pytest.approx(logprob, abs=1e-4), rank) for token, (logprob, rank) in one.items()} for one in entries
+    ]
+
+
+def events_of(engine, groups):
+    """In which order steps are launched and fetched: L and F."""
+    events = []
+    runner, launch, fetch = engine.runner, engine.runner.launch, engine.runner.fetch
+    runner.launch = lambda step: (events.append("L"), launch(step))[1]
+    runner.fetch = lambda launched: (events.append("F"), fetch(launched))[1]
+    try:
+        list(engine.run(groups))
+    finally:
+        del runner.launch, runner.fetch
+    return "".join(events)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return toy_engine(num_pages=400, max_num_seqs=32)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return results_of(waiting_engine(num_pages=400, max_num_seqs=32), mixed_requests())
+
+
+def test_a_step_is_launched_before_the_last_one_is_fetched(engine):
+    groups = [make_group([5, 6, 7], SamplingParams(temperature=0, max_tokens=4))]
+    assert events_of(engine, groups) == "LLFLFLFF"
+
+
+def test_without_async_scheduling_every_step_is_fetched_first():
+    groups = [make_group([5, 6, 7], SamplingParams(temperature=0, max_tokens=4))]
+    assert events_of(waiting_engine(), groups) == "LFLFLFLF"
+
+
+def test_what_a_request_gets_is_the_same(engine, expected):
+    assert results_of(engine, mixed_requests()) == expected
+    assert engine.stats.num_generated_tokens == sum(
+        len(sample[0]) for samples, _ in expected.values() for sample in samples
+    )
+
+
+def test_and_in_a_tight_pool_with_few_rows(expected):
+    engine = toy_engine(num_pages=30, max_num_seqs=5, max_num_batched_tokens=16)
+    assert results_of(engine, mixed_requests()) == expected
+    assert engine.stats.preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, max_tokens=4, repetition_penalty=1.5),
+        SamplingParams(temperature=0, max_tokens=4, logits_processors=[lambda ids, count, logits: logits]),
+    ],
+)
+def test_where_a_step_needs_the_last_token_it_waits(params):
+    assert events_of(toy_engine(), [make_group([5, 6, 7], params)]) == "LFLFLFLF"
+
+
+def test_beams_wait_for_the_host_which_chooses_them(engine):
+    search = beam_group([5, 6, 7], BeamSearchParams(beam_width=2, max_tokens=4), ())
+    assert events_of(engine, [search]) == "LFLFLFLF"
+
+
+def test_while_a_trace_is_recorded_nothing_overlaps(engine):
+    engine.recorder = TraceRecorder(engine.cache_config)
+    groups = [make_group([5, 6, 7], SamplingParams(temperature=0, max_tokens=4))]
+    assert events_of(engine, groups) == "LFLFLFLF"
+
+
+def test_a_run_that_is_left_with_a_step_in_flight_leaves_all_pages_free(engine, expected):
+    for leave_after in range(1, 6):
+        run = engine.run_steps(mixed_requests())
+        for _ in range(leave_after):
+            next(run)
+        run.close()
+        assert engine.scheduler.allocator.num_used == 0
+    assert results_of(engine, mixed_requests()) == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, jax.errors.JaxRuntimeError])
+@pytest.mark.parametrize("method", ["launch", "fetch", "prepare"])
+def test_an_exception_with_a_step_in_flight_leaves_the_engine_usable(engine, expected, monkeypatch, method, error):
+    calls = []
+    real = getattr(engine.runner, method)
+
+    def fail_in_the_fourth(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error("interrupted")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, method, fail_in_the_fourth)
+        with pytest.raises(error):
+            run_tokens(engine, mixed_requests())
+    assert engine.scheduler.allocator.num_used == 0
+    assert results_of(engine, mixed_requests()) == expected
+
+
+def test_a_step_that_failed_on_the_device_costs_the_pool_and_no_more(engine, expected):
+    """What it leaves in the place of its results raises its error whenever it is read."""
+
+    class Failed:
+        def block_until_ready(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: the step failed")
+
+    pool = engine.runner.pool
+    engine.runner._latest = Failed()
+    assert results_of(engine, mixed_requests()) == expected
+    assert engine.runner.pool is not pool
+
+
+def test_times_of_overlapping_steps_do_not_overlap_and_add_up(engine):
+    list(engine.run(mixed_requests()))
+    stats = engine.stats
+    begins, ends = stats.step_times
+    assert (begins[1:] >= ends[:-1]).all() and (ends > begins).all()
+    parts = stats.seconds
+    assert parts["schedule"] + parts["device"] + parts["host"] == pytest.approx(parts["total"])
+    assert min(parts.values()) >= 0
