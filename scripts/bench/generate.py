@@ -1,10 +1,18 @@
-"""Tokens per second of a checkpoint on this device, over random prompts.
+"""Tokens per second over whole workloads, beside each peer that is installed, and where the time goes.
 
-    python scripts/bench/generate.py checkpoints/tiny-python [--prompts 256] [--prompt-len 32] [--max-tokens 128] ...
-    python scripts/bench/generate.py scripts/shapes/llama-3.1-8b --load-format dummy --max-model-len 1024
+    python scripts/bench/generate.py scripts/shapes/llama-3.1-8b [--workloads chat384 256x128+512] [--peers vllm]
+    python scripts/bench/generate.py checkpoints/tiny-python --load-format auto --dtype float32 --workloads 64x32+64
 
-The workload runs once to compile and `--repeats` times for the clock; end-of-sequence is ignored, so every run
-generates the same number of tokens. Prints a table, and the same as JSON on the last line.
+Workloads are named by their lengths (generation_workloads.py). Each is run once to compile and `--repeats` times for
+the clock; the run of the median time is shown. Peers run in processes of their own (generation_peers.py), before ours
+takes the device's memory. Columns:
+
+device     share of the time in which a step was launched or ran; the rest is exposed host
+floor      share of the time that the device would need at its simplest jobs: a decode step reads all weights and the
+           keys and values of its rows at the rate of a copy, a prompt's token costs two operations a weight at the rate
+           of a large matrix product
+
+Prints a table, and the same as JSON on the last line.
 """
 
 from __future__ import annotations
@@ -13,75 +21,121 @@ import argparse
 import json
 import statistics
 import sys
+import time
+from typing import Any
 
 import jax
-import numpy as np
+from device_timing import Card, measure_card
+from generation_peers import PEERS, add_shared_flags, installed_peers, run_peer
+from generation_workloads import GenerationWorkload, make_workload
 
 import jaxpaged
 from jaxpaged import LLM, SamplingParams
+from jaxpaged.engine.preemption import flops_per_token
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    peers = {name: run_peer(name, args) for name in args.peers}
+    card = measure_card(args.repeats)
+    began = time.perf_counter()
     llm = LLM(
-        args.model,
-        load_format=args.load_format,
-        dtype=args.dtype,
-        max_num_seqs=args.max_num_seqs,
-        num_pages=args.num_pages,
-        max_model_len=args.max_model_len,
-        page_size=args.page_size,
-        attention=args.attention,
-    )
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, llm.engine.model.vocab_size, (args.prompts, args.prompt_len)).tolist()
-    params = SamplingParams(
-        n=args.n, temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=True, seed=0, detokenize=False
-    )
-    runs = []
-    for repeat in range(1 + args.repeats):
-        llm.generate(prompts, params, progress=False)
-        run = llm.last_run
-        if repeat:
-            runs.append({"tokens_per_second": round(run.tokens_per_second, 1), **run.seconds, "steps": run.steps})
-    medians = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
-    for name, value in medians.items():
-        print(f"{name:>18} {value:12,.3f}")
-    print(
-        json.dumps(
-            {
-                **vars(args),
-                "attention": llm.engine.kernels.name,
-                "medians": medians,
-                "peak_pages": int(llm.last_run.pages_used.max()),
-                "compilations_in_the_last_run": llm.last_run.compilations,
-                "device": jax.devices()[0].device_kind,
-                "jax": jax.__version__,
-                "jaxpaged": jaxpaged.__version__,
-            },
-            allow_nan=False,
-        )
-    )
+        args.model, load_format=args.load_format, dtype=args.dtype, max_num_seqs=args.max_num_seqs,
+        num_pages=args.num_pages, max_model_len=args.max_model_len, page_size=args.page_size,
+        attention=args.attention, memory_utilization=args.memory_utilization,
+        async_scheduling=not args.no_async_scheduling,
+    )  # fmt: skip
+    load_seconds = round(time.perf_counter() - began, 1)
+    print(f"{args.model} on {card.device}: copy {card.copy_gb_per_s:,.0f} GB/s, matrix products "
+          f"{card.matmul_tflop_per_s:,.0f} TFLOP/s; loaded in {load_seconds} s, "
+          f"{llm.engine.cache_config.num_usable_tokens:,} tokens of KV")  # fmt: skip
+    print(f"{'workload':>18} {'tokens/s':>10} {'first s':>8} {'s':>8} {'steps':>7} {'device':>7} {'floor':>6}"
+          + "".join(f"{name:>14} {'ratio':>6}" for name in args.peers))  # fmt: skip
+    results = []
+    for name in args.workloads:
+        workload = make_workload(name, llm.engine.model.vocab_size, args.seed, args.max_model_len)
+        result = measure(llm, workload, card, args.repeats)
+        row = (f"{name:>18} {result['tokens_per_second']:10,.0f} {result['first_seconds']:8.1f} "
+               f"{result['seconds']:8.3f} {result['steps']:7} {result['device_share']:7.1%} {result['floor_share']:6.1%}")  # fmt: skip
+        for peer in args.peers:
+            if (theirs := peers[peer].get(name)) is not None:
+                result[peer] = theirs
+                ratio = result[f"over_{peer}"] = round(result["tokens_per_second"] / theirs["tokens_per_second"], 3)
+                row += f"{theirs['tokens_per_second']:14,.0f} {ratio:6.2f}"
+        print(row, flush=True)
+        results.append(result)
+    left_out = {name: found["left_out"] for name, found in peers.items() if "left_out" in found}
+    facts = {
+        **vars(args), "attention": llm.engine.kernels.name, "load_seconds": load_seconds, "card": card._asdict(),
+        "kv_tokens": llm.engine.cache_config.num_usable_tokens, "left_out": left_out, "jax": jax.__version__,
+        "jaxpaged": jaxpaged.__version__,
+    }  # fmt: skip
+    print(json.dumps({**facts, "results": results}, allow_nan=False))
     return 0
+
+
+def measure(llm: LLM, workload: GenerationWorkload, card: Card, repeats: int) -> dict[str, Any]:
+    params = [
+        SamplingParams(n=workload.num_samples, max_tokens=new, ignore_eos=True, detokenize=False)
+        for new in workload.output_lens
+    ]
+    runs: list[tuple[float, Any]] = []
+    for _ in range(1 + repeats):
+        began = time.perf_counter()
+        llm.generate(workload.prompts, params, progress=False)
+        runs.append((time.perf_counter() - began, llm.last_run))
+    first, *others = runs
+    median = statistics.median_low([seconds for seconds, _ in others])
+    stats = next(stats for seconds, stats in others if seconds == median)
+    return {
+        "workload": workload.name,
+        "tokens_per_second": round(workload.num_generated / median, 1),
+        "first_seconds": round(first[0], 2),
+        "seconds": round(median, 4),
+        "all_seconds": [round(seconds, 4) for seconds, _ in others],
+        "steps": stats.steps,
+        "prefill_steps": stats.prefill_steps,
+        "preemptions": stats.preemptions,
+        "compilations_first": first[1].compilations,
+        "compilations": stats.compilations,
+        "device_share": round(stats.seconds["device"] / median, 4),
+        "split": {name: round(value, 4) for name, value in stats.seconds.items()},
+        "floor_share": round(floor_seconds(llm, workload, stats.steps - stats.prefill_steps, card) / median, 4),
+    }
+
+
+def floor_seconds(llm: LLM, workload: GenerationWorkload, num_decode_steps: int, card: Card) -> float:
+    """What the device needs at least for these tokens in so many decode steps."""
+    engine = llm.engine
+    weights = flops_per_token(engine.model) / 2  # of the layers' matrices
+    itemsize = jax.numpy.dtype(engine.cache_config.dtype).itemsize
+    head = engine.model.vocab_size * engine.model.embedding_dim
+    token_bytes = engine.model.kv_bytes_per_token(itemsize)
+    tokens_read = sum(
+        workload.num_samples * (len(prompt) * new + new * (new + 1) // 2)
+        for prompt, new in zip(workload.prompts, workload.output_lens, strict=True)
+    )
+    num_bytes = num_decode_steps * (weights + head) * itemsize + tokens_read * token_bytes
+    num_flops = 2 * weights * sum(map(len, workload.prompts))
+    return num_bytes / (card.copy_gb_per_s * 1e9) + num_flops / (card.matmul_tflop_per_s * 1e12)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--prompt-len", type=int, default=32)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--n", type=int, default=1, help="samples a prompt")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max-num-seqs", type=int, default=256)
+    add_shared_flags(parser)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="(default: those that are installed, on a GPU)")
+    parser.add_argument("--peer-timeout", type=int, default=900, help="seconds")
     parser.add_argument("--num-pages", type=int, default=None)
-    parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--attention", default="auto")
-    return parser.parse_args(argv)
+    parser.add_argument("--no-async-scheduling", action="store_true", help="wait for every step")
+    args = parser.parse_args(argv)
+    if args.peers is None:
+        import importlib.util
+
+        has_gpu = importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin")
+        args.peers = installed_peers() if has_gpu else []
+    return args
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python scripts/bench/step_times.py checkpoints/tiny-python -o times.json --decode-rows 1 8 32 --num-pages 400
 
 Weights, keys and values are random, only config.json is read. Every time is the wall time of a step of the engine's
-loop (engine/step_loop.py), which decides, packs and sends the next one meanwhile. A decode step is measured in the middle of a simulated run
-(simulate.py), whose scheduler the engine takes over, at several numbers of rows and of tokens that these read; medians
-of `--steps`. Prefill steps likewise, over numbers of new tokens.
+loop (engine/step_loop.py), which decides, packs and sends the next one meanwhile. A decode step is measured in the
+middle of a simulated run (simulate.py), whose scheduler the engine takes over, at several numbers of rows and of tokens
+that these read; medians of `--steps`. Prefill steps likewise, over numbers of new tokens.
 
 paged        decode and prefill, pages of 16 tokens; what is reserved in one piece is read in the same way
 moves        pages that are copied, and swapped out and back

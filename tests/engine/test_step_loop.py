@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import pytest
+from scripted_device import most_pages_of
 from toy import beam_group, make_group, random_prompts, run_tokens, toy_engine
 
 from jaxpaged.api.beam_params import BeamSearchParams
@@ -94,7 +95,7 @@ def test_what_a_request_gets_is_the_same(engine, expected):
 
 
 def test_and_in_a_tight_pool_with_few_rows(expected):
-    engine = toy_engine(num_pages=30, max_num_seqs=5, max_num_batched_tokens=16)
+    engine = toy_engine(num_pages=2 + most_pages_of(mixed_requests(), 4), max_num_seqs=9, max_num_batched_tokens=16)
     assert results_of(engine, mixed_requests()) == expected
     assert engine.stats.preemptions > 0
 

@@ -1,0 +1,63 @@
+"""Workloads of the generation benchmark, by a name that says their lengths: what jaxpaged and each peer is given.
+
+    256x128+512        256 prompts of 128 tokens, 512 new ones each
+    48x512+192x8       8 samples of each prompt
+    chat384            384 requests with lengths as in chats: log-normal, prompts of 200 tokens and answers of 280 on
+                       average, up to 1,024 each
+
+Prompts are random tokens, ends of sequence are ignored, so all who run a workload generate as many tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+DEFAULT = ("chat384", "256x128+512", "32x2048+128", "1x128+256", "48x512+192x8")
+#: Token ids below are left out: control tokens in most vocabularies.
+FIRST_TOKEN = 10
+CHAT_LIMIT = 1024
+
+
+class GenerationWorkload(NamedTuple):
+    name: str
+    prompts: list[list[int]]
+    output_lens: list[int]
+    num_samples: int = 1
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_samples * sum(self.output_lens)
+
+    @property
+    def longest(self) -> int:
+        return max(len(prompt) + new for prompt, new in zip(self.prompts, self.output_lens, strict=True))
+
+
+def make_workload(name: str, vocab_size: int, seed: int, longest: int) -> GenerationWorkload:
+    """ValueError where the name says no lengths, or one of more than `longest` tokens."""
+    rng = np.random.default_rng(seed)
+    if chat := re.fullmatch(r"chat(\d+)", name):
+        count = int(chat[1])
+        most = min(CHAT_LIMIT, longest // 2)
+        prompt_lens, output_lens = _log_normal(rng, 200, 0.9, most, count), _log_normal(rng, 280, 0.7, most, count)
+        num_samples = 1
+    elif lengths := re.fullmatch(r"(\d+)x(\d+)\+(\d+)(?:x(\d+))?", name):
+        count, prompt_len, output_len = (int(one) for one in lengths.groups()[:3])
+        prompt_lens, output_lens, num_samples = [prompt_len] * count, [output_len] * count, int(lengths[4] or 1)
+    else:
+        raise ValueError(f"{name}: not a workload; write one as 256x128+512, 48x512+192x8 or chat384")
+    if min(count, num_samples, *prompt_lens, *output_lens) < 1:
+        raise ValueError(f"{name}: counts and lengths are at least 1")
+    prompts = [rng.integers(FIRST_TOKEN, vocab_size, length).tolist() for length in prompt_lens]
+    workload = GenerationWorkload(name, prompts, list(output_lens), num_samples)
+    if workload.longest > longest:
+        raise ValueError(f"{name}: a request of {workload.longest} tokens, but --max-model-len is {longest}")
+    return workload
+
+
+def _log_normal(rng: np.random.Generator, mean: float, sigma: float, most: int, count: int) -> list[int]:
+    drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+    return np.clip(drawn.astype(int), 4, most).tolist()
