@@ -66,27 +66,27 @@ def _attend_row(program: Program, refs: PhaseRefs, head_of_column, row, step, in
     queries = lax.rem(index, i32(2))
     plgpu.barrier_wait(refs.q_ready.at[queries])
 
-    def finish(low, high, slot, step):
+    def finish(low, high, piece, step):
         high_read = jnp.where(refs.ends[row] > 0, high, low)
         softmax, step = _attend_piece(program, refs, head_of_column, row, queries, low, high_read, step)
         if program.options.out_dtype is None:
-            _write_piece(program, refs, slot, softmax)
+            _write_piece(program, refs, piece, softmax)
         else:
             whole = (low == 0) & (high == tiles)
             pl.when(whole)(lambda: _write_whole(program, row, softmax))
-            pl.when(jnp.logical_not(whole))(lambda: _write_piece(program, refs, slot, softmax))
+            pl.when(jnp.logical_not(whole))(lambda: _write_piece(program, refs, piece, softmax))
         return step
 
-    if program.options.slots_per_row is None:
+    if program.options.pieces_per_row is None:
         step = finish(low, high, row + program.share, step)
     else:  # the share holds whole chunks
         chunk = chunk_tiles(tiles)
-        first_slot, _ = pieces_of(row, refs.starts, refs.cuts, program.options.slots_per_row)
+        first_piece, _ = pieces_of(row, refs.starts, refs.cuts, program.options.pieces_per_row)
 
         def attend_chunk(c, step):
             chunk_low = low + c * chunk
-            slot = first_slot + lax.div(chunk_low, chunk)
-            return finish(chunk_low, lax.min(chunk_low + chunk, high), slot, step)
+            piece = first_piece + lax.div(chunk_low, chunk)
+            return finish(chunk_low, lax.min(chunk_low + chunk, high), piece, step)
 
         step = lax.fori_loop(i32(0), lax.div(high - low + chunk - 1, chunk), attend_chunk, step)
     plgpu.barrier_arrive(refs.q_free.at[queries])
@@ -220,12 +220,12 @@ def _write_whole(program: Program, row, softmax: Softmax):
     plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, program.pack])
 
 
-def _write_piece(program: Program, refs: PhaseRefs, slot, softmax: Softmax):
+def _write_piece(program: Program, refs: PhaseRefs, piece, softmax: Softmax):
     """A piece of a row is left for `merge.py`, as it is."""
     for offset, out in zip(program.sizes.offsets, softmax.outs, strict=True):
-        refs.pieces[program.pack, slot, pl.ds(offset, 64)] = out
-    refs.sums[program.pack, slot, 0] = softmax.highest
-    refs.sums[program.pack, slot, 1] = softmax.sums
+        refs.pieces[program.pack, piece, pl.ds(offset, 64)] = out
+    refs.sums[program.pack, piece, 0] = softmax.highest
+    refs.sums[program.pack, piece, 1] = softmax.sums
 
 
 def _no_keys(keys: int, columns: int, num_outs: int) -> Softmax:

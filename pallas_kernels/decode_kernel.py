@@ -123,10 +123,10 @@ def _out_type(phases: tuple[Phase, ...], options: Options) -> list[jax.ShapeDtyp
     out_type = []
     if options.out_dtype is not None:
         out_type.append(jax.ShapeDtypeStruct(phases[0].q.shape, options.out_dtype))
-    for phase, slots in zip(phases, options.num_slots, strict=True):
+    for phase, max_pieces in zip(phases, options.max_pieces, strict=True):
         _, num_packs, columns, head_dim = phase.q.shape
-        out_type.append(jax.ShapeDtypeStruct((num_packs, slots, head_dim, columns), f32))
-        out_type.append(jax.ShapeDtypeStruct((num_packs, slots, 2, columns), f32))
+        out_type.append(jax.ShapeDtypeStruct((num_packs, max_pieces, head_dim, columns), f32))
+        out_type.append(jax.ShapeDtypeStruct((num_packs, max_pieces, 2, columns), f32))
     return out_type
 
 

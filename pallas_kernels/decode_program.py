@@ -21,9 +21,9 @@ class Options(NamedTuple):
     tile: DecodeTile
     group: int  # query heads of one KV head
     columns: int  # query columns of one row; a phase whose q has more stacks several rows side by side
-    num_slots: tuple[int, ...]  # of each phase, for pieces
+    max_pieces: tuple[int, ...]  # of each phase, that rows are left in
     out_dtype: jnp.dtype | None  # None: every row is left in pieces
-    slots_per_row: int | None  # of a batch-invariant split
+    pieces_per_row: int | None  # of a batch-invariant split
     scale: float
     soft_cap: float | None
     sliding_window: int | None
@@ -63,8 +63,8 @@ class PhaseRefs(NamedTuple):
     starts: Any
     cuts: Any
     rows: Any
-    pieces: Any  # f32[K / R, slots, D, N]
-    sums: Any  # f32[K / R, slots, 2, N]
+    pieces: Any  # f32[K / R, pieces, D, N]
+    sums: Any  # f32[K / R, pieces, 2, N]
     q_tiles: Any  # [2, N, D]
     weights: Any  # [N, keys]
     q_ready: Any

@@ -24,7 +24,7 @@ from pallas_kernels.decode_tile import choose_shared_tile, columns_per_row, head
 from pallas_kernels.merge import Pieces, merge_with_prefixes
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.paged_decode import pack_queries, pad_tables
-from pallas_kernels.work_split import num_slots, split_work
+from pallas_kernels.work_split import max_pieces, split_work
 
 Array = jax.Array
 
@@ -95,8 +95,8 @@ def shared_prefix_decode(
         Phase(stacked, shared_tables, ends, split(ends, own_starts=starts, skips_empty=True)),
         Phase(queries, block_tables, context_lens, split(context_lens, own_starts=groups.own_starts)),
     )
-    slots = tuple(num_slots(phase.ends.shape[0], num_shares, 0, batch_invariant=False) for phase in phases)
-    options = Options(tile, group, columns, slots, None, None, scale, soft_cap, None)
+    room = tuple(max_pieces(phase.ends.shape[0], num_shares, 0, batch_invariant=False) for phase in phases)
+    options = Options(tile, group, columns, room, None, None, scale, soft_cap, None)
     _, pieces = attend(phases, k_pages, v_pages, None, options)
     shared, own = (
         Pieces(*of_phase, phase.split.starts, phase.split.cuts) for of_phase, phase in zip(pieces, phases, strict=True)

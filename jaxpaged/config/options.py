@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from jaxpaged.api.values import as_int, read_flag, read_int, read_number, read_seed, shortened
-from jaxpaged.config.choices import ATTENTIONS, DTYPES, KV_CACHES, LOAD_FORMATS, PREEMPTION_MODES
+from jaxpaged.config.choices import ATTENTIONS, DTYPES, KV_CACHES, LOAD_FORMATS, PREEMPTION_MODES, choices_in_words
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,7 +69,7 @@ def option(
 def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     def read(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{name}={shortened(value)}; choose one of {', '.join(choices)}")
+            raise ValueError(f"{name}={shortened(value)}; {choices_in_words(value, choices)}")
         return value
 
     return read

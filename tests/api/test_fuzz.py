@@ -23,7 +23,7 @@ OPTIONS = {
     "max_num_batched_tokens": edge_ints, "attention": st.sampled_from(["auto", "reference", "x"]),
     "shared_prefixes": flags, "batch_invariant": flags,
     "preemption": st.sampled_from(["auto", "swap", "recompute"]),
-    "swap_space_gib": st.floats(), "kv_cache": st.sampled_from(["paged", "none", "dense-slots"]),
+    "swap_space_gib": st.floats(), "kv_cache": st.sampled_from(["paged", "none", "dense"]),
     "watermark": st.floats(0, 1),
 }  # fmt: skip
 

@@ -119,7 +119,7 @@ def test_the_signatures_of_calls_are_their_own():
     "options, message",
     [
         (dict(attention="reference"), "batch_invariant=True needs attention='pallas', but .* is 'reference' on"),
-        (dict(kv_cache="dense-slots"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),
+        (dict(kv_cache="dense"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),
         (dict(kv_cache="none"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),
         (dict(shared_prefixes=True), "shared_prefixes=True reads pages in an order that follows from the whole batch"),
         (dict(batch_invariant=1), "batch_invariant must be True or False, got 1"),

@@ -47,7 +47,7 @@ ESTIMATES = {
 
 
 class ChunkAllocator(Protocol):
-    """Chunks of consecutive pages: BuddyAllocator has powers of two, SlotAllocator (slots.py) one size."""
+    """Chunks of consecutive pages: BuddyAllocator has powers of two, RowAllocator (dense_rows.py) one size."""
 
     num_pages: int
     page_size: int

@@ -8,8 +8,8 @@ kernels, batches and the engine know nothing of it.
 
 A policy is asked in this order: `try_place` when a request is admitted; `fork` for a further sample or beam; `append`
 before tokens are written; `release` when a sequence has ended; `settle` when forks and releases of a group are over.
-`leave` says which finished groups go. Other ways to keep KV answer the same questions: slots of a dense cache, static
-batches (slots.py), and no cache at all (no_cache.py).
+`leave` says which finished groups go. Other ways to keep KV answer the same questions: dense rows and static
+batches (dense_rows.py), and no cache at all (no_cache.py).
 """
 
 from __future__ import annotations
