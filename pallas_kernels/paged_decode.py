@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_ids, check_options, check_pages, check_scales
 from pallas_kernels.decode_kernel import Phase, attend
-from pallas_kernels.decode_program import Options
+from pallas_kernels.decode_program import DecodeOptions
 from pallas_kernels.decode_tile import DecodeTile, check_tile, choose_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_pieces
 from pallas_kernels.mosaic import num_multiprocessors
@@ -84,7 +84,7 @@ def paged_decode(
         sliding_window=sliding_window, batch_invariant=batch_invariant,
     )  # fmt: skip
     longest = -(-block_tables.shape[1] * page_size // tile.keys)
-    options = Options(
+    options = DecodeOptions(
         tile, group, columns, (max_pieces(rows, num_shares, longest, batch_invariant),), q.dtype,
         max_chunks(longest) if batch_invariant else None, scale, soft_cap, sliding_window,
     )  # fmt: skip

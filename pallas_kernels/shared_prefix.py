@@ -12,34 +12,21 @@ Which rows share what is planned on the host, from the block tables.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import FP8, check_ids, check_options, check_pages
 from pallas_kernels.decode_kernel import Phase, attend
-from pallas_kernels.decode_program import Options
+from pallas_kernels.decode_program import DecodeOptions
 from pallas_kernels.decode_tile import choose_shared_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_with_prefixes
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.paged_decode import pack_queries, pad_tables
+from pallas_kernels.prefix_groups import PrefixGroups
 from pallas_kernels.work_split import max_pieces, split_work
 
 Array = jax.Array
-
-
-class PrefixGroups(NamedTuple):
-    """V groups of at most M rows that read a run of full pages together; on at most L levels a row is in a group.
-
-    Padding groups stand behind the others. Any tuple with these fields will do.
-    """
-
-    members: Array  # i32[V, M] rows, padded with -1
-    first_pages: Array  # i32[V] where in the members' block tables the run begins
-    num_pages: Array  # i32[V] its length; 0 for a padding group
-    own_starts: Array  # i32[B] first position that the row reads alone, a multiple of the page size
-    parts: Array  # i32[L, B] v * M + index among the members; -1: in no group of this level
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "num_programs"))
@@ -96,7 +83,7 @@ def shared_prefix_decode(
         Phase(queries, block_tables, context_lens, split(context_lens, own_starts=groups.own_starts)),
     )
     room = tuple(max_pieces(phase.ends.shape[0], num_shares, 0, batch_invariant=False) for phase in phases)
-    options = Options(tile, group, columns, room, None, None, scale, soft_cap, None)
+    options = DecodeOptions(tile, group, columns, room, None, None, scale, soft_cap, None)
     _, pieces = attend(phases, k_pages, v_pages, None, options)
     shared, own = (
         Pieces(*of_phase, phase.split.starts, phase.split.cuts) for of_phase, phase in zip(pieces, phases, strict=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.host.step.prefix_groups import NUM_LEVELS, PrefixRule, pad_groups, plan_prefix_groups
-from jaxpaged.step_io import PrefixGroups
+from pallas_kernels.prefix_groups import PrefixGroups
 
 Array = jax.Array
 Cache = tuple[Array, ...]

@@ -237,7 +237,8 @@ def _copy_case(shape: PagedShape, tensor: Any) -> Case:
 
 def _shared_case(shape: PagedShape, lengths: Any, tensor: Any) -> Case:
     from pallas_kernels.decode_tile import max_members
-    from pallas_kernels.shared_prefix import PrefixGroups, shared_prefix_decode
+    from pallas_kernels.prefix_groups import PrefixGroups
+    from pallas_kernels.shared_prefix import shared_prefix_decode
 
     members = max_members(shape.heads, shape.kv_heads, shape.head_dim)
     of_group = tensor((NUM_GROUPS,), jnp.int32)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpaged.host.step.prefix_groups import PrefixRule, pad_groups, plan_prefix_groups
-from jaxpaged.step_io import NULL_PAGE, PrefixGroups, pack
+from jaxpaged.step_io import NULL_PAGE, pack
+from pallas_kernels.prefix_groups import PrefixGroups
 
 #: Shares whatever can be shared.
 ALWAYS = PrefixRule(min_saved_tokens=0, min_run_pages=1)

@@ -14,10 +14,10 @@ from toy import ALWAYS, TOY, make_group, random_prompts, run_tokens, sharing_eng
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.device import steps
 from jaxpaged.host.step.prefix_groups import pad_groups, plan_prefix_groups, share_prefixes
-from jaxpaged.step_io import PrefixGroups
 from jaxpaged.tree.on_engine import EngineSteps
 from jaxpaged.tree.tree import Tree
 from pallas_kernels import reference
+from pallas_kernels.prefix_groups import PrefixGroups
 
 needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need JAX 0.11")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from jaxpaged.config import CacheConfig, EngineConfig, num_dense_rows
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for
 from jaxpaged.host.pages.page_allocator import OutOfPagesError
-from jaxpaged.host.pages.token_tree import Branch
+from jaxpaged.host.pages.token_tree import Placement
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.contiguous import Chunk, Contiguous, estimate_max
 from jaxpaged.step_io import NULL_PAGE
@@ -104,11 +104,11 @@ class StaticBatches(Contiguous):
     def expect(self, output_len: int) -> None:
         self._most_decodes = max(self._most_decodes, output_len - 1)
 
-    def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
         num_rows = len(self._idle) + sum(reservation.num_chunks for reservation in self._reservations.values())
         if self._num_decodes or num_rows + group.num_rows > self._max_rows:
             return False
-        return super().try_place(group, branches, headroom)
+        return super().try_place(group, placements, headroom)
 
     def append(self, tables: list[BlockTable], counts: list[int]) -> list[PageCopy]:
         self._num_decodes += counts[0] if counts else 1  # all rows take as many steps
