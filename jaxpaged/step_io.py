@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels.prefix_groups import PrefixGroups as PrefixGroups
+from pallas_kernels.cascade_groups import CascadeGroups as CascadeGroups
 
 #: Never allocated. Padding entries of block tables name it, padding rows write to it; its contents reach no output.
 NULL_PAGE = 0
@@ -34,7 +34,7 @@ class DecodeInputs(NamedTuple):
     block_tables: Any  # i32[B, P]
     context_lens: Any  # i32[B] tokens readable in this step, the new one included
     copies: Any = None  # i32[2, B] source and destination pages, copied before anything is written; None: no list
-    prefix_groups: PrefixGroups | None = None  # what is read once for several rows; None: nothing
+    cascade_groups: CascadeGroups | None = None  # what is read once for several rows; None: nothing
 
 
 class PrefillInputs(NamedTuple):

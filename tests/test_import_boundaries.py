@@ -46,14 +46,14 @@ ARROWS = {
 JAX_ROOMS = ("checkpoint", "device", "engine", "pallas_kernels")
 JAX = ("jax", "jaxlib", "flax", "orbax")
 #: What crosses the door may be what a kernel takes: so this one module has no jax.
-NO_JAX = ("pallas_kernels.prefix_groups",)
+NO_JAX = ("pallas_kernels.cascade_groups",)
 #: Classes of one name that are one thing on both sides of the door.
 TWO_SIDES = ("NoCache",)
 #: Modules that may import less than their room: searches are what a user could have written, one module of a tree knows
 #: the engine, and the door no kernel.
 ONLY = {
     "jaxpaged.step_io": NO_JAX,
-    "pallas_kernels.prefix_groups": (),
+    "pallas_kernels.cascade_groups": (),
     "jaxpaged.tree.search": ("jaxpaged.tree.search", "jaxpaged.tree.tree"),
     "jaxpaged.tree.toy": ("jaxpaged.tree", "jaxpaged.api", "jaxpaged.config", "jaxpaged.host", "jaxpaged.text"),
     "jaxpaged.tree.tree": ("jaxpaged.tree", "jaxpaged.api", "jaxpaged.host", "jaxpaged.requests", "jaxpaged.text"),
@@ -184,8 +184,8 @@ def test_every_room_says_what_it_is_for():
         ("jaxpaged.device.cache", "from jaxpaged.host.sequence import Sequence"),
         ("jaxpaged.step_io", "import jax"),
         ("jaxpaged.step_io", "from pallas_kernels.merge import Pieces"),
-        ("pallas_kernels.prefix_groups", "import jax"),
-        ("jaxpaged.host.step.prefix_groups", "from pallas_kernels.prefix_groups import PrefixGroups"),
+        ("pallas_kernels.cascade_groups", "import jax"),
+        ("jaxpaged.host.step.cascade", "from pallas_kernels.cascade_groups import CascadeGroups"),
         ("jaxpaged.config", "from jax import Array"),
         ("jaxpaged.engine.engine", "import jaxpaged.llm"),
         ("jaxpaged.batch.run", "from jaxpaged.llm import LLM"),

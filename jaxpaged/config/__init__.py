@@ -255,7 +255,7 @@ class EngineConfig:
     max_model_len: int
     max_num_seqs: int = EngineOptions.max_num_seqs
     max_num_batched_tokens: int = EngineOptions.max_num_batched_tokens
-    shares_prefixes: bool = EngineOptions.shared_prefixes
+    cascade_attention: bool = EngineOptions.cascade_attention
     watermark: float = EngineOptions.watermark
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     kv_cache: str = EngineOptions.kv_cache

@@ -48,7 +48,7 @@ def build_engine(
             device.platform,
         )  # fmt: skip
     limits = EngineConfig(
-        max_model_len, options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes,
+        max_model_len, options.max_num_seqs, options.max_num_batched_tokens, options.cascade_attention,
         options.watermark, preemption, options.kv_cache,
     )  # fmt: skip
     memory, _ = device_memory(device)
@@ -74,7 +74,7 @@ def _resolve_kernels(options: EngineOptions, model: ModelConfig, device: jax.Dev
             batch_invariant=options.batch_invariant,
         )  # fmt: skip
     can = {
-        "shared_prefixes": kernels.shared_prefix_decode is not None,
+        "cascade_attention": kernels.cascade_decode is not None,
         "batch_invariant": kernels.is_batch_invariant,
     }
     for name, possible in can.items():

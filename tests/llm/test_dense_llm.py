@@ -45,7 +45,7 @@ def test_every_system_serves_an_llm(checkpoint, kv_cache):
     [
         (dict(kv_cache="dense", attention="pallas"), "attention='pallas' reads pages"),
         (dict(kv_cache="none", attention="pallas"), "attention='pallas' reads pages"),
-        (dict(kv_cache="dense", shared_prefixes=True), "shares nothing: shared_prefixes=True needs"),
+        (dict(kv_cache="dense", cascade_attention=True), "shares nothing: cascade_attention=True needs"),
         (dict(kv_cache="none", preemption="swap"), "preemption='swap' needs kv_cache='paged'"),
         (
             dict(kv_cache="dense-static", num_pages=5, max_model_len=128),

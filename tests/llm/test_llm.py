@@ -290,9 +290,9 @@ def test_check_request_says_what_generate_would(llm):
         llm.check_request("", GREEDY)
 
 
-def test_shared_prefixes_need_the_pallas_kernels(directory):
-    with pytest.raises(ValueError, match="shared_prefixes=True needs attention='pallas', but .* is 'reference'"):
-        LLM(directory, attention="reference", shared_prefixes=True)
+def test_cascade_attention_needs_the_pallas_kernels(directory):
+    with pytest.raises(ValueError, match="cascade_attention=True needs attention='pallas', but .* is 'reference'"):
+        LLM(directory, attention="reference", cascade_attention=True)
 
 
 def test_a_shared_prefix_comes_before_every_prompt(llm):

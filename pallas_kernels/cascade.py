@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cascade_groups import CascadeGroups
 from pallas_kernels.checks import FP8, check_ids, check_options, check_pages
 from pallas_kernels.decode_kernel import Phase, attend
 from pallas_kernels.decode_program import DecodeOptions
@@ -23,20 +24,19 @@ from pallas_kernels.decode_tile import choose_shared_tile, columns_per_row, head
 from pallas_kernels.merge import Pieces, merge_with_prefixes
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.paged_decode import pack_queries, pad_tables
-from pallas_kernels.prefix_groups import PrefixGroups
 from pallas_kernels.work_split import max_pieces, split_work
 
 Array = jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "num_programs"))
-def shared_prefix_decode(
+def cascade_decode(
     q: Array,
     k_pages: Array,
     v_pages: Array,
     block_tables: Array,
     context_lens: Array,
-    groups: PrefixGroups,
+    groups: CascadeGroups,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -58,7 +58,7 @@ def shared_prefix_decode(
     check_ids("groups.parts", groups.parts, (groups.parts.shape[0], rows))
     check_options(soft_cap, None)
     if k_pages.dtype.name == FP8:
-        raise ValueError(f"pages are {FP8}; shared prefixes are read from pages of q's dtype only: use paged_decode")
+        raise ValueError(f"pages are {FP8}; cascades read pages of q's dtype only: use paged_decode")
     page_size, kv_heads = k_pages.shape[1:3]
     pack = heads_per_pack(heads, kv_heads)
     num_packs, group = kv_heads // pack, heads // kv_heads

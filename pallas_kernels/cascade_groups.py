@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class PrefixGroups(NamedTuple):
+class CascadeGroups(NamedTuple):
     """Runs of full pages that several rows of a decode step have in common, each to be read once for all its rows.
 
     A row belongs to one group at most at each level. Its run of level 1 starts where that of level 0 ends (first the
