@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.beam_snapshot import BeamSnapshot
-from jaxpaged.api.names import VLLM_OPTIONS, VLLM_REQUESTS, check_names, explains_names
+from jaxpaged.api.names import OTHER_OPTIONS, VLLM_REQUESTS, check_names, explains_names
 from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
@@ -71,7 +71,7 @@ class LLM:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.
             TypeError: for an option that there is not, with the name that was probably meant, or that vLLM's has here.
         """
-        check_names("LLM", options, ("model", "tokenizer", *OPTION_NAMES), VLLM_OPTIONS)
+        check_names("LLM", options, ("model", "tokenizer", *OPTION_NAMES), OTHER_OPTIONS)
         self._options = settled = EngineOptions(**options)
         self._checkpoint = checkpoint = open_checkpoint(read_path("model", model))
         found = find_tokenizer(tokenizer, checkpoint.tokenizer_file)
@@ -230,7 +230,7 @@ class LLM:
 
         Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set
         of features (sampling, filters, penalties, log-probabilities, ...) need programs of their own. So do, with
-        `LLM(shared_prefixes=True)`, requests of one sample that read a `shared_prefix`.
+        `LLM(cascade_attention=True)`, requests of one sample that read a `shared_prefix`.
         """
         given: Any = SamplingParams() if sampling_params is None else sampling_params
         params = given if is_list(given) else [given]
@@ -247,7 +247,7 @@ class LLM:
             raise ValueError(
                 f"{', '.join(fixed)} cannot change without another LLM; rebuild takes the engine's options"
             )
-        check_names("rebuild", options, [name for name in OPTION_NAMES if name not in FIXED_OPTIONS], VLLM_OPTIONS)
+        check_names("rebuild", options, [name for name in OPTION_NAMES if name not in FIXED_OPTIONS], OTHER_OPTIONS)
         new = dataclasses.replace(self._options, **options)
         with self._owner.held("rebuild"):
             self._engine = None  # and with it the pool

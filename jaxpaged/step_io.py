@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pallas_kernels.cascade_groups import CascadeGroups as CascadeGroups
+
 #: Never allocated. Padding entries of block tables name it, padding rows write to it; its contents reach no output.
 NULL_PAGE = 0
 
@@ -28,21 +30,6 @@ def of_row(row: int) -> int:
     return -1 - row
 
 
-class PrefixGroups(NamedTuple):
-    """Runs of full pages that several rows of a decode step have in common, each to be read once for all its rows.
-
-    A row belongs to one group at most at each level. Its run of level 1 starts where that of level 0 ends (first the
-    prompt, then what some beams have in common), or at its first page if it has none there; from `own_starts` on it
-    reads alone. V groups of M members at most, L levels.
-    """
-
-    members: Any  # i32[V, M] rows whose queries are stacked, padded with -1; a padding group has only -1
-    first_pages: Any  # i32[V] index into the members' block tables where the common run starts
-    num_pages: Any  # i32[V] length of the run in pages; 0 for a padding group
-    own_starts: Any  # i32[B] first token position that the row reads alone, a multiple of the page size
-    parts: Any  # i32[L, B] group * M + column of the row in its group at that level, -1: in none
-
-
 class DecodeInputs(NamedTuple):
     """One new token a row. Padding rows have context length 0 and write to NULL_PAGE."""
 
@@ -52,7 +39,7 @@ class DecodeInputs(NamedTuple):
     block_tables: Any  # i32[B, P]
     context_lens: Any  # i32[B] tokens readable in this step, the new one included
     copies: Any = None  # i32[2, B] source and destination pages, copied before anything is written; None: no list
-    prefix_groups: PrefixGroups | None = None  # what is read once for several rows; None: nothing
+    cascade_groups: CascadeGroups | None = None  # what is read once for several rows; None: nothing
 
 
 class PrefillInputs(NamedTuple):

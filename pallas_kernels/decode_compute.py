@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_program import PhaseRefs, Program, f32, for_each_row, i32, part_of
+from pallas_kernels.decode_program import DecodeProgram, PhaseRefs, f32, for_each_row, i32, part_of
 from pallas_kernels.mosaic import ACCUMULATOR, COLUMN, MASKED, TILE, capped_scores
 from pallas_kernels.work_split import chunk_tiles, pieces_of
 
@@ -46,7 +46,7 @@ class Window(NamedTuple):
     end: Any
 
 
-def compute(program: Program, refs: PhaseRefs, step):
+def compute(program: DecodeProgram, refs: PhaseRefs, step):
     """All rows of the share in one phase; `step` counts tiles over all phases, as the memory warps do."""
     keys, columns = program.sizes.keys, refs.q_tiles.shape[1]
     column = lax.rem(plgpu.broadcasted_iota(i32, (keys, columns), 1, layout=TILE), i32(program.options.columns))
@@ -60,40 +60,40 @@ def compute(program: Program, refs: PhaseRefs, step):
     return step
 
 
-def _attend_row(program: Program, refs: PhaseRefs, head_of_column, row, step, index):
+def _attend_row(program: DecodeProgram, refs: PhaseRefs, head_of_column, row, step, index):
     """The share's part of one row, whole or in pieces -> the next step."""
     low, high, tiles = part_of(program, refs, row)
     queries = lax.rem(index, i32(2))
     plgpu.barrier_wait(refs.q_ready.at[queries])
 
-    def finish(low, high, slot, step):
+    def finish(low, high, piece, step):
         high_read = jnp.where(refs.ends[row] > 0, high, low)
         softmax, step = _attend_piece(program, refs, head_of_column, row, queries, low, high_read, step)
         if program.options.out_dtype is None:
-            _write_piece(program, refs, slot, softmax)
+            _write_piece(program, refs, piece, softmax)
         else:
             whole = (low == 0) & (high == tiles)
             pl.when(whole)(lambda: _write_whole(program, row, softmax))
-            pl.when(jnp.logical_not(whole))(lambda: _write_piece(program, refs, slot, softmax))
+            pl.when(jnp.logical_not(whole))(lambda: _write_piece(program, refs, piece, softmax))
         return step
 
-    if program.options.slots_per_row is None:
+    if program.options.pieces_per_row is None:
         step = finish(low, high, row + program.share, step)
     else:  # the share holds whole chunks
         chunk = chunk_tiles(tiles)
-        first_slot, _ = pieces_of(row, refs.starts, refs.cuts, program.options.slots_per_row)
+        first_piece, _ = pieces_of(row, refs.starts, refs.cuts, program.options.pieces_per_row)
 
         def attend_chunk(c, step):
             chunk_low = low + c * chunk
-            slot = first_slot + lax.div(chunk_low, chunk)
-            return finish(chunk_low, lax.min(chunk_low + chunk, high), slot, step)
+            piece = first_piece + lax.div(chunk_low, chunk)
+            return finish(chunk_low, lax.min(chunk_low + chunk, high), piece, step)
 
         step = lax.fori_loop(i32(0), lax.div(high - low + chunk - 1, chunk), attend_chunk, step)
     plgpu.barrier_arrive(refs.q_free.at[queries])
     return step
 
 
-def _attend_piece(program: Program, refs: PhaseRefs, head_of_column, row, queries, low, high, step):
+def _attend_piece(program: DecodeProgram, refs: PhaseRefs, head_of_column, row, queries, low, high, step):
     """Tiles [low, high) of the row -> their softmax, with `sums` summed over the keys; the next step."""
     keys, heads, sliding_window = program.sizes.keys, program.sizes.heads, program.options.sliding_window
     first, end = refs.firsts[row], refs.ends[row]
@@ -113,7 +113,7 @@ def _attend_piece(program: Program, refs: PhaseRefs, head_of_column, row, querie
     return softmax._replace(sums=softmax.sums.sum(axis=0)), step
 
 
-def _attend_tile(program: Program, refs: PhaseRefs, head_of_column, row: Row, j, state, *, window: Window | None):
+def _attend_tile(program: DecodeProgram, refs: PhaseRefs, head_of_column, row: Row, j, state, *, window: Window | None):
     """Step j of a row: tile j // R of head j % R."""
     (keys, stages, *_), ring, heads = program.sizes, program.ring, program.sizes.heads
     softmax, step = state
@@ -138,7 +138,7 @@ def _attend_tile(program: Program, refs: PhaseRefs, head_of_column, row: Row, j,
     return Softmax(tuple(outs), highest, sums), step + 1
 
 
-def _multiply_keys(program: Program, refs: PhaseRefs, place, queries):
+def _multiply_keys(program: DecodeProgram, refs: PhaseRefs, place, queries):
     """K Qᵀ of the tile, as soon as it is there: f32[keys, N]."""
     ring, shape = program.ring, (program.sizes.keys, refs.q_tiles.shape[1])
     k_tile = ring.k_tiles.at[place]
@@ -175,7 +175,7 @@ def _add_keys(softmax: Softmax, scores):
     return weights, decay, highest, sums
 
 
-def _multiply_values(program: Program, refs: PhaseRefs, place, weights, key, window: Window | None, scales):
+def _multiply_values(program: DecodeProgram, refs: PhaseRefs, place, weights, key, window: Window | None, scales):
     """Vᵀ P of the tile, as soon as it is there: f32[64, N] for each block of the output's rows."""
     ring, offsets = program.ring, program.sizes.offsets
     v_tile = ring.v_tiles.at[place]
@@ -208,7 +208,7 @@ def _clear_outside(v_tile, offsets, key, window: Window):
 # What a row's tiles gave
 
 
-def _write_whole(program: Program, row, softmax: Softmax):
+def _write_whole(program: DecodeProgram, row, softmax: Softmax):
     """A row that lies in one share is divided by its denominators."""
     inverse = jnp.where(softmax.sums > 0, 1.0 / softmax.sums, 0.0)
     out_ref, out_tile = program.outs
@@ -220,12 +220,12 @@ def _write_whole(program: Program, row, softmax: Softmax):
     plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, program.pack])
 
 
-def _write_piece(program: Program, refs: PhaseRefs, slot, softmax: Softmax):
+def _write_piece(program: DecodeProgram, refs: PhaseRefs, piece, softmax: Softmax):
     """A piece of a row is left for `merge.py`, as it is."""
     for offset, out in zip(program.sizes.offsets, softmax.outs, strict=True):
-        refs.pieces[program.pack, slot, pl.ds(offset, 64)] = out
-    refs.sums[program.pack, slot, 0] = softmax.highest
-    refs.sums[program.pack, slot, 1] = softmax.sums
+        refs.pieces[program.pack, piece, pl.ds(offset, 64)] = out
+    refs.sums[program.pack, piece, 0] = softmax.highest
+    refs.sums[program.pack, piece, 1] = softmax.sums
 
 
 def _no_keys(keys: int, columns: int, num_outs: int) -> Softmax:
@@ -249,14 +249,14 @@ class Scales(NamedTuple):
     highest_value: Any  # f32
 
 
-def _scales_of(program: Program, refs: PhaseRefs, row: Row, key, head) -> Scales:
+def _scales_of(program: DecodeProgram, refs: PhaseRefs, row: Row, key, head) -> Scales:
     k_of, v_of = (_scales_by_page(program, refs, ref, row, key, head) for ref in program.scales)
     highest = functools.reduce(jnp.maximum, v_of, f32(1e-30))
     shape, page_keys = (program.sizes.keys, refs.q_tiles.shape[1]), program.sizes.page_keys
     return Scales(_by_key(k_of, shape, page_keys), _by_key([v / highest for v in v_of], shape, page_keys), highest)
 
 
-def _scales_by_page(program: Program, refs: PhaseRefs, ref, row: Row, key, head):
+def _scales_by_page(program: DecodeProgram, refs: PhaseRefs, ref, row: Row, key, head):
     head = head if ref.shape[1] > 1 else 0
     if ref.shape[0] == 1:
         return [ref[0, head]]

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_compute import compute
 from pallas_kernels.decode_load import load_keys, load_values
-from pallas_kernels.decode_program import Options, PhaseRefs, Program, Ring, Sizes, f32, i32
+from pallas_kernels.decode_program import DecodeOptions, DecodeProgram, DecodeSizes, PhaseRefs, Ring, f32, i32
 from pallas_kernels.mosaic import row_tiles, swizzle_bytes, swizzled
 from pallas_kernels.work_split import WorkSplit
 
@@ -37,7 +37,7 @@ def attend(
     k_pages: Array,
     v_pages: Array,
     scales: tuple[Array, Array] | None,
-    options: Options,
+    options: DecodeOptions,
 ) -> tuple[list[Array], list[tuple[Array, Array]]]:
     """Outputs like q of the rows that one share holds whole (none without `out_dtype`); each phase's pieces and sums.
 
@@ -64,7 +64,7 @@ def attend(
         out_refs, pieces = _split(outputs, num_outs)
         phase_scratch, ring, out_tiles, converted = scratch_tree.unflatten(scratch)
         refs_of = zip(phase_refs, zip(pieces[::2], pieces[1::2], strict=True), phase_scratch, strict=True)
-        program = Program(
+        program = DecodeProgram(
             options, sizes, lax.axis_index("share"), lax.axis_index("pack"), Ring._make([*ring, converted]), scale_refs,
             (*out_refs, *out_tiles),
         )  # fmt: skip
@@ -85,7 +85,7 @@ def attend(
     return outs, list(zip(pieces[::2], pieces[1::2], strict=True))
 
 
-def _run(program: Program, phases: list[PhaseRefs], k_ref, v_ref):
+def _run(program: DecodeProgram, phases: list[PhaseRefs], k_ref, v_ref):
     """Who does what: one warpgroup computes, two warps of the other load."""
     warpgroup = lax.axis_index("warpgroup")
 
@@ -104,7 +104,7 @@ def _run(program: Program, phases: list[PhaseRefs], k_ref, v_ref):
             pl.when(warp == 1)(lambda: load_values(program, phases, v_ref))
 
 
-def _sizes(q: Array, k_pages: Array, options: Options) -> Sizes:
+def _sizes(q: Array, k_pages: Array, options: DecodeOptions) -> DecodeSizes:
     keys = options.tile.keys
     page_size, kv_heads = k_pages.shape[1:3]
     _, num_packs, _, head_dim = q.shape
@@ -112,25 +112,27 @@ def _sizes(q: Array, k_pages: Array, options: Options) -> Sizes:
     convert_columns = None
     if k_pages.dtype != q.dtype:  # 128 columns at a time would not fit the registers
         convert_columns = min(swizzle_bytes(head_dim, k_pages.dtype), 64)
-    return Sizes(
+    return DecodeSizes(
         keys, options.tile.stages, page_size, page_keys, keys // page_keys, kv_heads // num_packs,
         row_tiles(head_dim), convert_columns,
     )  # fmt: skip
 
 
-def _out_type(phases: tuple[Phase, ...], options: Options) -> list[jax.ShapeDtypeStruct]:
+def _out_type(phases: tuple[Phase, ...], options: DecodeOptions) -> list[jax.ShapeDtypeStruct]:
     """The output, if there is one; then of each phase the pieces and their highest scores and sums."""
     out_type = []
     if options.out_dtype is not None:
         out_type.append(jax.ShapeDtypeStruct(phases[0].q.shape, options.out_dtype))
-    for phase, slots in zip(phases, options.num_slots, strict=True):
+    for phase, max_pieces in zip(phases, options.max_pieces, strict=True):
         _, num_packs, columns, head_dim = phase.q.shape
-        out_type.append(jax.ShapeDtypeStruct((num_packs, slots, head_dim, columns), f32))
-        out_type.append(jax.ShapeDtypeStruct((num_packs, slots, 2, columns), f32))
+        out_type.append(jax.ShapeDtypeStruct((num_packs, max_pieces, head_dim, columns), f32))
+        out_type.append(jax.ShapeDtypeStruct((num_packs, max_pieces, 2, columns), f32))
     return out_type
 
 
-def _shared_memory(phases: tuple[Phase, ...], k_pages: Array, sizes: Sizes, options: Options) -> tuple[Any, ...]:
+def _shared_memory(
+    phases: tuple[Phase, ...], k_pages: Array, sizes: DecodeSizes, options: DecodeOptions
+) -> tuple[Any, ...]:
     """Each phase's part (the end of `PhaseRefs`), the `Ring`, the tile of the output, and tiles that are converted."""
     q = phases[0].q
     head_dim = q.shape[3]

@@ -7,10 +7,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_program import PhaseRefs, Program, for_each_row, i32, part_of
+from pallas_kernels.decode_program import DecodeProgram, PhaseRefs, for_each_row, i32, part_of
 
 
-def load_keys(program: Program, phases: list[PhaseRefs], pages_ref):
+def load_keys(program: DecodeProgram, phases: list[PhaseRefs], pages_ref):
     """One warp: the queries of all rows of the share, and the keys that they read."""
     ring = program.ring
     counts = _load_phases(program, phases, pages_ref, ring.k_tiles, ring.k_ready, with_queries=True)
@@ -18,13 +18,13 @@ def load_keys(program: Program, phases: list[PhaseRefs], pages_ref):
         _for_last(2, count, lambda i, refs=refs: plgpu.barrier_wait(refs.q_free.at[i]))
 
 
-def load_values(program: Program, phases: list[PhaseRefs], pages_ref):
+def load_values(program: DecodeProgram, phases: list[PhaseRefs], pages_ref):
     """Another warp: the values of the same rows."""
     ring = program.ring
     _load_phases(program, phases, pages_ref, ring.v_tiles, ring.v_ready, with_queries=False)
 
 
-def _load_phases(program: Program, phases: list[PhaseRefs], pages_ref, tiles, ready, *, with_queries: bool):
+def _load_phases(program: DecodeProgram, phases: list[PhaseRefs], pages_ref, tiles, ready, *, with_queries: bool):
     """All tiles of the share in order, until the last of them has been read; the number of rows of each phase."""
     step, counts = i32(0), []
     for refs in phases:
@@ -35,7 +35,7 @@ def _load_phases(program: Program, phases: list[PhaseRefs], pages_ref, tiles, re
     return counts
 
 
-def _load_rows(program: Program, refs: PhaseRefs, step, pages_ref, tiles, ready, *, with_queries: bool):
+def _load_rows(program: DecodeProgram, refs: PhaseRefs, step, pages_ref, tiles, ready, *, with_queries: bool):
     def load_row(row, state):
         step, index = state
         first, end = refs.firsts[row], refs.ends[row]
@@ -51,14 +51,14 @@ def _load_rows(program: Program, refs: PhaseRefs, step, pages_ref, tiles, ready,
     return for_each_row(program, refs, load_row, step)
 
 
-def _load_queries(program: Program, refs: PhaseRefs, row, index):
+def _load_queries(program: DecodeProgram, refs: PhaseRefs, row, index):
     """Ask for a row's queries, as soon as those of the row before the last are done with."""
     place = lax.rem(index, i32(2))
     pl.when(index >= 2)(lambda: plgpu.barrier_wait(refs.q_free.at[place]))
     plgpu.copy_gmem_to_smem(refs.q.at[row, program.pack], refs.q_tiles.at[place], refs.q_ready.at[place])
 
 
-def _load_tile(program: Program, refs: PhaseRefs, row, position, step, pages_ref, tiles, ready):
+def _load_tile(program: DecodeProgram, refs: PhaseRefs, row, position, step, pages_ref, tiles, ready):
     """Ask for the tile that begins at `position`, of each head of the pack, each as soon as its place is free."""
     keys, stages, page_size, page_keys, copies, heads = program.sizes[:6]
     pages = [refs.tables[row, lax.div(position, i32(page_size)) + j] for j in range(copies)]

@@ -15,21 +15,21 @@ from pallas_kernels.decode_tile import DecodeTile
 i32, f32 = jnp.int32, jnp.float32
 
 
-class Options(NamedTuple):
+class DecodeOptions(NamedTuple):
     """What the compiler must know besides shapes."""
 
     tile: DecodeTile
     group: int  # query heads of one KV head
     columns: int  # query columns of one row; a phase whose q has more stacks several rows side by side
-    num_slots: tuple[int, ...]  # of each phase, for pieces
+    max_pieces: tuple[int, ...]  # of each phase, that rows are left in
     out_dtype: jnp.dtype | None  # None: every row is left in pieces
-    slots_per_row: int | None  # of a batch-invariant split
+    pieces_per_row: int | None  # of a batch-invariant split
     scale: float
     soft_cap: float | None
     sliding_window: int | None
 
 
-class Sizes(NamedTuple):
+class DecodeSizes(NamedTuple):
     """What follows from the shapes and the tile."""
 
     keys: int  # of a tile
@@ -63,19 +63,19 @@ class PhaseRefs(NamedTuple):
     starts: Any
     cuts: Any
     rows: Any
-    pieces: Any  # f32[K / R, slots, D, N]
-    sums: Any  # f32[K / R, slots, 2, N]
+    pieces: Any  # f32[K / R, pieces, D, N]
+    sums: Any  # f32[K / R, pieces, 2, N]
     q_tiles: Any  # [2, N, D]
     weights: Any  # [N, keys]
     q_ready: Any
     q_free: Any
 
 
-class Program(NamedTuple):
+class DecodeProgram(NamedTuple):
     """One program: an equal share of all tiles, for one pack of KV heads."""
 
-    options: Options
-    sizes: Sizes
+    options: DecodeOptions
+    sizes: DecodeSizes
     share: Any
     pack: Any
     ring: Ring
@@ -83,7 +83,7 @@ class Program(NamedTuple):
     outs: tuple[Any, ...]  # the output [B, K / R, N, D] and its tile [N, D], unless every row is left in pieces
 
 
-def part_of(program: Program, refs: PhaseRefs, row):
+def part_of(program: DecodeProgram, refs: PhaseRefs, row):
     """The share's part [low, high) of the row's tiles, and their number."""
     start = refs.starts[row]
     tiles = refs.starts[row + 1] - start
@@ -91,7 +91,7 @@ def part_of(program: Program, refs: PhaseRefs, row):
     return lax.max(refs.cuts[share] - start, i32(0)), lax.min(refs.cuts[share + 1] - start, tiles), tiles
 
 
-def for_each_row(program: Program, refs: PhaseRefs, visit, step):
+def for_each_row(program: DecodeProgram, refs: PhaseRefs, visit, step):
     """(step, index) = visit(row, (step, index)) for the share's rows in order -> the last step, the number of rows."""
     first, last = refs.rows[0, program.share], refs.rows[1, program.share]
     return lax.fori_loop(first, last + 1, visit, (step, i32(0)))

@@ -29,8 +29,8 @@ TOGETHER = 8
 class Pieces(NamedTuple):
     """Partial results, and the split that says whose they are: arrays, or in a kernel references to them."""
 
-    outs: Any  # f32[K / R, slots, D, columns]
-    sums: Any  # f32[K / R, slots, 2, columns] highest score (base 2) and denominator
+    outs: Any  # f32[K / R, pieces, D, columns]
+    sums: Any  # f32[K / R, pieces, 2, columns] highest score (base 2) and denominator
     starts: Any  # i32[rows + 1] as in WorkSplit
     cuts: Any  # i32[shares + 1]
 
@@ -43,17 +43,17 @@ class Merged(NamedTuple):
     out: Any  # f32[64, N] rows of the output's head_dim
 
 
-def merge_pieces(out: Array, own: Pieces, slots_per_row: int | None = None) -> Array:
+def merge_pieces(out: Array, own: Pieces, pieces_per_row: int | None = None) -> Array:
     """Complete `out` [B, K / R, N, D] in place: rows with more than one piece are written, the others are there."""
 
     def kernel(out_ref, outs_ref, sums_ref, starts_ref, cuts_ref, offsets_ref, out_tile):
         row, pack, part = _place(out, offsets_ref)
         pieces = Pieces(outs_ref, sums_ref, starts_ref, cuts_ref)
-        slot, count = pieces_of(row, starts_ref, cuts_ref, slots_per_row)
+        first, count = pieces_of(row, starts_ref, cuts_ref, pieces_per_row)
 
         @pl.when(count > 1)
         def _():
-            merged = _add_pieces(_nothing(out.shape[2]), pieces, pack, part, slot, count, column=0)
+            merged = _add_pieces(_nothing(out.shape[2]), pieces, pack, part, first, count, column=0)
             _write(merged, out_tile, out_ref.at[row, pack, :, part])
 
     out_ref = jax.new_ref(out)
@@ -77,15 +77,15 @@ def merge_with_prefixes(own: Pieces, shared: Pieces, parts: Array, out: jax.Shap
             refs[8:],
         )
         row, pack, part = _place(out, offsets_ref)
-        slot, count = pieces_of(row, own_refs.starts, own_refs.cuts, None)
-        merged = _add_pieces(_nothing(columns), own_refs, pack, part, slot, count, column=0)
+        first, count = pieces_of(row, own_refs.starts, own_refs.cuts, None)
+        merged = _add_pieces(_nothing(columns), own_refs, pack, part, first, count, column=0)
         for level in range(parts.shape[0]):
             place = parts_ref[level, row]
             group, member = lax.div(lax.max(place, i32(0)), i32(members)), lax.rem(lax.max(place, i32(0)), i32(members))
-            slot, count = pieces_of(group, shared_refs.starts, shared_refs.cuts, None)
+            first, count = pieces_of(group, shared_refs.starts, shared_refs.cuts, None)
             count = jnp.where(place >= 0, count, i32(0))
             column = pl.multiple_of(member * columns, 8)
-            merged = _add_pieces(merged, shared_refs, pack, part, slot, count, column=column)
+            merged = _add_pieces(merged, shared_refs, pack, part, first, count, column=column)
         _write(merged, out_tile, out_ref.at[row, pack, :, part])
 
     return _launch(kernel, out, jax.ShapeDtypeStruct(out.shape, out.dtype))(*own, *shared, parts, _offsets(out))
@@ -125,21 +125,19 @@ def _nothing(columns: int) -> Merged:
     )
 
 
-def _add_pieces(
-    merged: Merged, pieces: Pieces, pack: Any, part: Any, first_slot: Any, count: Any, column: Any
-) -> Merged:
-    """Add `count` pieces from `first_slot` on, of which the columns from `column` on belong to the row."""
+def _add_pieces(merged: Merged, pieces: Pieces, pack: Any, part: Any, first: Any, count: Any, column: Any) -> Merged:
+    """Add `count` pieces from number `first` on, of which the columns from `column` on belong to the row."""
     window = pl.ds(column, merged.highest.shape[0])
     load = functools.partial(plgpu.load, optimized=False)
 
     def add(i, merged):
         loaded = []
         for j in range(TOGETHER):
-            slot = first_slot + lax.min(i * TOGETHER + j, count - 1)
+            piece = first + lax.min(i * TOGETHER + j, count - 1)
             weightless = jnp.where(i * TOGETHER + j < count, f32(0), f32(MASKED))
-            highest = load(pieces.sums.at[pack, slot, 0, window], layout=COLUMN) + weightless
-            total = load(pieces.sums.at[pack, slot, 1, window], layout=COLUMN)
-            loaded.append(Merged(highest, total, load(pieces.outs.at[pack, slot, part, window], layout=TILE)))
+            highest = load(pieces.sums.at[pack, piece, 0, window], layout=COLUMN) + weightless
+            total = load(pieces.sums.at[pack, piece, 1, window], layout=COLUMN)
+            loaded.append(Merged(highest, total, load(pieces.outs.at[pack, piece, part, window], layout=TILE)))
         return functools.reduce(_merge, loaded, merged)
 
     return lax.fori_loop(i32(0), lax.div(count + (TOGETHER - 1), i32(TOGETHER)), add, merged)

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_ids, check_options, check_pages, check_scales
 from pallas_kernels.decode_kernel import Phase, attend
-from pallas_kernels.decode_program import Options
+from pallas_kernels.decode_program import DecodeOptions
 from pallas_kernels.decode_tile import DecodeTile, check_tile, choose_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_pieces
 from pallas_kernels.mosaic import num_multiprocessors
-from pallas_kernels.work_split import max_chunks, num_slots, split_work
+from pallas_kernels.work_split import max_chunks, max_pieces, split_work
 
 Array = jax.Array
 
@@ -84,13 +84,13 @@ def paged_decode(
         sliding_window=sliding_window, batch_invariant=batch_invariant,
     )  # fmt: skip
     longest = -(-block_tables.shape[1] * page_size // tile.keys)
-    options = Options(
-        tile, group, columns, (num_slots(rows, num_shares, longest, batch_invariant),), q.dtype,
+    options = DecodeOptions(
+        tile, group, columns, (max_pieces(rows, num_shares, longest, batch_invariant),), q.dtype,
         max_chunks(longest) if batch_invariant else None, scale, soft_cap, sliding_window,
     )  # fmt: skip
     phase = Phase(queries, block_tables, context_lens, split)
     (out,), (pieces,) = attend((phase,), k_pages, v_pages, scales, options)
-    out = merge_pieces(out, Pieces(*pieces, split.starts, split.cuts), options.slots_per_row)
+    out = merge_pieces(out, Pieces(*pieces, split.starts, split.cuts), options.pieces_per_row)
     return out[:, :, : pack * group].reshape(q.shape)
 
 

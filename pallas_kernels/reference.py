@@ -91,7 +91,7 @@ def paged_prefill(
     return jax.lax.fori_loop(0, ends[-1], attend_tile, jnp.zeros_like(q))
 
 
-def shared_prefix_decode(
+def cascade_decode(
     q: Array,
     k_pages: Array,
     v_pages: Array,
@@ -102,7 +102,7 @@ def shared_prefix_decode(
     scale: float,
     soft_cap: float | None = None,
 ) -> Array:
-    """`paged_decode` in which a row reads a run of its groups (shared_prefix.py) through the first member's table."""
+    """`paged_decode` in which a row reads a run of its groups (cascade.py) through the first member's table."""
     page_size, members = k_pages.shape[1], groups.members.shape[1]
     pages = jnp.arange(block_tables.shape[1])
     read = jnp.where(pages * page_size >= groups.own_starts[:, None], block_tables, 0)

@@ -74,21 +74,21 @@ def split_work(
     return WorkSplit(firsts, starts, cuts, jnp.stack([rows[:-1], last_rows]))
 
 
-def num_slots(num_rows: int, num_shares: int, longest: int, batch_invariant: bool) -> int:
-    """Places for the pieces of `num_rows` rows of at most `longest` tiles."""
+def max_pieces(num_rows: int, num_shares: int, longest: int, batch_invariant: bool) -> int:
+    """So many pieces `num_rows` rows of at most `longest` tiles can have, numbered as `pieces_of` does."""
     return num_rows * max_chunks(longest) if batch_invariant else num_rows + num_shares
 
 
-def pieces_of(row: Any, starts: Any, cuts: Any, slots_per_row: int | None) -> tuple[Any, Any]:
-    """The slot of the row's first piece, and how many it has, side by side; in kernels, over references.
+def pieces_of(row: Any, starts: Any, cuts: Any, pieces_per_row: int | None) -> tuple[Any, Any]:
+    """The number of the row's first piece, and how many it has, one after the other; in kernels, over references.
 
     Along the line every piece begins with a new row, a new share or both, so row + share numbers the pieces of an equal
-    split. A batch-invariant one, with its `slots_per_row`, numbers each row's chunks.
+    split. A batch-invariant one, with its `pieces_per_row`, numbers each row's chunks.
     """
     begin, end = starts[row], starts[row + 1]
-    if slots_per_row is not None:
+    if pieces_per_row is not None:
         chunk = chunk_tiles(end - begin)
-        return row * slots_per_row, lax.div(end - begin + chunk - 1, chunk)
+        return row * pieces_per_row, lax.div(end - begin + chunk - 1, chunk)
     share = jnp.maximum(cuts[1], 1)  # all shares are as long as the first, but for the last ones
     first_share = lax.div(begin, share)
     return row + first_share, lax.div(end - 1, share) - first_share + 1

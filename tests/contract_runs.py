@@ -33,7 +33,7 @@ ALONE = dict(page_size=16, num_pages=100, max_num_seqs=MAX_NUM_SEQS, max_num_bat
 #: Rows of decode steps, alone and together: few sizes, since each is a program.
 ALONE_ROWS, BESIDE_ROWS = (MAX_NUM_SEQS,), (4, MAX_NUM_SEQS)
 SYSTEMS = (
-    "contiguous-max", "contiguous-pow2", "contiguous-oracle", "dense-slots", "dense-static", "dense-static-global",
+    "contiguous-max", "contiguous-pow2", "contiguous-oracle", "dense", "dense-static", "dense-static-global",
     "none",
 )  # fmt: skip
 PAGE_SIZES = (1, 2, 3, 4, 8, 16, 32, 64)

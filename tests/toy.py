@@ -19,7 +19,7 @@ from jaxpaged.device.params import random_params
 from jaxpaged.engine.engine import Engine
 from jaxpaged.host.beams.beam_state import BeamState, best_hypotheses
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.host.step.prefix_groups import PrefixRule, PrefixSharing
+from jaxpaged.host.step.cascade import Cascade, CascadeRule
 from pallas_kernels import reference
 
 TOY = ModelConfig(
@@ -64,14 +64,14 @@ def toy_engine(
 
 
 #: Every page that two rows have in common is read once.
-ALWAYS = PrefixRule(min_saved_tokens=0, min_run_pages=1)
+ALWAYS = CascadeRule(min_saved_tokens=0, min_run_pages=1)
 
 
-def sharing_engine(**sizes) -> Engine:
-    """A `toy_engine` with `shared_prefixes`, which needs the Pallas kernels, over what stands for them in XLA."""
+def cascade_engine(**sizes) -> Engine:
+    """A `toy_engine` with `cascade_attention`, which needs the Pallas kernels, over what stands for them in XLA."""
     engine = toy_engine(**sizes)
-    engine.runner.kernels = REFERENCE._replace(shared_prefix_decode=reference.shared_prefix_decode)
-    engine.runner.sharing = PrefixSharing(max_members=4, rule=ALWAYS)
+    engine.runner.kernels = REFERENCE._replace(cascade_decode=reference.cascade_decode)
+    engine.runner.cascade = Cascade(max_members=4, rule=ALWAYS)
     return engine
 
 

@@ -28,6 +28,7 @@ VLLM_OPTIONS = {
     "preemption_mode": "here it is preemption",
     "attention_backend": "here it is attention",
     "enable_prefix_caching": "here a prefix is named: generate(..., shared_prefix=...) computes and stores it once",
+    "disable_cascade_attn": "here cascade_attention=True enables it",
     "enable_chunked_prefill": "prompts beyond max_num_batched_tokens are always computed in chunks, so leave it out",
     "tensor_parallel_size": _ONE_DEVICE,
     "pipeline_parallel_size": _ONE_DEVICE,
@@ -54,7 +55,9 @@ VLLM_OPTIONS = {
     "hf_overrides": "edit the directory's config.json instead",
     "disable_log_stats": "what a run did is in llm.last_run, and nothing is logged at intervals, so leave it out",
 }
-#: The same of `generate` and its kind.
+#: The same, and of options that had another name before.
+OTHER_OPTIONS = {**VLLM_OPTIONS, "shared_prefixes": "it is called cascade_attention now"}
+#: What vLLM's arguments of `generate` and its kind are here.
 VLLM_REQUESTS = {
     "use_tqdm": "here it is progress",
     "prompt_token_ids": "here token ids are prompts: generate([[1, 2, 3]])",

@@ -22,45 +22,45 @@ BEST, RETURNED, LOST = "#d95f02", "#3b6fb6", "#b8b8b8"
 
 
 @dataclass(slots=True, eq=False)
-class Node:
+class PlottedBeam:
     """A beam after some step, or a finished hypothesis."""
 
     step: int
     token_ids: list[int]  # of the beam
     logprob: float
-    parent: Node | None = None
-    children: list[Node] = field(default_factory=list)
+    parent: PlottedBeam | None = None
+    children: list[PlottedBeam] = field(default_factory=list)
     rank: int | None = None  # of the best hypothesis that it led to, from 1
     finished: FinishedBeam | None = None
     height: float = 0.0
 
-    def add(self, child: Node) -> Node:
+    def add(self, child: PlottedBeam) -> PlottedBeam:
         child.parent = self
         self.children.append(child)
         return child
 
 
-def build_nodes(history: list[BeamSnapshot]) -> Node:
+def build_nodes(history: list[BeamSnapshot]) -> PlottedBeam:
     """The root of all beams of all groups. `history` has every step; what finished is as the last one knows it."""
-    root = Node(0, [], 0.0)
+    root = PlottedBeam(0, [], 0.0)
     for group in range(len(history[0].searches)):
-        levels: list[list[Node]] = [[root] * len(history[0].searches[group].running)]
+        levels: list[list[PlottedBeam]] = [[root] * len(history[0].searches[group].running)]
         for snapshot in history:
             search = snapshot.searches[group]
             level = []
             for beam, parent in zip(search.running, search.parents, strict=True):
-                node = Node(snapshot.step, beam.token_ids, beam.cumulative_logprob)
+                node = PlottedBeam(snapshot.step, beam.token_ids, beam.cumulative_logprob)
                 level.append((levels[-1][parent] if snapshot.step > 1 else root).add(node))
             levels.append(level)
         for finished in history[-1].searches[group].finished:
             before = len(finished.token_ids) - 1
             parent = levels[before][finished.parents[-1]] if before else root
-            node = Node(before + 1, finished.token_ids, finished.cumulative_logprob, finished=finished)
+            node = PlottedBeam(before + 1, finished.token_ids, finished.cumulative_logprob, finished=finished)
             parent.add(node)
     return root
 
 
-def all_nodes(root: Node) -> list[Node]:
+def all_nodes(root: PlottedBeam) -> list[PlottedBeam]:
     """Parents before their children, each followed by all that comes of it."""
     found, waiting = [], [root]
     while waiting:
@@ -70,12 +70,12 @@ def all_nodes(root: Node) -> list[Node]:
     return found
 
 
-def rank_and_place(root: Node, num_returned: int) -> int:
+def rank_and_place(root: PlottedBeam, num_returned: int) -> int:
     """Rank what led to the `num_returned` best hypotheses, place the ends one below the other; how many ends."""
     ends = [node for node in all_nodes(root) if node.finished is not None]
     ends.sort(key=lambda node: -node.finished.score if node.finished else 0.0)
     for rank, end in enumerate(ends[:num_returned], start=1):
-        node: Node | None = end
+        node: PlottedBeam | None = end
         while node is not None and node.rank is None:
             node.rank = rank
             node = node.parent
@@ -114,7 +114,7 @@ def plot_search(
         figure.savefig(path, dpi=130)
 
 
-def _draw(axes: Axes, node: Node, text_of: TextOf, labels_all: bool) -> None:
+def _draw(axes: Axes, node: PlottedBeam, text_of: TextOf, labels_all: bool) -> None:
     """The line from the parent, the token above it, and what a hypothesis came to."""
     if node.parent is None:
         return

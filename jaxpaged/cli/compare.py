@@ -71,7 +71,7 @@ class Setting(NamedTuple):
     def options_of(self, system: str) -> dict[str, Any]:
         """Only pages give way to others and are shared, so how they are is a setting of theirs."""
         options = {**self.options, "kv_cache": system}
-        return options if system == "paged" else {**options, "preemption": "auto", "shared_prefixes": False}
+        return options if system == "paged" else {**options, "preemption": "auto", "cascade_attention": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

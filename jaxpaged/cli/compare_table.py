@@ -18,30 +18,30 @@ CATEGORY_NAMES = {
 }
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     name: str
     value: Callable[[dict[str, Any]], float]  # of a result's summary
     form: str
 
 
-def _rows() -> list[Row]:
+def _rows() -> list[TableRow]:
     return [
-        Row("generated tokens/s", lambda s: s["generated_tokens_per_second"], ",.1f"),
-        Row("prompt + generated tokens/s", lambda s: s["processed_tokens_per_second"], ",.1f"),
+        TableRow("generated tokens/s", lambda s: s["generated_tokens_per_second"], ",.1f"),
+        TableRow("prompt + generated tokens/s", lambda s: s["processed_tokens_per_second"], ",.1f"),
         *(
-            Row(f"latency {q}, s", lambda s, q=q: s["latency_seconds"][q], ".2f")
+            TableRow(f"latency {q}, s", lambda s, q=q: s["latency_seconds"][q], ".2f")
             for q in ("p50", "p90", "p99")
         ),
-        Row("normalized latency, s/token", lambda s: s["normalized_latency_seconds"], ".4f"),
-        Row("mean running sequences", lambda s: s["mean_running_sequences"], ".2f"),
+        TableRow("normalized latency, s/token", lambda s: s["normalized_latency_seconds"], ".4f"),
+        TableRow("mean running sequences", lambda s: s["mean_running_sequences"], ".2f"),
         *(
-            Row(f"{CATEGORY_NAMES[part]}, %", lambda s, part=part: s["percent_of_pool"][part], ".1f")
+            TableRow(f"{CATEGORY_NAMES[part]}, %", lambda s, part=part: s["percent_of_pool"][part], ".1f")
             for part in CATEGORIES
         ),
-        Row("pages copied", lambda s: s["copied_pages"], ",d"),
-        Row("preemptions", lambda s: s["preemptions"], ",d"),
-        Row("steps", lambda s: s["steps"], ",d"),
-        Row("seconds", lambda s: s["seconds"], ".1f"),
+        TableRow("pages copied", lambda s: s["copied_pages"], ",d"),
+        TableRow("preemptions", lambda s: s["preemptions"], ",d"),
+        TableRow("steps", lambda s: s["steps"], ",d"),
+        TableRow("seconds", lambda s: s["seconds"], ".1f"),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxpaged.cli.errors import UsageError
+from jaxpaged.config.choices import RENAMED_CHOICES
 from jaxpaged.config.options import Option, engine_options
 
 
@@ -41,6 +42,13 @@ def early_stopping(text: str) -> bool | str:
     if text not in known:
         raise ValueError
     return known[text]
+
+
+def choice(text: str) -> str:
+    """The text as it is, or what it is called now; which choices there are is argparse's to say."""
+    if text in RENAMED_CHOICES:
+        raise argparse.ArgumentTypeError(f"{text!r} is called {RENAMED_CHOICES[text]!r} now")
+    return text
 
 
 # argparse names the type in its messages: "invalid integer or none value: 'x'".
@@ -125,8 +133,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: tuple[Flag, ..
             action = "append" if flag.repeated else "store"
             metavar = "N" if flag.read in (int, integer_or_none) else "X" if flag.read is float else "VALUE"
             group.add_argument(
-                option, dest=flag.name, type=flag.read, action=action, metavar=metavar, default=argparse.SUPPRESS,
-                help=flag.help, choices=flag.choices or None,
+                option, dest=flag.name, type=choice if flag.choices else flag.read, action=action, metavar=metavar,
+                default=argparse.SUPPRESS, help=flag.help, choices=flag.choices or None,
             )  # fmt: skip
 
 

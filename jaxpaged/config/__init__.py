@@ -216,13 +216,13 @@ class CacheConfig:
         return self.num_usable_pages * self.page_size
 
 
-def num_slots(cache: CacheConfig, max_model_len: int) -> int:
-    """Slots of `max_model_len` tokens, in whole pages, that the usable pages hold; ValueError if they hold none."""
-    slot_pages = -(-max_model_len // cache.page_size)
-    count = cache.num_usable_pages // slot_pages
+def num_dense_rows(cache: CacheConfig, max_model_len: int) -> int:
+    """Rows of `max_model_len` tokens, in whole pages, that the usable pages hold; ValueError if they hold none."""
+    row_pages = -(-max_model_len // cache.page_size)
+    count = cache.num_usable_pages // row_pages
     if not count:
         raise ValueError(
-            f"a dense cache keeps max_model_len={max_model_len} tokens for each sequence, {slot_pages} pages of "
+            f"a dense cache keeps max_model_len={max_model_len} tokens for each sequence, {row_pages} pages of "
             f"{cache.page_size}, and the pool has {cache.num_usable_pages}: raise num_pages, or lower max_model_len"
         )
     return count
@@ -255,7 +255,7 @@ class EngineConfig:
     max_model_len: int
     max_num_seqs: int = EngineOptions.max_num_seqs
     max_num_batched_tokens: int = EngineOptions.max_num_batched_tokens
-    shares_prefixes: bool = EngineOptions.shared_prefixes
+    cascade_attention: bool = EngineOptions.cascade_attention
     watermark: float = EngineOptions.watermark
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     kv_cache: str = EngineOptions.kv_cache

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from jaxpaged.config.choices import choices_in_words
+
 MAX_SIZE = 1 << 24  # of widths, vocabularies and positions; float32, in which positions are turned, counts no further
 MAX_LAYERS = 10_000
 MAX_COUNT = (1 << 31) - 1  # int32: of pages and of a window, which may well be larger than any text
@@ -17,7 +19,7 @@ LARGEST = 1e38  # of numbers: float32, in which they are used
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}; {choices_in_words(value, choices)}")
 
 
 def check_size(name: str, value: object, limit: int = MAX_SIZE) -> None:

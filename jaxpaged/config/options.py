@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from jaxpaged.api.values import as_int, read_flag, read_int, read_number, read_seed, shortened
-from jaxpaged.config.choices import ATTENTIONS, DTYPES, KV_CACHES, LOAD_FORMATS, PREEMPTION_MODES
+from jaxpaged.config.choices import ATTENTIONS, DTYPES, KV_CACHES, LOAD_FORMATS, PREEMPTION_MODES, choices_in_words
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,7 +69,7 @@ def option(
 def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     def read(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{name}={shortened(value)}; choose one of {', '.join(choices)}")
+            raise ValueError(f"{name}={shortened(value)}; {choices_in_words(value, choices)}")
         return value
 
     return read
@@ -147,7 +147,7 @@ class EngineOptions:
         "that runs here",
         choices=ATTENTIONS,
     )  # fmt: skip
-    shared_prefixes: bool = option(
+    cascade_attention: bool = option(
         False, "read pages that several sequences have in common once a step, where that saves enough (pallas only)"
     )
     batch_invariant: bool = option(
@@ -180,11 +180,13 @@ class EngineOptions:
                 f"kv_cache={self.kv_cache!r} reserves all that a request needs beforehand, so none gives way: "
                 "preemption='swap' needs kv_cache='paged'"
             )
-        if self.kv_cache != "paged" and self.shared_prefixes:
-            raise ValueError(f"kv_cache={self.kv_cache!r} shares nothing: shared_prefixes=True needs kv_cache='paged'")
-        if self.batch_invariant and self.shared_prefixes:
+        if self.kv_cache != "paged" and self.cascade_attention:
             raise ValueError(
-                "shared_prefixes=True reads pages in an order that follows from the whole batch, which "
+                f"kv_cache={self.kv_cache!r} shares nothing: cascade_attention=True needs kv_cache='paged'"
+            )
+        if self.batch_invariant and self.cascade_attention:
+            raise ValueError(
+                "cascade_attention=True reads pages in an order that follows from the whole batch, which "
                 "batch_invariant=True rules out: choose one of them"
             )
         if self.preemption == "swap" and self.swap_space_gib == 0:

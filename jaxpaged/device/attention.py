@@ -23,9 +23,9 @@ class AttentionKernels(NamedTuple):
     name: str
     paged_decode: Callable[..., jax.Array]
     paged_prefill: Callable[..., jax.Array]
-    #: paged_decode that reads the runs of pages in a `PrefixGroups` once, and (query heads, KV heads, head_dim) -> rows
+    #: paged_decode that reads the runs of pages in `CascadeGroups` once, and (query heads, KV heads, head_dim) -> rows
     #: that a group can have; None where an implementation gains nothing by it.
-    shared_prefix_decode: Callable[..., jax.Array] | None = None
+    cascade_decode: Callable[..., jax.Array] | None = None
     max_members: Callable[[int, int, int], int] | None = None
     copy_pages: Callable[..., tuple[jax.Array, ...]] = reference.copy_pages  # for all pools at once
     copies_in_steps: bool = False  # whether padding in a list of copies costs nothing, so that every step may have one
@@ -108,11 +108,11 @@ def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str) -> 
 @functools.cache  # equal kernels are one object, so that programs compiled for them are found again
 def _pallas(batch_invariant: bool) -> AttentionKernels:
     # Not at the top: these modules need a newer JAX than the rest.
+    from pallas_kernels.cascade import cascade_decode
     from pallas_kernels.decode_tile import max_members
     from pallas_kernels.page_copy import copy_pages
     from pallas_kernels.paged_decode import paged_decode
     from pallas_kernels.paged_prefill import paged_prefill
-    from pallas_kernels.shared_prefix import shared_prefix_decode
 
     if batch_invariant:  # prefill is, whoever asks; reading shared pages once cannot be
         decode = functools.partial(paged_decode, batch_invariant=True)
@@ -120,5 +120,5 @@ def _pallas(batch_invariant: bool) -> AttentionKernels:
             "pallas", decode, paged_prefill, copy_pages=copy_pages, copies_in_steps=True, is_batch_invariant=True
         )
     return AttentionKernels(
-        "pallas", paged_decode, paged_prefill, shared_prefix_decode, max_members, copy_pages, copies_in_steps=True
+        "pallas", paged_decode, paged_prefill, cascade_decode, max_members, copy_pages, copies_in_steps=True
     )

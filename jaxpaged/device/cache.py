@@ -66,11 +66,11 @@ class PagedCache:
     ) -> Array:
         with jax.named_scope("attention"):
             if isinstance(inputs, DecodeInputs):
-                if inputs.prefix_groups is not None and options.sliding_window is None:
-                    assert kernels.shared_prefix_decode is not None, f"{kernels.name} reads no shared prefixes"
-                    return kernels.shared_prefix_decode(
+                if inputs.cascade_groups is not None and options.sliding_window is None:
+                    assert kernels.cascade_decode is not None, f"{kernels.name} has no cascade attention"
+                    return kernels.cascade_decode(
                         q, self.k[layer], self.v[layer], inputs.block_tables, inputs.context_lens,
-                        inputs.prefix_groups, scale=options.scale, soft_cap=options.soft_cap,
+                        inputs.cascade_groups, scale=options.scale, soft_cap=options.soft_cap,
                     )  # fmt: skip
                 return kernels.paged_decode(
                     q, self.k[layer], self.v[layer], inputs.block_tables, inputs.context_lens, **options._asdict()

@@ -2,7 +2,7 @@
 
 A dense cache is a paged one whose page is as long as a sequence: the same fields, slot for slot the same bytes; only
 the read differs. The host counts its memory in pages all the same: a row is a run of pages, so copies and block tables
-are those of any cache (systems/slots.py), and a row is found by the first page of its table. NULL_PAGE has no row: what
+are those of any cache (dense_rows.py), and a row is found by the first page of its table. NULL_PAGE has no row: what
 padding writes is dropped.
 """
 
@@ -14,7 +14,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.config import DENSE_CACHES, AttentionOptions, CacheConfig, EngineConfig, ModelConfig, num_slots
+from jaxpaged.config import DENSE_CACHES, AttentionOptions, CacheConfig, EngineConfig, ModelConfig, num_dense_rows
 from jaxpaged.device import dense_attention
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache, make_paged_cache
@@ -114,7 +114,7 @@ def make_dense_cache(
 ) -> DenseCache:
     """An empty dense cache (zeros) of as many rows as the usable pages of `cache` hold, rounded down."""
     max_len = -(-max_model_len // cache.page_size) * cache.page_size
-    shape = (num_slots(cache, max_model_len), max_len, model.num_kv_heads, model.head_dim)
+    shape = (num_dense_rows(cache, max_model_len), max_len, model.num_kv_heads, model.head_dim)
     k, v = (tuple(jnp.zeros(shape, cache.dtype, device=device) for _ in range(model.num_layers)) for _ in "kv")
     return DenseCache(k, v, cache.page_size)
 

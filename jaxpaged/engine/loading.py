@@ -18,7 +18,7 @@ from jaxpaged.config import (
     EngineOptions,
     ModelConfig,
     PreemptionConfig,
-    num_slots,
+    num_dense_rows,
 )
 from jaxpaged.device.attention import AttentionKernels, resolve_attention, resolve_dense_attention
 from jaxpaged.device.memory import device_memory
@@ -48,7 +48,7 @@ def build_engine(
             device.platform,
         )  # fmt: skip
     limits = EngineConfig(
-        max_model_len, options.max_num_seqs, options.max_num_batched_tokens, options.shared_prefixes,
+        max_model_len, options.max_num_seqs, options.max_num_batched_tokens, options.cascade_attention,
         options.watermark, preemption, options.kv_cache, options.async_scheduling,
     )  # fmt: skip
     memory, _ = device_memory(device)
@@ -56,7 +56,7 @@ def build_engine(
     num_pages = 2 if options.kv_cache == "none" and options.num_pages is None else options.num_pages  # it has no pool
     sizer.check(num_pages)
     if num_pages is not None and options.kv_cache in DENSE_CACHES:
-        num_slots(CacheConfig(options.page_size, num_pages, dtype), limits.max_model_len)
+        num_dense_rows(CacheConfig(options.page_size, num_pages, dtype), limits.max_model_len)
     if params is None:
         params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
     num_pages = sizer.choose(params) if num_pages is None else num_pages
@@ -74,7 +74,7 @@ def _resolve_kernels(options: EngineOptions, model: ModelConfig, device: jax.Dev
             batch_invariant=options.batch_invariant,
         )  # fmt: skip
     can = {
-        "shared_prefixes": kernels.shared_prefix_decode is not None,
+        "cascade_attention": kernels.cascade_decode is not None,
         "batch_invariant": kernels.is_batch_invariant,
     }
     for name, possible in can.items():

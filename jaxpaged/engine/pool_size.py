@@ -100,9 +100,9 @@ class PoolSizer:
 
     @property
     def _nominal_pages(self) -> int:
-        """At least one slot of a dense cache."""
-        slot_pages = -(-self.limits.max_model_len // self.page_size)
-        return max(NOMINAL_PAGES, slot_pages + 1) if self._is_dense else NOMINAL_PAGES
+        """At least one row of a dense cache."""
+        row_pages = -(-self.limits.max_model_len // self.page_size)
+        return max(NOMINAL_PAGES, row_pages + 1) if self._is_dense else NOMINAL_PAGES
 
     @property
     def _is_dense(self) -> bool:

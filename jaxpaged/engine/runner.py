@@ -23,9 +23,9 @@ from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, make_copies, split, with_copies
+from jaxpaged.host.step.cascade import Cascade, empty_cascade, measured_rule, plan_cascade
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.id_check import check_copies, check_ids, check_pages
-from jaxpaged.host.step.prefix_groups import PrefixSharing, measured_rule, share_nothing, share_prefixes
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import (
     NULL_PAGE,
@@ -79,14 +79,14 @@ class StepRunner:
         self.remake_pool()
         self.page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
         self.buckets = Buckets.for_limits(limits, cache)
-        self.sharing = self._find_sharing() if limits.shares_prefixes else None
+        self.cascade = self._find_cascade() if limits.cascade_attention else None
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
 
-    def _find_sharing(self) -> PrefixSharing:
-        assert self.kernels.max_members is not None, f"{self.kernels.name} reads no shared prefixes"
+    def _find_cascade(self) -> Cascade:
+        assert self.kernels.max_members is not None, f"{self.kernels.name} has no cascade attention"
         most = self.kernels.max_members(self.model.num_heads, self.model.num_kv_heads, self.model.head_dim)
         token_bytes = self.pool.k[0].nbytes * 2 // (self.cache_config.num_pages * self.cache_config.page_size)
-        return PrefixSharing(most, measured_rule(token_bytes))
+        return Cascade(most, measured_rule(token_bytes))
 
     # A step
 
@@ -125,8 +125,8 @@ class StepRunner:
     def _ready(self, batch: StepBatch, features: SamplingFeatures) -> StepBatch:
         """The batch, its ids checked, with the prefixes that it is to read once."""
         check_ids(batch.inputs, self.cache_config)
-        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_of(features)) is not None:
-            return share_prefixes(batch, self.cache_config.page_size, sharing)
+        if isinstance(batch, DecodeBatch) and (cascade := self._cascade_of(features)) is not None:
+            return plan_cascade(batch, self.cache_config.page_size, cascade)
         return batch
 
     def _with_copies(
@@ -146,9 +146,9 @@ class StepRunner:
         check_copies(batch.inputs.copies, self.cache_config)
         return batch, []
 
-    def _sharing_of(self, features: SamplingFeatures) -> PrefixSharing | None:
+    def _cascade_of(self, features: SamplingFeatures) -> Cascade | None:
         """How decode steps share prefixes: not at all where no samples or beams could, nor requests of one prefix."""
-        return self.sharing if features.has_samples or features.has_prefix else None
+        return self.cascade if features.has_samples or features.has_prefix else None
 
     # Pages that move
 
@@ -205,10 +205,10 @@ class StepRunner:
             self.pool = swap.restore_pages(self.pool, nothing, self._fetch(nothing), self.device)
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
-        """Run an empty batch, with and without shared prefixes, so that the programs for such batches are there."""
+        """Run an empty batch, with and without a cascade, so that the programs for such batches are there."""
         self.run(PreparedStep(*pack(batch), features, []))
-        if isinstance(batch, DecodeBatch) and (sharing := self._sharing_of(features)) is not None:
-            shared = share_nothing(batch, sharing)
+        if isinstance(batch, DecodeBatch) and (cascade := self._cascade_of(features)) is not None:
+            shared = empty_cascade(batch, cascade)
             if shared is not None:
                 self.run(PreparedStep(*pack(shared), features, []))
 

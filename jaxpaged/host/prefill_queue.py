@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from jaxpaged.config import EngineConfig
-from jaxpaged.host.pages.token_tree import Branch
+from jaxpaged.host.pages.token_tree import Placement
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.systems.reservation import Policy
@@ -31,9 +31,9 @@ class PrefillQueue:
         """Tokens still to compute."""
         return sum(sequence.num_tokens - sequence.num_computed for _, sequence in self._queue)
 
-    def add(self, group: SequenceGroup, branches: list[Branch]) -> None:
+    def add(self, group: SequenceGroup, placements: list[Placement]) -> None:
         """Queue what the group's sequences do not share; there is memory for all of it."""
-        for sequence, num_shared, num_to_compute in branches:
+        for sequence, num_shared, num_to_compute in placements:
             sequence.num_computed = num_shared
             if num_to_compute:
                 self._queue.append((group, sequence))

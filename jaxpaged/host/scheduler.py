@@ -35,7 +35,7 @@ from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for,
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.shared_prefix import make_prefix
 from jaxpaged.host.pages.swap import Swap, SwapSpace
-from jaxpaged.host.pages.token_tree import Branch, build_branches
+from jaxpaged.host.pages.token_tree import Placement, plan_placements
 from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
@@ -86,7 +86,7 @@ class Scheduler:
         (sequence,) = self.prefix.sequences
         sequence.table = self.policy.place_prefix(len(token_ids))
         self.swap_space.pinned_pages = sequence.table.pages[: len(token_ids) // self.cache.page_size]
-        self._prefill.add(self.prefix, [Branch(sequence, 0, len(token_ids))])
+        self._prefill.add(self.prefix, [Placement(sequence, 0, len(token_ids))])
 
     def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
         """Raise ValueError for a request that could not run even alone, with the numbers that say why.
@@ -162,10 +162,10 @@ class Scheduler:
         return True
 
     def _try_start_prefill(self, group: SequenceGroup) -> bool:
-        branches = build_branches(group, self.cache.page_size)
-        if not self.policy.try_place(group, branches, lambda: self._headroom(group)):
+        placements = plan_placements(group, self.cache.page_size)
+        if not self.policy.try_place(group, placements, lambda: self._headroom(group)):
             return False
-        self._prefill.add(group, branches)
+        self._prefill.add(group, placements)
         return True
 
     def _headroom(self, group: SequenceGroup) -> int:

@@ -19,7 +19,7 @@ class SequenceStatus(enum.Enum):
     FINISHED = "finished"
 
 
-class TextStream(Protocol):
+class StopStrings(Protocol):
     """Turns tokens into text as they come and looks for stop strings."""
 
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
@@ -44,7 +44,7 @@ class Sequence:
     stop_reason: int | str | None = None
     cumulative_logprob: float = 0.0
     logprobs: list[Any] = field(default_factory=list)  # one entry a generated token, if the request wants them
-    stream: TextStream | None = None
+    stream: StopStrings | None = None
     num_pending: int = 0  # 1 while the step in flight chooses a token of it, behind those that are known
     pending_row: int = 0  # of that step's outputs
 
@@ -101,7 +101,7 @@ class SequenceGroup:
     prefix_len: int = 0  # first tokens of the prompt that every request of the run has, and shares (shared_prefix.py)
     eos_ids: frozenset[int] = frozenset()  # empty when the request ignores them
     stop_ids: frozenset[int] = frozenset()
-    make_stream: Callable[[], TextStream] | None = None  # for requests with stop strings
+    make_stream: Callable[[], StopStrings] | None = None  # for requests with stop strings
     beams: list[BeamState] = field(default_factory=list)  # of a beam search, one for each of its groups of beams
     ends_text: Callable[[list[int]], bool] | None = None  # whether output ids of a beam complete a stop string
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`

@@ -17,6 +17,7 @@ from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import KV_CACHES, CacheConfig, EngineConfig
+from jaxpaged.config.choices import choices_in_words
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.study.account_file import saturated_steps, summarise
@@ -124,7 +125,7 @@ def default_num_pages(page_size: int, max_model_len: int) -> int:
 def check_systems(systems: Sequence[str]) -> None:
     for name in systems:
         if name not in KV_CACHES:
-            raise ValueError(f"unknown system {name!r}; choose from {', '.join(KV_CACHES)}")
+            raise ValueError(f"unknown system {name!r}; {choices_in_words(name, KV_CACHES)}")
     if not systems or len(set(systems)) < len(systems):
         raise ValueError(f"systems must be named once each, got {', '.join(systems) or 'none'}")
 

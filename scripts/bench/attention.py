@@ -4,7 +4,7 @@
     python scripts/bench/attention.py --decode 64x2048 8x8192 --heads 32/8 --head-dim 128 --page-size 16
     python scripts/bench/attention.py --decode 64x4096 --dtype float8_e4m3fn --implementations pallas cudnn
     python scripts/bench/attention.py --prefill 8192 512+16384
-    python scripts/bench/attention.py --shared-prefix 4x16@1024+96 1x64@1024+256
+    python scripts/bench/attention.py --cascade 4x16@1024+96 1x64@1024+256
 
 First the card: what a copy of a large array and a large matrix product reach. Then a table a kernel: microseconds a
 call; the KV that must be read, in GB/s, as a share of the copy (for prefill TFLOP/s, as a share of the matrix product);
@@ -43,20 +43,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from attention_cases import (
+    CascadeCase,
     DecodeCase,
     Heads,
     PagedData,
     PrefillCase,
-    SharedPrefixCase,
     calls_a_program,
+    cascade_cases,
+    cascade_data,
     decode_cases,
     decode_data,
     prefill_cases,
     prefill_data,
     random_normal,
     random_pools,
-    shared_prefix_cases,
-    shared_prefix_data,
     uniform_decode,
 )
 from attention_peers import (
@@ -279,8 +279,8 @@ def _prefill_candidate(kernel: Callable[..., Array], case: PrefillCase, data: Pa
 
 
 def bench_shared(args: argparse.Namespace, report: Report) -> None:
-    given = [SharedPrefixCase(*shape, heads=args.shape) for shape in args.shared_prefix or []]
-    cases = given or shared_prefix_cases(args.shape, args.quick)
+    given = [CascadeCase(*shape, heads=args.shape) for shape in args.cascade or []]
+    cases = given or cascade_cases(args.shape, args.quick)
     most = args.max_members or max_members(args.shape.num_heads, args.shape.num_kv_heads, args.shape.head_dim)
     # The same functions for all cases, whose arrays have the same shapes: each is compiled once.
     oracle = functools.partial(reference.paged_decode, scale=args.shape.scale)
@@ -290,9 +290,9 @@ def bench_shared(args: argparse.Namespace, report: Report) -> None:
 
     @functools.cache
     def shared() -> Callable[..., Array]:
-        return _own_kernel("shared_prefix", "shared_prefix_decode", scale=args.shape.scale)
+        return _own_kernel("cascade", "cascade_decode", scale=args.shape.scale)
 
-    for case, data, groups, alone_bytes, shared_bytes, calls in shared_prefix_data(cases, most):
+    for case, data, groups, alone_bytes, shared_bytes, calls in cascade_data(cases, most):
         inputs = (data.block_tables, data.context_lens)
         expected = JaxCandidate(oracle, data.q, data.caches, inputs).output()
         label = case.name + case.heads.changes(args.shape)
@@ -371,7 +371,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode", nargs="+", default=[], type=numbers(r"(\d+)x(\d+)"), metavar="ROWSxCONTEXT")
     parser.add_argument("--prefill", nargs="+", default=[], type=numbers(r"(\d+)(?:\+(\d+))?"), metavar="NEW[+CACHED]")
     parser.add_argument(
-        "--shared-prefix", nargs="*", type=numbers(r"(\d+)x(\d+)@(\d+)\+(\d+)"), metavar="PROMPTSxSAMPLES@PROMPT+OWN",
+        "--cascade", nargs="*", type=numbers(r"(\d+)x(\d+)@(\d+)\+(\d+)"), metavar="PROMPTSxSAMPLES@PROMPT+OWN",
         help="without shapes: the named cases",
     )  # fmt: skip
     parser.add_argument("--heads", type=numbers(r"(\d+)/(\d+)"), default=(32, 8), metavar="H/K")
@@ -382,7 +382,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, help="default: all")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)
-    given = {"decode": args.decode, "prefill": args.prefill, "shared": args.shared_prefix is not None}
+    given = {"decode": args.decode, "prefill": args.prefill, "shared": args.cascade is not None}
     args.kernels = args.kernels or [kernel for kernel in KERNELS if given.get(kernel)] or list(KERNELS)
     args.shape = Heads(*args.heads, head_dim=args.head_dim, page_size=args.page_size, dtype=args.dtype)
     return args

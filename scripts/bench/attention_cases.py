@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpaged.host.step.prefix_groups import NUM_LEVELS, PrefixRule, pad_groups, plan_prefix_groups
-from jaxpaged.step_io import PrefixGroups
+from jaxpaged.host.step.cascade import NUM_LEVELS, CascadeRule, pad_groups, plan_groups
+from pallas_kernels.cascade_groups import CascadeGroups
 
 Array = jax.Array
 Cache = tuple[Array, ...]
@@ -200,7 +200,7 @@ def prefill_data(case: PrefillCase) -> PagedData:
 
 
 @dataclass(frozen=True)
-class SharedPrefixCase:
+class CascadeCase:
     """One step of `samples` samples of each of `prompts` prompts, which have made `own` tokens each."""
 
     prompts: int
@@ -234,29 +234,29 @@ class SharedPrefixCase:
         return tables
 
 
-class SharedPrefixData(NamedTuple):
+class CascadeData(NamedTuple):
     """Of one case. All of a run have the same shapes, so that an implementation compiles once."""
 
-    case: SharedPrefixCase
+    case: CascadeCase
     paged: PagedData
-    groups: PrefixGroups  # of device arrays
+    groups: CascadeGroups  # of device arrays
     read_alone_bytes: int  # of KV, if every row reads its whole context
     read_shared_bytes: int
     calls: int
 
 
-def shared_prefix_cases(heads: Heads, quick: bool) -> list[SharedPrefixCase]:
+def cascade_cases(heads: Heads, quick: bool) -> list[CascadeCase]:
     """Two ways to share a prompt, at many lengths of the rest, and a batch that shares nothing."""
     own = (128,) if quick else (32, 128, 256)
-    cases = [SharedPrefixCase(*shape, 1024, n, heads) for shape in ((4, 16), (1, 64)) for n in own]
-    return [*cases, SharedPrefixCase(64, 1, 1024, own[-1], heads)]
+    cases = [CascadeCase(*shape, 1024, n, heads) for shape in ((4, 16), (1, 64)) for n in own]
+    return [*cases, CascadeCase(64, 1, 1024, own[-1], heads)]
 
 
-def shared_prefix_data(cases: list[SharedPrefixCase], max_members: int) -> Iterator[SharedPrefixData]:
+def cascade_data(cases: list[CascadeCase], max_members: int) -> Iterator[CascadeData]:
     heads = cases[0].heads
     width = max(-(-max(case.context_lens) // heads.page_size) for case in cases)
     tables = [case.tables(width) for case in cases]
-    share_all = PrefixRule(min_saved_tokens=0, min_run_pages=1)
+    share_all = CascadeRule(min_saved_tokens=0, min_run_pages=1)
     groups = [_groups(case, table, max_members, share_all) for case, table in zip(cases, tables, strict=True)]
     num_groups = 2 ** (max(1, *(len(plan.num_pages) for plan in groups)) - 1).bit_length()
     read = [_tokens_read(case, plan) for case, plan in zip(cases, groups, strict=True)]
@@ -265,27 +265,27 @@ def shared_prefix_data(cases: list[SharedPrefixCase], max_members: int) -> Itera
     base = make_paged_data(max(tables, key=np.max), np.zeros(1), max(case.rows for case in cases), pools, heads)
     for case, table, plan, tokens in zip(cases, tables, groups, read, strict=True):
         lens = jnp.asarray(case.context_lens, jnp.int32)
-        yield SharedPrefixData(
+        yield CascadeData(
             case=case,
             paged=base._replace(q=base.q[: case.rows], block_tables=jnp.asarray(table), context_lens=lens),
-            groups=PrefixGroups(*(jnp.asarray(array) for array in pad_groups(plan, num_groups))),
+            groups=CascadeGroups(*(jnp.asarray(array) for array in pad_groups(plan, num_groups))),
             read_alone_bytes=sum(case.context_lens) * heads.token_bytes,
             read_shared_bytes=tokens * heads.token_bytes,
             calls=calls,
         )
 
 
-def _groups(case: SharedPrefixCase, tables: np.ndarray, max_members: int, rule: PrefixRule) -> PrefixGroups:
+def _groups(case: CascadeCase, tables: np.ndarray, max_members: int, rule: CascadeRule) -> CascadeGroups:
     """The plan, or one without groups: what running the kernel costs where nothing is shared."""
-    groups = plan_prefix_groups(tables, np.array(case.context_lens), case.heads.page_size, max_members, rule)
+    groups = plan_groups(tables, np.array(case.context_lens), case.heads.page_size, max_members, rule)
     if groups is not None:
         return groups
     none, nothing = np.zeros(0, np.int32), np.full((NUM_LEVELS, case.rows), -1, np.int32)
     members = np.full((0, max_members), -1, np.int32)
-    return PrefixGroups(members, none, none, np.zeros(case.rows, np.int32), nothing)
+    return CascadeGroups(members, none, none, np.zeros(case.rows, np.int32), nothing)
 
 
-def _tokens_read(case: SharedPrefixCase, groups: PrefixGroups) -> int:
+def _tokens_read(case: CascadeCase, groups: CascadeGroups) -> int:
     alone = np.array(case.context_lens) - groups.own_starts
     return int(alone.sum() + groups.num_pages.sum() * case.heads.page_size)
 

@@ -101,7 +101,7 @@ def make_llm(args: argparse.Namespace) -> Any:
         args.model,
         load_format=args.load_format or ("dummy" if args.model.parent.name == "shapes" else "auto"),
         attention=args.attention,
-        shared_prefixes=args.shared_prefixes,
+        cascade_attention=args.cascade_attention,
         max_num_seqs=most,
         max_model_len=length,
         page_size=args.page_size,
@@ -326,7 +326,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a quarter of the tokens, once")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--shared-prefixes", action="store_true", help="read pages that beams share once a step")
+    parser.add_argument("--cascade-attention", action="store_true", help="read pages that beams share once a step")
     parser.add_argument("--load-format", default=None, help="by default random weights for a directory of shapes")
     parser.add_argument("--peer", choices=("auto", "yes", "no"), default="auto", help="transformers: auto is on a GPU")
     parser.add_argument("--only-peer", action="store_true", help=argparse.SUPPRESS)

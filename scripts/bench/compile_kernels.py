@@ -236,17 +236,18 @@ def _copy_case(shape: PagedShape, tensor: Any) -> Case:
 
 
 def _shared_case(shape: PagedShape, lengths: Any, tensor: Any) -> Case:
+    from pallas_kernels.cascade import cascade_decode
+    from pallas_kernels.cascade_groups import CascadeGroups
     from pallas_kernels.decode_tile import max_members
-    from pallas_kernels.shared_prefix import PrefixGroups, shared_prefix_decode
 
     members = max_members(shape.heads, shape.kv_heads, shape.head_dim)
     of_group = tensor((NUM_GROUPS,), jnp.int32)
-    groups = PrefixGroups(
+    groups = CascadeGroups(
         tensor((NUM_GROUPS, members), jnp.int32), of_group, of_group, lengths, tensor((2, ROWS), jnp.int32)
     )
 
     def decode(*arguments: Any, sliding_window: None, **options: Any) -> jax.Array:
-        return shared_prefix_decode(*arguments, **options)
+        return cascade_decode(*arguments, **options)
 
     return _case("shared prefix", decode, shape, ROWS, [lengths, groups], tensor)
 

@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         workload = make_workload(name, llm.engine.model.vocab_size, args.seed, args.max_model_len)
         result = measure(llm, workload, card, args.repeats)
         row = (f"{name:>18} {result['tokens_per_second']:10,.0f} {result['first_seconds']:8.1f} "
-               f"{result['seconds']:8.3f} {result['steps']:7} {result['device_share']:7.1%} {result['floor_share']:6.1%}")  # fmt: skip
+               f"{result['seconds']:8.3f} {result['steps']:7} {result['device_share']:7.1%} "
+               f"{result['floor_share']:6.1%}")  # fmt: skip
         for peer in args.peers:
             if (theirs := peers[peer].get(name)) is not None:
                 result[peer] = theirs

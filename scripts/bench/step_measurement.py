@@ -29,7 +29,7 @@ from jaxpaged.study.step_table import name_of, padding_of
 from jaxpaged.study.workloads import Workload, make_workload
 
 #: Requests of the runs: each takes some 15 s with OPT-13B's shapes on an H100.
-RUNS = {"paged": 96, "contiguous-oracle": 48, "contiguous-max": 28, "dense-static": 14, "dense-slots": 14}
+RUNS = {"paged": 96, "contiguous-oracle": 48, "contiguous-max": 28, "dense-static": 14, "dense": 14}
 #: Steps before the clock runs: the first ones load the program and record its CUDA graph.
 WARM_UP_STEPS = 3
 #: Prompts of one prefill step at most: padded rows are next to free, but each number is another program.

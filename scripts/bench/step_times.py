@@ -12,7 +12,7 @@ paged        decode and prefill, pages of 16 tokens; what is reserved in one pie
 moves        pages that are copied, and swapped out and back
 runs         a few requests at once on the engine itself, for each system: what a replay is held against
 dense        decode and prefill over rows of `--max-model-len` tokens, and decode over rows of 544 (Anyscale's least);
-             runs of static batches and of slots
+             runs of static batches and of dense rows
 samples      decode, six samples of each prompt; beams: six beams
 page-sizes   decode over pages of other sizes
 
@@ -147,19 +147,19 @@ def measure_dense(m: Measurement) -> None:
     args = m.args
     prefill_tokens = sorted({*args.prefill_tokens[1::2], args.prefill_tokens[-1]})
     for max_len in (args.max_model_len, min(SHORT_MAX_LEN, args.max_model_len // 2)):
-        slots = (args.num_pages - 1) // -(-max_len // 16)
-        rows = 1 << (slots - 1).bit_length()
-        m.rebuild([rows], prefill_tokens, kv_cache="dense-slots", num_pages=args.num_pages, max_model_len=max_len)
+        num_rows = (args.num_pages - 1) // -(-max_len // 16)
+        rows = 1 << (num_rows - 1).bit_length()
+        m.rebuild([rows], prefill_tokens, kv_cache="dense", num_pages=args.num_pages, max_model_len=max_len)
         is_long = max_len == args.max_model_len
         compile_together(m, shapes(m.engine) if is_long else decode_shapes(m.engine))
         longest = max_len - args.steps - WARM_UP_STEPS - 4
         for context in sorted({longest // 16, longest // 4, longest}):
-            time_decode(m, slots, context, 1)
+            time_decode(m, num_rows, context, 1)
         if is_long:
             for tokens in prefill_tokens:
                 time_prefill(m, tokens, longest=max_len // 2)
             if "runs" in args.parts:
-                for system in ("dense-static", "dense-slots"):
+                for system in ("dense-static", "dense"):
                     m.engine.limits = dataclasses.replace(m.engine.limits, kv_cache=system)
                     run_requests(m, system)
         m.write()

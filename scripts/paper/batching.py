@@ -1,7 +1,7 @@
 """Anyscale's figure of continuous batching (2023), by replay: naive static, static, continuous and paged.
 
 1,000 prompts of 512 tokens at once, exponential outputs of mean 128 redrawn until at most a cap. Every system has the
-paper's pool; dense ones as many slots of 512 tokens and the cap as it holds, which is more than Anyscale gave them.
+paper's pool; dense ones as many rows of 512 tokens and the cap as it holds, which is more than Anyscale gave them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from figure import Figure, Row
 from rates import described, make_run, ratios
 
-from jaxpaged.config import num_slots
+from jaxpaged.config import num_dense_rows
 from jaxpaged.study.simulate import PAPER_POOL
 from jaxpaged.study.step_table import StepTable
 from jaxpaged.study.workloads import Workload, make_workload
@@ -21,7 +21,7 @@ from jaxpaged.study.workloads import Workload, make_workload
 PROMPT_LEN, MEAN = 512, 128
 CAPS = (32, 128, 512, 1536)
 SYSTEMS = {
-    "naive static": "dense-static-global", "static": "dense-static", "continuous, dense slots": "dense-slots",
+    "naive static": "dense-static-global", "static": "dense-static", "continuous, dense": "dense",
     "continuous, Orca (Max)": "contiguous-max", "paged": "paged",
 }  # fmt: skip
 
@@ -33,26 +33,26 @@ def figure_batching(seeds: range, requests: int, steps: StepTable) -> Figure:
     for cap in CAPS:
         for seed in seeds:
             workload = make_workload(f"exponential:{PROMPT_LEN}:{MEAN}:{cap}", count, seed, max_len=None)
-            slots = num_slots(PAPER_POOL, PROMPT_LEN + cap)
-            bounds.setdefault(cap, []).append(slot_bound(workload, slots))
+            num_rows = num_dense_rows(PAPER_POOL, PROMPT_LEN + cap)
+            bounds.setdefault(cap, []).append(row_bound(workload, num_rows))
             for name, kv_cache in SYSTEMS.items():
                 simulation = make_run(steps, kv_cache, workload, max_model_len=PROMPT_LEN + cap)
                 simulation.run()
                 tokens = int(workload.prompt_lens.sum() + workload.output_lens.sum())
                 rates.setdefault((name, cap), []).append(tokens / float(simulation.finished_times.max()))
     rows = [Row(f"cap {cap}: {name}, tokens/s", rates[name, cap]) for cap in CAPS for name in SYSTEMS]
-    naive, slots_name = "naive static", "continuous, dense slots"
+    naive, dense_name = "naive static", "continuous, dense"
     for cap in CAPS:
         gains = {name: ratios(rates[name, cap], rates[naive, cap]) for name in SYSTEMS}
-        of_bound = ratios(gains[slots_name], bounds[cap])
+        of_bound = ratios(gains[dense_name], bounds[cap])
         is_widest = cap == CAPS[-1]
         rows += [
             Row(f"cap {cap}: static / naive", gains["static"], 4.0 if is_widest else None),
-            Row(f"cap {cap}: continuous / naive", gains[slots_name], 8.0 if is_widest else None),
-            Row(f"cap {cap}: bound of continuous / naive by slots", bounds[cap]),
+            Row(f"cap {cap}: continuous / naive", gains[dense_name], 8.0 if is_widest else None),
+            Row(f"cap {cap}: bound of continuous / naive by rows", bounds[cap]),
             Row(f"cap {cap}: continuous, share of that bound", of_bound, None, 0.9),
             Row(f"cap {cap}: paged / naive", gains["paged"], 23.0 if is_widest else None, 23.0 if is_widest else None),
-            Row(f"cap {cap}: paged / continuous", ratios(rates["paged", cap], rates[slots_name, cap]), None, 2.0),
+            Row(f"cap {cap}: paged / continuous", ratios(rates["paged", cap], rates[dense_name, cap]), None, 2.0),
         ]
 
     def draw(axes: Any) -> None:
@@ -67,13 +67,13 @@ def figure_batching(seeds: range, requests: int, steps: StepTable) -> Figure:
 
     method = (
         f"{described(steps)}; {count} requests at once, prompt tokens count, as in Anyscale's harness. The bound "
-        "counts decode steps of equally many slots; prefill, the same for all, keeps the measured ratio below it"
+        "counts decode steps of equally many rows; prefill, the same for all, keeps the measured ratio below it"
     )
     return Figure("Continuous batching (Anyscale 2023)", method, rows, draw)
 
 
-def slot_bound(workload: Workload, slots: int) -> float:
-    """Decode steps of naive static batches, by those in which every slot is of use."""
+def row_bound(workload: Workload, num_rows: int) -> float:
+    """Decode steps of naive static batches, by those in which every row is of use."""
     outputs = workload.output_lens
-    naive = math.ceil(len(outputs) / slots) * int(outputs.max())
-    return naive * slots / float(outputs.sum())
+    naive = math.ceil(len(outputs) / num_rows) * int(outputs.max())
+    return naive * num_rows / float(outputs.sum())

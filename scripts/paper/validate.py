@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.config.choices import RENAMED_CHOICES
 from jaxpaged.study.simulate import Simulation
 from jaxpaged.study.step_table import StepTable, padding_from
 from jaxpaged.study.workloads import make_workload
@@ -44,9 +45,8 @@ def replay(table: StepTable, run: dict[str, Any]) -> dict[str, Any]:
     """The run's measured figures, and those of its replay."""
     facts = table.facts
     cache = CacheConfig(16, run["num_pages"])
-    limits = EngineConfig(
-        run["max_model_len"], facts["max_num_seqs"], facts["max_num_batched_tokens"], kv_cache=run["system"]
-    )
+    system = RENAMED_CHOICES.get(run["system"], run["system"])
+    limits = EngineConfig(run["max_model_len"], facts["max_num_seqs"], facts["max_num_batched_tokens"], kv_cache=system)
     workload = make_workload(run["workload"], run["requests"], run["seed"], max_len=run["max_model_len"])
     clock = table.clock(limits, cache, buckets=padding_from(run["padding"]))
     simulation = Simulation(workload, cache, limits, step_seconds=clock)

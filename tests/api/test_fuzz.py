@@ -21,9 +21,9 @@ OPTIONS = {
     "seed": edge_ints, "max_model_len": st.none() | edge_ints, "page_size": st.integers(-1, 64) | edge_ints,
     "num_pages": st.none() | edge_ints, "memory_utilization": st.floats(0, 1), "max_num_seqs": edge_ints,
     "max_num_batched_tokens": edge_ints, "attention": st.sampled_from(["auto", "reference", "x"]),
-    "shared_prefixes": flags, "batch_invariant": flags,
+    "cascade_attention": flags, "batch_invariant": flags,
     "preemption": st.sampled_from(["auto", "swap", "recompute"]),
-    "swap_space_gib": st.floats(), "kv_cache": st.sampled_from(["paged", "none", "dense-slots"]),
+    "swap_space_gib": st.floats(), "kv_cache": st.sampled_from(["paged", "none", "dense"]),
     "watermark": st.floats(0, 1),
 }  # fmt: skip
 

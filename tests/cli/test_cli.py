@@ -223,6 +223,8 @@ def test_an_unknown_choice_is_refused_before_the_model_is_loaded(model, capfd):
     assert main(["generate", model, "--prompt", "a", "--kv-cache", "buddy"], make_llm=None) == 2
     error = capfd.readouterr().err
     assert "--kv-cache: invalid choice: 'buddy' (choose from" in error and "contiguous-max" in error
+    assert main(["generate", model, "--prompt", "a", "--kv-cache", "dense-slots"], make_llm=None) == 2
+    assert "--kv-cache: 'dense-slots' is called 'dense' now" in capfd.readouterr().err
 
 
 def test_flags_reach_the_parameters_and_the_model(model, capfd):

@@ -24,7 +24,7 @@ def test_all_systems_run_one_workload_and_the_last_line_is_json(capsys):
     *table, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[1:]] == [
         "paged", "contiguous-max", "contiguous-pow2", "contiguous-oracle",
-        "dense-slots", "dense-static", "dense-static-global",
+        "dense", "dense-static", "dense-static-global",
     ]  # fmt: skip
     results = json.loads(last)["results"]
     for result in results.values():
@@ -46,7 +46,8 @@ def test_the_account_has_a_row_a_step_that_adds_up(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-cache", "dense"], "kv_cache is 'dense'; choose one of paged, contiguous-max"),
+        (["--kv-cache", "slabs"], "kv_cache is 'slabs'; choose one of paged, contiguous-max"),
+        (["--kv-cache", "dense-slots"], "kv_cache is 'dense-slots'; it is called 'dense' now"),
         (["--workload", "novels"], "unknown workload 'novels'"),
         (["--workload", "no.jsonl"], "no.jsonl: No such file"),
         (["--account", "a.csv"], "--account writes one run, but 7 systems are to run"),

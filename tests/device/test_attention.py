@@ -38,7 +38,7 @@ def test_batch_invariant_kernels_are_another_decode_and_one_object_for_all():
     assert invariant.is_batch_invariant and not plain.is_batch_invariant and not REFERENCE.is_batch_invariant
     assert invariant.paged_decode.func is plain.paged_decode
     assert invariant.paged_decode.keywords == {"batch_invariant": True}
-    assert invariant.shared_prefix_decode is None and invariant.copies_in_steps
+    assert invariant.cascade_decode is None and invariant.copies_in_steps
 
 
 CPU = FakeDevice("cpu", platform="cpu")

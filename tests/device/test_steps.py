@@ -67,7 +67,7 @@ def test_more_copies_than_rows_are_made_before_the_step():
     assert launched
 
 
-@pytest.mark.parametrize("kv_cache", all_but_slow(["paged", "dense-slots"], "paged"))
+@pytest.mark.parametrize("kv_cache", all_but_slow(["paged", "dense"], "paged"))
 def test_a_deep_model_decodes_in_two_programs(monkeypatch, kv_cache):
     """With the same tokens, and copies in both parts of the pool."""
     kernels = REFERENCE._replace(copies_in_steps=True)
@@ -119,7 +119,7 @@ def test_nothing_is_compiled_after_warm_up(copies_in_steps):
         assert engine.stats.compilations == 0, f"workload {seed} compiled {engine.stats.compilations} programs"
 
 
-@pytest.mark.parametrize("kv_cache", all_but_slow(["dense-slots", "dense-static-global", "none"], "dense-slots"))
+@pytest.mark.parametrize("kv_cache", all_but_slow(["dense", "dense-static-global", "none"], "dense"))
 def test_nor_for_the_systems_that_paging_is_compared_with(kv_cache):
     engine = toy_engine(
         num_pages=160, page_size=4, max_num_seqs=8, max_num_batched_tokens=256, max_model_len=64, kv_cache=kv_cache

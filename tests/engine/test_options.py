@@ -68,6 +68,8 @@ UNKNOWN = [
     (dict(num_gpu_blocks_override=9), "'num_gpu_blocks_override' (here it is num_pages)"),
     (dict(max_seq_len=64), "'max_seq_len' (here it is max_model_len)"),
     (dict(swap_space=4), "'swap_space' (here it is swap_space_gib)"),
+    (dict(shared_prefixes=True), "'shared_prefixes' (it is called cascade_attention now)"),
+    (dict(disable_cascade_attn=True), "'disable_cascade_attn' (here cascade_attention=True enables it)"),
     (dict(tensor_parallel_size=2), "'tensor_parallel_size' (jaxpaged runs on one GPU, so leave it out)"),
     (dict(enable_prefix_caching=True), "'enable_prefix_caching' (here a prefix is named: generate(..., shared_prefix="),
     (dict(block_size=16, watermrk=0), "'block_size' (here it is page_size), 'watermrk' (did you mean watermark?)"),
@@ -119,9 +121,12 @@ def test_the_signatures_of_calls_are_their_own():
     "options, message",
     [
         (dict(attention="reference"), "batch_invariant=True needs attention='pallas', but .* is 'reference' on"),
-        (dict(kv_cache="dense-slots"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),
+        (dict(kv_cache="dense"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),
         (dict(kv_cache="none"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),
-        (dict(shared_prefixes=True), "shared_prefixes=True reads pages in an order that follows from the whole batch"),
+        (
+            dict(cascade_attention=True),
+            "cascade_attention=True reads pages in an order that follows from the whole batch",
+        ),
         (dict(batch_invariant=1), "batch_invariant must be True or False, got 1"),
     ],
 )

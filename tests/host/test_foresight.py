@@ -80,7 +80,7 @@ def test_tokens_are_those_of_a_host_that_waits(requests, page_size, spare, budge
             assert one.cumulative_logprob == two.cumulative_logprob and one.num_pending == 0
 
 
-@pytest.mark.parametrize("system", ["contiguous-pow2", "dense-slots", "dense-static", "dense-static-global"])
+@pytest.mark.parametrize("system", ["contiguous-pow2", "dense", "dense-static", "dense-static-global"])
 def test_other_systems_are_planned_ahead_too(system):
 
     plain = make_scheduler(200)

@@ -172,12 +172,21 @@ def test_all_systems_give_the_same_tokens_samples_and_beams_included():
 
 def test_unknown_systems_are_refused_with_the_list_of_known_ones(tmp_path):
     known = (
-        "choose one of paged, contiguous-max, contiguous-pow2, contiguous-oracle, dense-slots, dense-static, "
+        "choose one of paged, contiguous-max, contiguous-pow2, contiguous-oracle, dense, dense-static, "
         "dense-static-global, none"
     )
-    with pytest.raises(ValueError, match=f"kv_cache='dense'; {known}"):
-        LLM(tmp_path, kv_cache="dense")
-    with pytest.raises(ValueError, match=f"kv_cache is 'dense'; {known}"):
-        EngineConfig(100, kv_cache="dense")
+    with pytest.raises(ValueError, match=f"kv_cache='slabs'; {known}"):
+        LLM(tmp_path, kv_cache="slabs")
+    with pytest.raises(ValueError, match=f"kv_cache is 'slabs'; {known}"):
+        EngineConfig(100, kv_cache="slabs")
     with pytest.raises(ValueError, match="preemption='swap' needs kv_cache='paged'"):
         EngineOptions(kv_cache="contiguous-max", preemption="swap")
+
+
+def test_a_system_of_another_name_before_is_answered_with_its_name_now():
+    with pytest.raises(ValueError, match=r"kv_cache='dense-slots'; it is called 'dense' now$"):
+        EngineOptions(kv_cache="dense-slots")
+    with pytest.raises(ValueError, match=r"kv_cache is 'dense-slots'; it is called 'dense' now$"):
+        EngineConfig(100, kv_cache="dense-slots")
+    with pytest.raises(ValueError, match=r"dtype='dense-slots'; choose one of auto, float32"):
+        EngineOptions(dtype="dense-slots")

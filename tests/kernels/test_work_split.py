@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.work_split import chunk_tiles, max_chunks, num_slots, pieces_of, split_work
+from pallas_kernels.work_split import chunk_tiles, max_chunks, max_pieces, pieces_of, split_work
 
 TILE = 64
 
@@ -108,39 +108,39 @@ def test_shares_are_equal_but_for_the_last_ones(batch):
     assert (sizes[:full] == most).all() and sizes[full:].sum() == total - full * most and (sizes[full + 1 :] == 0).all()
 
 
-def check_slots(work, slots_per_row, slots):
+def check_numbers(work, pieces_per_row, most):
     """Where the kernel writes pieces of a row is where `pieces_of` tells the merge to look, and nobody else's."""
     taken = set()
     for row, tiles in enumerate(np.diff(work.starts)):
         if tiles == 0:
             continue
-        first, count = (int(x) for x in pieces_of(jnp.int32(row), work.starts, work.cuts, slots_per_row))
+        first, count = (int(x) for x in pieces_of(jnp.int32(row), work.starts, work.cuts, pieces_per_row))
         parts = [(share, low, high) for share, r, low, high in pieces(work) if r == row]
-        if slots_per_row is None:
+        if pieces_per_row is None:
             written = [row + share for share, _, _ in parts]
         else:
             chunk = int(chunk_tiles(jnp.int32(tiles)))
-            written = [row * slots_per_row + n // chunk for _, low, high in parts for n in range(low, high, chunk)]
+            written = [row * pieces_per_row + n // chunk for _, low, high in parts for n in range(low, high, chunk)]
         assert written == list(range(first, first + count))
-        assert taken.isdisjoint(written) and max(written) < slots
+        assert taken.isdisjoint(written) and max(written) < most
         taken.update(written)
 
 
 @given(batches())
 @settings(deadline=None, max_examples=30)
-def test_every_piece_has_a_slot_of_its_own(batch):
+def test_every_piece_has_a_number_of_its_own(batch):
     setting, lens = batch
     work = split(lens, setting)
-    check_slots(work, None, num_slots(len(lens), setting.num_shares, 1000, False))
+    check_numbers(work, None, max_pieces(len(lens), setting.num_shares, 1000, False))
 
 
 @given(batches())
 @settings(deadline=None, max_examples=30)
-def test_every_batch_invariant_chunk_has_a_slot_of_its_own(batch):
+def test_every_batch_invariant_chunk_has_a_number_of_its_own(batch):
     setting, lens = batch
     longest = -(-max(lens) // TILE) or 1
     work = split(lens, setting, batch_invariant=True)
-    check_slots(work, max_chunks(longest), num_slots(len(lens), setting.num_shares, longest, True))
+    check_numbers(work, max_chunks(longest), max_pieces(len(lens), setting.num_shares, longest, True))
 
 
 @given(batches())

@@ -26,10 +26,10 @@ def pool_bytes(kv_cache, max_model_len=100, num_pages=98) -> int:
 
 
 @pytest.mark.parametrize("kv_cache", DENSE_CACHES)
-def test_a_dense_pool_takes_the_bytes_of_the_pages_less_what_is_no_whole_slot(kv_cache):
+def test_a_dense_pool_takes_the_bytes_of_the_pages_less_what_is_no_whole_row(kv_cache):
     page = 16 * TOY.kv_bytes_per_token(4)
     assert pool_bytes("paged") == 98 * page
-    assert pool_bytes(kv_cache) == 13 * 7 * page  # 97 usable pages are 13 slots of 7 pages, and 6 pages
+    assert pool_bytes(kv_cache) == 13 * 7 * page  # 97 usable pages are 13 rows of 7 pages, and 6 pages
     assert pool_bytes("none") == 0
 
 
@@ -43,15 +43,15 @@ def test_every_system_serves_an_llm(checkpoint, kv_cache):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (dict(kv_cache="dense-slots", attention="pallas"), "attention='pallas' reads pages"),
+        (dict(kv_cache="dense", attention="pallas"), "attention='pallas' reads pages"),
         (dict(kv_cache="none", attention="pallas"), "attention='pallas' reads pages"),
-        (dict(kv_cache="dense-slots", shared_prefixes=True), "shares nothing: shared_prefixes=True needs"),
+        (dict(kv_cache="dense", cascade_attention=True), "shares nothing: cascade_attention=True needs"),
         (dict(kv_cache="none", preemption="swap"), "preemption='swap' needs kv_cache='paged'"),
         (
             dict(kv_cache="dense-static", num_pages=5, max_model_len=128),
             "keeps max_model_len=128 tokens for each sequence, 8 pages of 16, and the pool has 4: raise num_pages",
         ),
-        (dict(kv_cache="dense"), "kv_cache='dense'; choose one of paged, .*dense-static-global, none"),
+        (dict(kv_cache="slabs"), "kv_cache='slabs'; choose one of paged, .*dense-static-global, none"),
     ],
 )
 def test_what_a_system_cannot_do_is_refused(checkpoint, options, why):

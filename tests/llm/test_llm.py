@@ -290,9 +290,9 @@ def test_check_request_says_what_generate_would(llm):
         llm.check_request("", GREEDY)
 
 
-def test_shared_prefixes_need_the_pallas_kernels(directory):
-    with pytest.raises(ValueError, match="shared_prefixes=True needs attention='pallas', but .* is 'reference'"):
-        LLM(directory, attention="reference", shared_prefixes=True)
+def test_cascade_attention_needs_the_pallas_kernels(directory):
+    with pytest.raises(ValueError, match="cascade_attention=True needs attention='pallas', but .* is 'reference'"):
+        LLM(directory, attention="reference", cascade_attention=True)
 
 
 def test_a_shared_prefix_comes_before_every_prompt(llm):
@@ -340,7 +340,7 @@ def test_special_tokens_begin_the_prefix_alone(directory):
     assert out.prompt_token_ids == ids("abcd")
 
 
-@pytest.mark.parametrize("kv_cache", all_but_slow(("contiguous-oracle", "dense-slots", "none"), "none"))
+@pytest.mark.parametrize("kv_cache", all_but_slow(("contiguous-oracle", "dense", "none"), "none"))
 def test_systems_that_share_no_pages_compute_the_prefix_for_each_request(directory, llm, kv_cache):
     other = LLM(directory, page_size=4, num_pages=200, max_num_seqs=8, max_model_len=64, kv_cache=kv_cache)
     prompts, params = ["abc", "defg"], [GREEDY, SamplingParams(n=2, max_tokens=5, seed=3)]

@@ -177,7 +177,7 @@ def test_a_sample_that_meets_nan_later_ends_its_request(llm):
     assert {(s.finish_reason, *s.token_ids) for s in output.outputs} == {("stop", 5), ("error", POISONED)}
 
 
-@pytest.mark.parametrize("kv_cache", ["paged", "contiguous-pow2", "dense-slots", "dense-static", "none"])
+@pytest.mark.parametrize("kv_cache", ["paged", "contiguous-pow2", "dense", "dense-static", "none"])
 def test_every_system_ends_such_a_request_and_serves_the_next_from_its_memory(kv_cache):
     limits = EngineConfig(32, 4, 128, kv_cache=kv_cache)
     cache = CacheConfig(4, 33, "float32")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from jaxpaged.host.step.prefix_groups import PrefixRule, plan_prefix_groups
+from jaxpaged.host.step.cascade import CascadeRule, plan_groups
 
 SCRIPTS = ROOT / "scripts"
 
@@ -26,7 +26,7 @@ def bench(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_every_kernel_has_its_table_and_every_implementation_its_time_or_its_reason(bench, capsys):
     shape = ["--heads", "4/2", "--head-dim", "64", "--page-size", "8", "--dtype", "float16"]
-    cases = ["--decode", "3x40", "--prefill", "8+16", "--shared-prefix", "2x3@32+9", "--kernels", *bench.KERNELS]
+    cases = ["--decode", "3x40", "--prefill", "8+16", "--cascade", "2x3@32+9", "--kernels", *bench.KERNELS]
     assert bench.main([*shape, *cases, "--quick", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
     assert "WRONG" not in out
@@ -78,7 +78,7 @@ def test_shapes_choose_their_kernels(bench):
     assert bench.parse_args([]).kernels == list(bench.KERNELS)
     assert bench.parse_args(["--prefill", "8", "4+2"]).kernels == ["prefill"]
     assert bench.parse_args(["--prefill", "8", "4+2"]).prefill == [(8, 0), (4, 2)]
-    assert bench.parse_args(["--shared-prefix"]).kernels == ["shared"]
+    assert bench.parse_args(["--cascade"]).kernels == ["shared"]
     assert bench.parse_args(["--decode", "1x8", "--kernels", "write"]).kernels == ["write"]
     with pytest.raises(SystemExit):
         bench.parse_args(["--decode", "8"])
@@ -93,9 +93,9 @@ def test_cases_count_what_they_read_and_compute(bench):
 
 def test_samples_share_the_full_pages_of_their_prompt_and_no_other(bench):
     heads = bench.Heads(page_size=8)
-    tables = bench.SharedPrefixCase(prompts=2, samples=2, prompt=20, own=10, heads=heads).tables(width=5)
+    tables = bench.CascadeCase(prompts=2, samples=2, prompt=20, own=10, heads=heads).tables(width=5)
     assert len(set(tables[:, :4].ravel())) == 2 * 2 + 4 * 2
-    groups = plan_prefix_groups(tables, np.full(4, 30), 8, 2, PrefixRule(0, 1))
+    groups = plan_groups(tables, np.full(4, 30), 8, 2, CascadeRule(0, 1))
     assert groups is not None
     assert sorted(groups.members.tolist()) == [[0, 1], [2, 3]]
     assert groups.own_starts.tolist() == [16] * 4

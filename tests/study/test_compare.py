@@ -198,7 +198,7 @@ def test_a_system_that_fails_while_it_starts_is_named_and_the_others_run(directo
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--systems", "paged,contigous-max"], "unknown system 'contigous-max'; choose from paged, "),
+        (["--systems", "paged,contigous-max"], "unknown system 'contigous-max'; choose one of paged, "),
         (["--systems", "paged,paged"], "named once each"),
         (["--workload", "sharegp"], "unknown workload 'sharegp'"),
         (["--workload", "missing.jsonl"], "missing.jsonl: No such file"),

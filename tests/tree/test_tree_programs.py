@@ -14,7 +14,7 @@ from beam_reference import log_softmax, toy_model
 from helpers import full_logits
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from toy import TOY, sharing_engine, toy_params
+from toy import TOY, cascade_engine, toy_params
 from tree_program import MAX_LEN, TreeProgram
 
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
@@ -96,12 +96,12 @@ class SharingProgram(EngineProgram):
     """Decode steps that read the pages which several nodes name once."""
 
     def make_tree(self, seed):
-        return shuffle_pages(Tree(EngineSteps(small_sharing_engine())), seed)
+        return shuffle_pages(Tree(EngineSteps(small_cascade_engine())), seed)
 
 
 @functools.cache
-def small_sharing_engine() -> Engine:
-    return sharing_engine(num_pages=24, max_num_seqs=8, max_num_batched_tokens=16, max_model_len=MAX_LEN)
+def small_cascade_engine() -> Engine:
+    return cascade_engine(num_pages=24, max_num_seqs=8, max_num_batched_tokens=16, max_model_len=MAX_LEN)
 
 
 TestEngineProgram = pytest.mark.slow(EngineProgram.TestCase)

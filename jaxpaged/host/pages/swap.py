@@ -18,7 +18,7 @@ from typing import NamedTuple
 from jaxpaged.config import PreemptionConfig
 from jaxpaged.host.pages.block_table import BlockTable, release
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.token_tree import build_branches, num_tokens_to_compute
+from jaxpaged.host.pages.token_tree import num_tokens_to_compute, plan_placements
 from jaxpaged.host.sequence import SequenceGroup
 
 
@@ -86,7 +86,7 @@ def is_swap_cheaper(group: SequenceGroup, page_size: int, page_cost: float) -> b
     """
     num_pages = len(_unique_pages([sequence.table for sequence in group.unfinished]))
     num_pages -= group.prefix_len // page_size  # pinned: neither moved nor computed again
-    return num_pages * page_cost <= num_tokens_to_compute(build_branches(group, page_size))
+    return num_pages * page_cost <= num_tokens_to_compute(plan_placements(group, page_size))
 
 
 def unload(tables: Sequence[BlockTable], allocator: PageAllocator, num_pinned: int = 0) -> list[int]:

@@ -18,42 +18,43 @@ from jaxpaged.host.pages.block_table import num_pages_for
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
-class Branch(NamedTuple):
-    """`sequence` shares its first positions with the branch before it, or the run's prefix, and computes the rest."""
+class Placement(NamedTuple):
+    """`sequence` shares its first positions with the one before it, or the run's prefix, and computes the rest."""
 
     sequence: Sequence
     num_shared: int  # token positions: full pages, or all that there are to compute; the run's prefix: all of it
     num_to_compute: int  # behind those
 
 
-def build_branches(group: SequenceGroup, page_size: int) -> list[Branch]:
+def plan_placements(group: SequenceGroup, page_size: int) -> list[Placement]:
     """Order the sequences so that each shares its longest common prefix with the one before it.
 
     In lexicographic order of tokens that neighbour has the longest common prefix of all that come earlier. Where a
     prefill has to give logits, the last token of every sequence is computed. Nobody shares less than the run's prefix.
     """
     ordered = sorted(group.unfinished, key=lambda sequence: sequence.token_ids)
-    branches: list[Branch] = []
+    placements: list[Placement] = []
     before: list[int] = []
     for sequence in ordered:
         count = group.num_to_prefill(sequence)
         shared = min(_common_prefix_len(before, sequence.token_ids), sequence.num_tokens - 1)
         shared = count if shared >= count else max(shared // page_size * page_size, group.prefix_len)
-        branches.append(Branch(sequence, shared, count - shared))
+        placements.append(Placement(sequence, shared, count - shared))
         before = sequence.token_ids
-    return branches
+    return placements
 
 
-def num_pages_of(branches: list[Branch], page_size: int) -> int:
+def num_pages_of(placements: list[Placement], page_size: int) -> int:
     """Pages that the group's tokens take, shared ones counted once, those of the run's prefix not at all.
 
     A part-filled page is copied by who adds to it.
     """
-    return sum(num_pages_for(shared + count, page_size) - shared // page_size for _, shared, count in branches if count)
+    computing = [(shared, count) for _, shared, count in placements if count]
+    return sum(num_pages_for(shared + count, page_size) - shared // page_size for shared, count in computing)
 
 
-def num_tokens_to_compute(branches: list[Branch]) -> int:
-    return sum(branch.num_to_compute for branch in branches)
+def num_tokens_to_compute(placements: list[Placement]) -> int:
+    return sum(placement.num_to_compute for placement in placements)
 
 
 def _common_prefix_len(a: list[int], b: list[int]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for
 from jaxpaged.host.pages.page_allocator import OutOfPagesError
-from jaxpaged.host.pages.token_tree import Branch
+from jaxpaged.host.pages.token_tree import Placement
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.buddy_allocator import BuddyAllocator, chunk_pages_for
 
@@ -47,7 +47,7 @@ ESTIMATES = {
 
 
 class ChunkAllocator(Protocol):
-    """Chunks of consecutive pages: BuddyAllocator has powers of two, SlotAllocator (slots.py) one size."""
+    """Chunks of consecutive pages: BuddyAllocator has powers of two, RowAllocator (dense_rows.py) one size."""
 
     num_pages: int
     page_size: int
@@ -139,7 +139,7 @@ class Contiguous:
                 "raise num_pages, lower max_model_len, max_tokens or n, or use kv_cache='paged'"
             )
 
-    def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
         requested = self.num_requested_for(group.prompt_len, group.max_len)
         size = self.allocator.chunk_pages_for(num_pages_for(requested, self.page_size))
         chunks: list[Chunk] = []
@@ -151,13 +151,13 @@ class Contiguous:
                 self.allocator.release_chunk(chunk.first_page)
             return False
         self.requested_slots += requested * len(chunks)
-        (branch,) = branches  # whoever was admitted stays, so only prompts are placed
+        (placement,) = placements  # whoever was admitted stays, so only prompts are placed
         chunks.reverse()
         table = ChunkTable(chunk=chunks.pop())
         reservation = self._reservations[group] = _Reservation(group.num_rows, chunks)
         self._owners[table] = reservation
-        branch.sequence.table = table
-        self._fill(table, branch.num_to_compute)
+        placement.sequence.table = table
+        self._fill(table, placement.num_to_compute)
         return True
 
     def fork(self, table: BlockTable) -> ChunkTable:

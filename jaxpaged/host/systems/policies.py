@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.systems.contiguous import ESTIMATES, Contiguous, estimate_max
+from jaxpaged.host.systems.dense_rows import RowAllocator, StaticBatches
 from jaxpaged.host.systems.no_cache import NoCache
 from jaxpaged.host.systems.reservation import Paged, Policy
-from jaxpaged.host.systems.slots import SlotAllocator, StaticBatches
 
 
 def make_policy(cache: CacheConfig, limits: EngineConfig) -> Policy:
@@ -16,9 +16,9 @@ def make_policy(cache: CacheConfig, limits: EngineConfig) -> Policy:
             return Paged(cache)
         case "none":
             return NoCache(cache, limits)
-        case "dense-slots":
-            slots = SlotAllocator(cache, limits.max_model_len)
-            return Contiguous(cache, limits.max_model_len, estimate_max, slots)
+        case "dense":
+            rows = RowAllocator(cache, limits.max_model_len)
+            return Contiguous(cache, limits.max_model_len, estimate_max, rows)
         case "dense-static" | "dense-static-global":
             return StaticBatches(cache, limits, to_longest_of_all=limits.kv_cache == "dense-static-global")
         case _:

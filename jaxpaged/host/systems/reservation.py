@@ -8,8 +8,8 @@ kernels, batches and the engine know nothing of it.
 
 A policy is asked in this order: `try_place` when a request is admitted; `fork` for a further sample or beam; `append`
 before tokens are written; `release` when a sequence has ended; `settle` when forks and releases of a group are over.
-`leave` says which finished groups go. Other ways to keep KV answer the same questions: slots of a dense cache, static
-batches (slots.py), and no cache at all (no_cache.py).
+`leave` says which finished groups go. Other ways to keep KV answer the same questions: dense rows and static
+batches (dense_rows.py), and no cache at all (no_cache.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jaxpaged.host.pages.block_table import (
     truncate,
 )
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.token_tree import Branch, num_pages_of
+from jaxpaged.host.pages.token_tree import Placement, num_pages_of
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.contiguous import ChunkAllocator
 
@@ -64,7 +64,7 @@ class Policy(Protocol):
         """
         ...
 
-    def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
         """Memory for a group that is to be prefilled: all of it, or False. `headroom()`: pages others need soon."""
         ...
 
@@ -145,13 +145,13 @@ class Paged:
                 f"the pool has {self.num_usable_pages}: raise num_pages, or lower max_tokens or n"
             )
 
-    def try_place(self, group: SequenceGroup, branches: list[Branch], headroom: Callable[[], int]) -> bool:
-        needed, free = num_pages_of(branches, self.page_size), self.allocator.num_free
+    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
+        needed, free = num_pages_of(placements, self.page_size), self.allocator.num_free
         if needed > free or needed + headroom() > free:  # the headroom takes a look at every running sequence
             return False
-        for i, (sequence, num_shared, num_to_compute) in enumerate(branches):
+        for i, (sequence, num_shared, num_to_compute) in enumerate(placements):
             if num_shared:
-                parent = self._prefix if num_shared == group.prefix_len else branches[i - 1].sequence.table
+                parent = self._prefix if num_shared == group.prefix_len else placements[i - 1].sequence.table
                 sequence.table = fork(parent, self.allocator)
                 truncate(sequence.table, num_shared, self.allocator)
             copies = append_slots([sequence.table], [num_to_compute], self.allocator)

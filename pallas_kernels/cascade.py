@@ -12,44 +12,31 @@ Which rows share what is planned on the host, from the block tables.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cascade_groups import CascadeGroups
 from pallas_kernels.checks import FP8, check_ids, check_options, check_pages
 from pallas_kernels.decode_kernel import Phase, attend
-from pallas_kernels.decode_program import Options
+from pallas_kernels.decode_program import DecodeOptions
 from pallas_kernels.decode_tile import choose_shared_tile, columns_per_row, heads_per_pack
 from pallas_kernels.merge import Pieces, merge_with_prefixes
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.paged_decode import pack_queries, pad_tables
-from pallas_kernels.work_split import num_slots, split_work
+from pallas_kernels.work_split import max_pieces, split_work
 
 Array = jax.Array
 
 
-class PrefixGroups(NamedTuple):
-    """V groups of at most M rows that read a run of full pages together; on at most L levels a row is in a group.
-
-    Padding groups stand behind the others. Any tuple with these fields will do.
-    """
-
-    members: Array  # i32[V, M] rows, padded with -1
-    first_pages: Array  # i32[V] where in the members' block tables the run begins
-    num_pages: Array  # i32[V] its length; 0 for a padding group
-    own_starts: Array  # i32[B] first position that the row reads alone, a multiple of the page size
-    parts: Array  # i32[L, B] v * M + index among the members; -1: in no group of this level
-
-
 @functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "num_programs"))
-def shared_prefix_decode(
+def cascade_decode(
     q: Array,
     k_pages: Array,
     v_pages: Array,
     block_tables: Array,
     context_lens: Array,
-    groups: PrefixGroups,
+    groups: CascadeGroups,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -71,7 +58,7 @@ def shared_prefix_decode(
     check_ids("groups.parts", groups.parts, (groups.parts.shape[0], rows))
     check_options(soft_cap, None)
     if k_pages.dtype.name == FP8:
-        raise ValueError(f"pages are {FP8}; shared prefixes are read from pages of q's dtype only: use paged_decode")
+        raise ValueError(f"pages are {FP8}; cascades read pages of q's dtype only: use paged_decode")
     page_size, kv_heads = k_pages.shape[1:3]
     pack = heads_per_pack(heads, kv_heads)
     num_packs, group = kv_heads // pack, heads // kv_heads
@@ -95,8 +82,8 @@ def shared_prefix_decode(
         Phase(stacked, shared_tables, ends, split(ends, own_starts=starts, skips_empty=True)),
         Phase(queries, block_tables, context_lens, split(context_lens, own_starts=groups.own_starts)),
     )
-    slots = tuple(num_slots(phase.ends.shape[0], num_shares, 0, batch_invariant=False) for phase in phases)
-    options = Options(tile, group, columns, slots, None, None, scale, soft_cap, None)
+    room = tuple(max_pieces(phase.ends.shape[0], num_shares, 0, batch_invariant=False) for phase in phases)
+    options = DecodeOptions(tile, group, columns, room, None, None, scale, soft_cap, None)
     _, pieces = attend(phases, k_pages, v_pages, None, options)
     shared, own = (
         Pieces(*of_phase, phase.split.starts, phase.split.cuts) for of_phase, phase in zip(pieces, phases, strict=True)

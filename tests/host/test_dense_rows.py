@@ -1,4 +1,4 @@
-"""Dense systems by their schedules: slots taken one by one, batches that begin and end as a whole, and no cache."""
+"""Dense systems by their schedules: rows taken one by one, batches that begin and end as a whole, and no cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxpaged.study.workloads import make_workload
 
 
 def make_scheduler(kv_cache, num_pages=9, page_size=4, max_model_len=16, **limits) -> Scheduler:
-    """By default the pool holds two slots of four pages."""
+    """By default the pool holds two dense rows of four pages."""
     return Scheduler(CacheConfig(page_size, num_pages), EngineConfig(max_model_len, kv_cache=kv_cache, **limits))
 
 
@@ -24,14 +24,14 @@ def shapes(plans) -> list[tuple[bool, int, int]]:
     return [(plan.is_prefill, len(plan.rows), plan.num_idle_rows) for plan in plans]
 
 
-def test_the_pool_holds_as_many_slots_as_fit_and_the_rest_stays_free():
-    stats = Simulation(make_workload("sharegpt", 40), PAPER_POOL, paper_limits("dense-slots")).run()
-    assert stats.running.max() == 7  # 15,728 tokens are seven slots of 2,048 and a tail of 1,392
+def test_the_pool_holds_as_many_dense_rows_as_fit_and_the_rest_stays_free():
+    stats = Simulation(make_workload("sharegpt", 40), PAPER_POOL, paper_limits("dense")).run()
+    assert stats.running.max() == 7  # 15,728 tokens are seven rows of 2,048 and a tail of 1,392
     assert stats.memory.free.min() == 1392 and not stats.memory.rounding.any()
 
 
-def test_a_slot_is_taken_again_in_the_step_after_its_sequence_ends():
-    _, plans = run_all(make_scheduler("dense-slots"), [make_group(3, 2), make_group(3, 4), make_group(3, 2)])
+def test_a_dense_row_is_taken_again_in_the_step_after_its_sequence_ends():
+    _, plans = run_all(make_scheduler("dense"), [make_group(3, 2), make_group(3, 4), make_group(3, 2)])
     assert shapes(plans) == [
         (True, 2, 0), (False, 2, 0),  # the first ends
         (True, 1, 0), (False, 2, 0), (False, 1, 0),
@@ -71,7 +71,7 @@ def test_a_batch_takes_prompts_of_several_steps_but_no_more_once_it_decodes():
     assert shapes(plans) == [(True, 1, 0)] * 3 + [(False, 2, 1), (False, 1, 2)] + [(True, 1, 0)]
 
 
-def test_the_slots_of_ended_sequences_are_internal_fragmentation_until_the_batch_ends():
+def test_the_rows_of_ended_sequences_are_internal_fragmentation_until_the_batch_ends():
     memory = run_counting(make_scheduler("dense-static"), [make_group(3, 1), make_group(3, 3)])[0].memory
     assert memory.used.tolist() == [6, 4, 5]
     assert memory.reserved.tolist() == [4, 2, 1]  # one more of the first while it runs, up to 6 of the second
@@ -117,9 +117,9 @@ def test_without_a_cache_every_step_computes_all_tokens_of_all_that_run():
     assert memory.free.tolist() == [32] * 3 and not memory.used.any()
 
 
-def test_what_no_slot_or_step_holds_is_refused_with_the_numbers():
+def test_what_no_row_or_step_holds_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match="keeps max_model_len=40 tokens for each sequence, 10 pages of 4"):
-        make_scheduler("dense-slots", max_model_len=40)
+        make_scheduler("dense", max_model_len=40)
     for kv_cache in DENSE_CACHES:
         with pytest.raises(ValueError, match=r"reserves 3 chunk\(s\) of 4 pages in a row \(16 tokens each\).*holds 2"):
             make_scheduler(kv_cache).add(make_group(3, 4, n=3))

@@ -1,4 +1,4 @@
-"""Which rows of a decode step read the same pages: planned from the block tables alone.
+"""Cascade attention: which rows of a decode step read the same pages, planned from the block tables alone.
 
 Samples and beams of one request name the same full pages at the start of their tables. The device reads such a run
 once for all its rows, with their queries stacked, reads the rest of each row alone, and merges the parts by their
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxpaged.step_io import DecodeBatch, PrefixGroups
+from jaxpaged.step_io import CascadeGroups, DecodeBatch
 
 NUM_LEVELS = 2
 #: A batch has room for a group for so many rows (few compiled shapes). With more, smaller groups, sharing hardly pays.
@@ -25,8 +25,8 @@ MIN_SAVED_BYTES = 32_768 * 4096
 
 
 @dataclass(frozen=True)
-class PrefixRule:
-    """When sharing pays; `scripts/bench/attention.py --shared-prefix` shows where that is on a device."""
+class CascadeRule:
+    """When sharing pays; `scripts/bench/attention.py --cascade` shows where that is on a device."""
 
     #: Reads saved, summed over the groups of a batch, (members - 1) * tokens of the run: below it, no row shares.
     min_saved_tokens: int = 32_768
@@ -42,53 +42,53 @@ class PrefixRule:
             )
 
 
-def measured_rule(token_bytes: int) -> PrefixRule:
+def measured_rule(token_bytes: int) -> CascadeRule:
     """The rule for a layer that keeps so many bytes of keys and values a token.
 
     On an H100 a shared step costs 9 us a layer more than a plain one (gathering queries, merging every row), and gains
     20 us where 57,344 tokens of 4 KiB need not be read: less than memory's speed, since what several rows read is often
     still in the L2 cache. So it breaks even at 26,000 tokens; a fifth more is asked for.
     """
-    return PrefixRule(min_saved_tokens=MIN_SAVED_BYTES // token_bytes)
+    return CascadeRule(min_saved_tokens=MIN_SAVED_BYTES // token_bytes)
 
 
 @dataclass(frozen=True)
-class PrefixSharing:
-    """How the device reads shared prefixes: at most `max_members` rows together, where the rule says that it pays."""
+class Cascade:
+    """How runs that rows share are read: at most `max_members` rows together, where the rule says that it pays."""
 
     max_members: int
-    rule: PrefixRule = PrefixRule()
+    rule: CascadeRule = CascadeRule()
 
 
-def share_prefixes(batch: DecodeBatch, page_size: int, sharing: PrefixSharing) -> DecodeBatch:
-    """The batch with its shared prefixes planned, or as it is where sharing does not pay."""
+def plan_cascade(batch: DecodeBatch, page_size: int, cascade: Cascade) -> DecodeBatch:
+    """The batch with its runs planned that several rows share, or as it is where sharing does not pay."""
     inputs = batch.inputs
     capacity = len(inputs.context_lens) // ROWS_PER_GROUP
-    groups = plan_prefix_groups(inputs.block_tables, inputs.context_lens, page_size, sharing.max_members, sharing.rule)
+    groups = plan_groups(inputs.block_tables, inputs.context_lens, page_size, cascade.max_members, cascade.rule)
     if groups is None or len(groups.num_pages) > capacity:
         return batch
-    return batch._replace(inputs=inputs._replace(prefix_groups=pad_groups(groups, capacity)))
+    return batch._replace(inputs=inputs._replace(cascade_groups=pad_groups(groups, capacity)))
 
 
-def share_nothing(batch: DecodeBatch, sharing: PrefixSharing) -> DecodeBatch | None:
+def empty_cascade(batch: DecodeBatch, cascade: Cascade) -> DecodeBatch | None:
     """The batch with padding groups alone: the same program as with any; None for batches that are never shared."""
     num_rows = len(batch.inputs.context_lens)
     if num_rows < ROWS_PER_GROUP:
         return None
-    groups = PrefixGroups(
-        members=np.empty((0, sharing.max_members), np.int32),
+    groups = CascadeGroups(
+        members=np.empty((0, cascade.max_members), np.int32),
         first_pages=np.empty(0, np.int32),
         num_pages=np.empty(0, np.int32),
         own_starts=np.zeros(num_rows, np.int32),
         parts=np.full((NUM_LEVELS, num_rows), -1, np.int32),
     )
     groups = pad_groups(groups, num_rows // ROWS_PER_GROUP)
-    return batch._replace(inputs=batch.inputs._replace(prefix_groups=groups))
+    return batch._replace(inputs=batch.inputs._replace(cascade_groups=groups))
 
 
-def plan_prefix_groups(
-    block_tables: np.ndarray, context_lens: np.ndarray, page_size: int, max_members: int, rule: PrefixRule
-) -> PrefixGroups | None:
+def plan_groups(
+    block_tables: np.ndarray, context_lens: np.ndarray, page_size: int, max_members: int, rule: CascadeRule
+) -> CascadeGroups | None:
     """Groups for block_tables i32[B, P] and context_lens i32[B] (0 for padding rows); None where sharing does not pay.
 
     A run with more than `max_members` rows becomes several groups. There are never more than B groups.
@@ -126,7 +126,7 @@ def plan_prefix_groups(
         starts[kept] = ends[kept]
     if num_groups == 0 or saved_pages * page_size < rule.min_saved_tokens:
         return None
-    return PrefixGroups(
+    return CascadeGroups(
         members=np.concatenate(members),
         first_pages=np.concatenate(first_pages).astype(np.int32),
         num_pages=np.concatenate(num_pages).astype(np.int32),
@@ -135,7 +135,7 @@ def plan_prefix_groups(
     )
 
 
-def pad_groups(groups: PrefixGroups, num_groups: int) -> PrefixGroups:
+def pad_groups(groups: CascadeGroups, num_groups: int) -> CascadeGroups:
     """The same plan with `num_groups` groups, so that few programs are compiled; padding groups read nothing."""
     padding = num_groups - len(groups.num_pages)
     assert padding >= 0, f"{len(groups.num_pages)} groups do not fit {num_groups}"

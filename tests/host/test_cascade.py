@@ -5,21 +5,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpaged.host.step.prefix_groups import PrefixRule, pad_groups, plan_prefix_groups
-from jaxpaged.step_io import NULL_PAGE, PrefixGroups, pack
+from jaxpaged.host.step.cascade import CascadeRule, pad_groups, plan_groups
+from jaxpaged.step_io import NULL_PAGE, pack
+from pallas_kernels.cascade_groups import CascadeGroups
 
 #: Shares whatever can be shared.
-ALWAYS = PrefixRule(min_saved_tokens=0, min_run_pages=1)
+ALWAYS = CascadeRule(min_saved_tokens=0, min_run_pages=1)
 
 
-def plan(tables: list[list[int]], lens: list[int], max_members: int = 4, rule: PrefixRule = ALWAYS, page_size: int = 2):
+def plan(
+    tables: list[list[int]], lens: list[int], max_members: int = 4, rule: CascadeRule = ALWAYS, page_size: int = 2
+):
     padded = np.full((len(tables), max(map(len, tables))), NULL_PAGE, np.int32)
     for row, pages in zip(padded, tables, strict=True):
         row[: len(pages)] = pages
-    return plan_prefix_groups(padded, np.array(lens, np.int32), page_size, max_members, rule)
+    return plan_groups(padded, np.array(lens, np.int32), page_size, max_members, rule)
 
 
-def assert_plan(groups: PrefixGroups | None, **expected) -> None:
+def assert_plan(groups: CascadeGroups | None, **expected) -> None:
     assert groups is not None
     assert {name: array.tolist() for name, array in groups._asdict().items()} == expected
 
@@ -79,7 +82,7 @@ def test_a_short_row_limits_the_run_and_level_1_picks_up_the_rest():
 def test_a_run_that_is_too_short_is_read_with_the_next_level():
     # One page for all three is dropped; rows 1 and 2 have three pages in common, from the first page on.
     assert_plan(
-        plan([[1, 2], [1, 3, 4, 5], [1, 3, 4, 6]], [3, 7, 7], rule=PrefixRule(0, min_run_pages=2)),
+        plan([[1, 2], [1, 3, 4, 5], [1, 3, 4, 6]], [3, 7, 7], rule=CascadeRule(0, min_run_pages=2)),
         members=[[1, 2, -1, -1]],
         first_pages=[0],
         num_pages=[3],
@@ -112,13 +115,13 @@ def test_a_member_left_over_reads_alone():
 
 def test_sharing_must_save_enough_tokens_in_the_whole_batch():
     tables, lens = [[1, 2, 5], [1, 2, 6], [3, 4, 7], [3, 4, 8]], [5, 5, 5, 5]
-    assert plan(tables, lens, rule=PrefixRule(8, 1)) is not None  # two groups save 4 tokens each
-    assert plan(tables, lens, rule=PrefixRule(9, 1)) is None
+    assert plan(tables, lens, rule=CascadeRule(8, 1)) is not None  # two groups save 4 tokens each
+    assert plan(tables, lens, rule=CascadeRule(9, 1)) is None
 
 
 def test_a_rule_without_sense_is_refused():
     with pytest.raises(ValueError, match="min_members=1"):
-        PrefixRule(min_members=1)
+        CascadeRule(min_members=1)
 
 
 def test_padding_groups_read_nothing_and_leave_the_plan_as_it_is():
@@ -155,7 +158,7 @@ def batches(draw) -> tuple[np.ndarray, np.ndarray]:
 @given(batches(), st.integers(1, 5), st.integers(1, 3), st.integers(2, 3))
 def test_every_row_reads_its_own_pages_exactly_once(batch, max_members: int, min_run_pages: int, min_members: int):
     tables, lens = batch
-    groups = plan_prefix_groups(tables, lens, 3, max_members, PrefixRule(0, min_run_pages, min_members))
+    groups = plan_groups(tables, lens, 3, max_members, CascadeRule(0, min_run_pages, min_members))
     if groups is None:
         return
     num_groups = len(groups.num_pages)
@@ -184,7 +187,7 @@ def test_every_row_reads_its_own_pages_exactly_once(batch, max_members: int, min
 @given(batches())
 def test_rows_with_the_same_full_first_page_share_it(batch):
     tables, lens = batch
-    groups = plan_prefix_groups(tables, lens, 3, 16, ALWAYS)
+    groups = plan_groups(tables, lens, 3, 16, ALWAYS)
     first_pages = tables[lens > 3, 0].tolist()
     sharing = sum(first_pages.count(page) > 1 for page in first_pages)
     assert (0 if groups is None else (groups.parts[0] >= 0).sum()) == sharing

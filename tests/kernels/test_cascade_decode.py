@@ -1,4 +1,4 @@
-"""Reading shared prefixes once gives what reading them for every row gives, and the engine's tokens do not change."""
+"""Reading shared pages once gives what reading them for every row gives, and the engine's tokens do not change."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import all_but_slow, logprobs_after
-from toy import ALWAYS, TOY, make_group, random_prompts, run_tokens, sharing_engine, toy_engine
+from toy import ALWAYS, TOY, cascade_engine, make_group, random_prompts, run_tokens, toy_engine
 
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.device import steps
-from jaxpaged.host.step.prefix_groups import pad_groups, plan_prefix_groups, share_prefixes
-from jaxpaged.step_io import PrefixGroups
+from jaxpaged.host.step.cascade import pad_groups, plan_cascade, plan_groups
 from jaxpaged.tree.on_engine import EngineSteps
 from jaxpaged.tree.tree import Tree
 from pallas_kernels import reference
+from pallas_kernels.cascade_groups import CascadeGroups
 
 needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need JAX 0.11")
 
@@ -59,11 +59,11 @@ class SharedCase:
         self.arrays = tuple(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
         self.page_size = page_size
 
-    def plan(self, max_members: int, padding: int = 0) -> PrefixGroups:
-        groups = plan_prefix_groups(self.tables, self.lens, self.page_size, max_members, ALWAYS)
+    def plan(self, max_members: int, padding: int = 0) -> CascadeGroups:
+        groups = plan_groups(self.tables, self.lens, self.page_size, max_members, ALWAYS)
         assert groups is not None
         groups = pad_groups(groups, len(groups.num_pages) + padding)
-        return PrefixGroups(*(jnp.asarray(array) for array in groups))
+        return CascadeGroups(*(jnp.asarray(array) for array in groups))
 
     def expected(self, **options):
         exact = (x.astype(jnp.float32) for x in self.arrays)
@@ -88,7 +88,7 @@ def test_the_reference_reads_groups_as_the_tables_say(name):
     shape, options = CASES[name]
     case = SharedCase(**shape)
     exact = [x.astype(jnp.float32) for x in case.arrays]
-    out = reference.shared_prefix_decode(*exact, case.tables, case.lens, case.plan(4, 1), scale=0.2, **options)
+    out = reference.cascade_decode(*exact, case.tables, case.lens, case.plan(4, 1), scale=0.2, **options)
     np.testing.assert_allclose(out, case.expected(**options), atol=1e-5)
 
 
@@ -96,15 +96,15 @@ def test_the_reference_follows_the_plan():
     case = SharedCase(prompts=2, samples=2, prompt=32, own_lens=[3])
     groups = case.plan(4)
     wrong = groups._replace(members=groups.members[::-1])
-    out = reference.shared_prefix_decode(*case.arrays, case.tables, case.lens, wrong, scale=0.2)
+    out = reference.cascade_decode(*case.arrays, case.tables, case.lens, wrong, scale=0.2)
     assert np.abs(np.asarray(out, np.float32) - case.expected()).max() > 0.1
 
 
 def run_kernel(case, groups, **options):
-    from pallas_kernels.shared_prefix import shared_prefix_decode
+    from pallas_kernels.cascade import cascade_decode
 
     tables, lens = jnp.asarray(case.tables), jnp.asarray(case.lens)
-    return shared_prefix_decode(*case.arrays, tables, lens, groups, scale=0.2, **options)
+    return cascade_decode(*case.arrays, tables, lens, groups, scale=0.2, **options)
 
 
 def interpreted(case, groups, detect_races=False, **options):
@@ -133,7 +133,7 @@ def test_no_thread_races_another():
 @needs_mosaic
 def test_rows_that_share_nothing_need_no_group():
     case = SharedCase(prompts=3, samples=1, prompt=32, own_lens=[1, 40])
-    nothing = PrefixGroups(
+    nothing = CascadeGroups(
         jnp.full((2, 4), -1, jnp.int32), *(jnp.zeros(2, jnp.int32),) * 2, jnp.zeros(3, jnp.int32),
         jnp.full((2, 3), -1, jnp.int32),
     )  # fmt: skip
@@ -176,19 +176,19 @@ def requests():
 
 
 def test_sharing_does_not_change_a_token():
-    assert run_tokens(sharing_engine(), requests()) == run_tokens(toy_engine(), requests())
+    assert run_tokens(cascade_engine(), requests()) == run_tokens(toy_engine(), requests())
 
 
 @pytest.mark.slow
 def test_preemption_and_sharing_do_not_change_a_token():
-    tight = sharing_engine(num_pages=40)
+    tight = cascade_engine(num_pages=40)
     assert run_tokens(tight, requests()) == run_tokens(toy_engine(), requests())
     assert tight.stats.preemptions > 0
 
 
 @pytest.mark.slow
 def test_warm_up_compiles_the_shared_steps_too():
-    engine = sharing_engine(max_num_seqs=8, max_model_len=64)
+    engine = cascade_engine(max_num_seqs=8, max_model_len=64)
     groups = [make_group(prompt[:20], SamplingParams(n=4, max_tokens=9), seed=1) for prompt in random_prompts(2)]
     engine.warm_up(groups)
     run_tokens(engine, groups)
@@ -198,7 +198,7 @@ def test_warm_up_compiles_the_shared_steps_too():
 @pytest.mark.slow
 def test_layers_with_a_window_read_every_row_alone():
     config = dataclasses.replace(TOY, sliding_window=8, sliding_layers=(True, False))
-    engines = [sharing_engine(), toy_engine()]
+    engines = [cascade_engine(), toy_engine()]
     for engine in engines:
         engine.model = config
     assert run_tokens(engines[0], requests()) == run_tokens(engines[1], requests())
@@ -209,13 +209,13 @@ def runs_read(monkeypatch):
     """Of every decode step of an engine that shares: the lengths, in pages, of the runs that it read once."""
     found = []
 
-    def plan(batch, page_size, sharing):
-        shared = share_prefixes(batch, page_size, sharing)
-        groups = shared.inputs.prefix_groups
+    def plan(batch, page_size, cascade):
+        shared = plan_cascade(batch, page_size, cascade)
+        groups = shared.inputs.cascade_groups
         found.append([] if groups is None else [int(count) for count in groups.num_pages if count])
         return shared
 
-    monkeypatch.setattr("jaxpaged.engine.runner.share_prefixes", plan)
+    monkeypatch.setattr("jaxpaged.engine.runner.plan_cascade", plan)
     return found
 
 
@@ -230,13 +230,13 @@ def test_requests_read_the_pages_of_their_runs_prefix_once(runs_read):
             group.prefix_len = prefix_len
         return made
 
-    assert run_tokens(sharing_engine(page_size=4), groups(22)) == run_tokens(toy_engine(), groups(0))
+    assert run_tokens(cascade_engine(page_size=4), groups(22)) == run_tokens(toy_engine(), groups(0))
     assert runs_read == [[5, 5]] * 4
 
 
 def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomputing_gives(runs_read):
     prompt = random_prompts(1, 22, 22)[0]  # at page size 4: five full pages, and two tokens on the next
-    engine = sharing_engine(page_size=4)
+    engine = cascade_engine(page_size=4)
     with Tree(EngineSteps(engine)) as tree:
         root = tree.open(prompt)
         kids = tree.fork(root, 7)
@@ -259,7 +259,7 @@ def test_the_nodes_of_a_tree_read_their_common_pages_once_and_give_what_recomput
 
 @pytest.mark.slow
 def test_warming_a_tree_up_compiles_its_shared_steps_too(runs_read):
-    engine = sharing_engine(page_size=4, max_num_seqs=8, max_model_len=64)
+    engine = cascade_engine(page_size=4, max_num_seqs=8, max_model_len=64)
     with Tree(EngineSteps(engine)) as tree:
         tree.warm_up(top=5)
         compiled = steps.num_compiled()
