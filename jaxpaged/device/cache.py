@@ -1,17 +1,18 @@
 """Where keys and values live: a pool of pages. Other ways to keep them are in dense_cache.py.
 
 A cache is a pytree with one array a layer for K and one for V, replaced by every step (and donated to it, so updated in
-place).
+place). What every cache can do is `KVCache`; copying pages is `CopiesPages`; only the pool has pages that can leave it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxpaged.config import AttentionOptions, CacheConfig, ModelConfig
 from jaxpaged.device.attention import AttentionKernels
@@ -21,7 +22,7 @@ Array = jax.Array
 
 
 class KVCache(Protocol):
-    """What a step needs of a cache."""
+    """What a step needs of every cache."""
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
         """Scatter new k, v [T, K, D] to slots i32[T]."""
@@ -31,10 +32,6 @@ class KVCache(Protocol):
         self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
     ) -> Array:
         """q [T, H, D] against what the rows of `inputs` may read -> [T, H, D]."""
-        ...
-
-    def copy_pages(self, src: Array, dst: Array, kernels: AttentionKernels) -> Self:
-        """Copy whole pages src i32[C] to dst i32[C], in every layer."""
         ...
 
     def part(self, start: int, end: int) -> Self:
@@ -50,13 +47,46 @@ class KVCache(Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PagedCache:
-    """The page pool: k and v are tuples over layers of [N, S, K, D]."""
+@runtime_checkable
+class CopiesPages(Protocol):
+    """A cache that outlives a step, so that sequences can fork: what is shared is copied before it is written."""
+
+    def copy_pages(self, src: Array, dst: Array, kernels: AttentionKernels) -> Self:
+        """Copy whole pages src i32[C] to dst i32[C], in every layer."""
+        ...
+
+
+@struct.dataclass
+class LayerArrays:
+    """The arrays of a cache, layer by layer, and what follows from that alone.
+
+    Attributes:
+        k: keys, a tuple over layers; what the arrays' axes are is the cache's.
+        v: values, likewise.
+    """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
+
+    def part(self, start: int, end: int) -> Self:
+        return dataclasses.replace(self, k=self.k[start:end], v=self.v[start:end])
+
+    def joined(self, parts: Sequence[Self]) -> Self:
+        k = tuple(pool for part in parts for pool in part.k)
+        return dataclasses.replace(self, k=k, v=tuple(pool for part in parts for pool in part.v))
+
+    def kept(self) -> Self:
+        return self
+
+
+@struct.dataclass
+class PagedCache(LayerArrays):
+    """The page pool.
+
+    Attributes:
+        k: keys, a tuple over layers of [N, S, K, D].
+        v: values, likewise.
+    """
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
         return dataclasses.replace(self, k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
@@ -79,16 +109,6 @@ class PagedCache:
                 q, self.k[layer], self.v[layer], inputs.block_tables, inputs.query_starts, inputs.query_lens,
                 inputs.context_lens, **options._asdict(),
             )  # fmt: skip
-
-    def part(self, start: int, end: int) -> Self:
-        return dataclasses.replace(self, k=self.k[start:end], v=self.v[start:end])
-
-    def joined(self, parts: Sequence[Self]) -> Self:
-        k = tuple(pool for part in parts for pool in part.k)
-        return dataclasses.replace(self, k=k, v=tuple(pool for part in parts for pool in part.v))
-
-    def kept(self) -> Self:
-        return self
 
     def copy_pages(self, src: Array, dst: Array, kernels: AttentionKernels) -> Self:
         pools, num_layers = kernels.copy_pages((*self.k, *self.v), src, dst), len(self.k)

@@ -1,4 +1,4 @@
-"""The caches that paging is compared with: rows as long as a sequence may become, and no cache at all.
+"""The caches that paging is compared with: rows as long as a sequence may become, and none beyond a step.
 
 A dense cache is a paged one whose page is as long as a sequence: the same fields, slot for slot the same bytes; only
 the read differs. The host counts its memory in pages all the same: a row is a run of pages, so copies and block tables
@@ -13,22 +13,28 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxpaged.config import DENSE_CACHES, AttentionOptions, CacheConfig, EngineConfig, ModelConfig, num_dense_rows
 from jaxpaged.device import dense_attention
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.device.cache import PagedCache, make_paged_cache
+from jaxpaged.device.cache import LayerArrays, PagedCache, make_paged_cache
 from jaxpaged.step_io import DecodeInputs, StepInputs
 
 Array = jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DenseCache(PagedCache):
-    """One row a sequence: k and v are tuples over layers of [rows, max_len, K, D]."""
+@struct.dataclass
+class DenseCache(LayerArrays):
+    """One row a sequence.
 
-    page_size: int = dataclasses.field(metadata=dict(static=True))  # max_len is a multiple of it
+    Attributes:
+        k: keys, a tuple over layers of [rows, max_len, K, D].
+        v: values, likewise.
+        page_size: positions that the host counts as a page; max_len is a multiple of it. Static.
+    """
+
+    page_size: int = struct.field(pytree_node=False)
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
         rows, max_len = self.k[layer].shape[:2]
@@ -75,12 +81,17 @@ class DenseCache(PagedCache):
         return pool.reshape(-1, self.page_size, *pool.shape[2:])
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class NoCache(PagedCache):
-    """Keys and values of one layer in one step: tuples of one [T, K, D]; between layers and steps, empty ones."""
+@struct.dataclass
+class OneStepCache(LayerArrays):
+    """Keys and values of one layer in one step: of the next layer they are others, and between steps there are none.
 
-    max_len: int = dataclasses.field(metadata=dict(static=True))  # tokens of a sequence at most
+    Attributes:
+        k: keys of the layer that attends, a tuple of one [T, K, D]; between layers and steps an empty one.
+        v: values, likewise.
+        max_len: tokens of a sequence at most. Static.
+    """
+
+    max_len: int = struct.field(pytree_node=False)
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
         return dataclasses.replace(self, k=(k,), v=(v,))
@@ -121,10 +132,10 @@ def make_dense_cache(
 
 def make_cache(
     model: ModelConfig, cache: CacheConfig, limits: EngineConfig, device: jax.Device | None = None
-) -> PagedCache:
+) -> PagedCache | DenseCache | OneStepCache:
     """The cache of the system that `limits.kv_cache` names."""
     if limits.kv_cache == "none":
-        return NoCache((), (), limits.max_model_len)
+        return OneStepCache((), (), limits.max_model_len)
     if limits.kv_cache in DENSE_CACHES:
         return make_dense_cache(model, cache, limits.max_model_len, device)
     return make_paged_cache(model, cache, device)

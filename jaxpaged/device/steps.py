@@ -20,7 +20,7 @@ from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_candidates import beam_columns
-from jaxpaged.device.cache import KVCache, PagedCache
+from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.params import Params
 from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
@@ -141,6 +141,7 @@ def decode_layers(
     batch: DecodeBatch = unpack(packed, layout)
     inputs = batch.inputs
     if inputs.copies is not None:
+        assert isinstance(cache, CopiesPages), f"copies for a {type(cache).__name__}, which keeps no pages"
         cache = cache.copy_pages(inputs.copies[0], inputs.copies[1], kernels)
     if x is None:
         chosen = latest.at[jnp.maximum(of_row(inputs.tokens), 0)].get(mode="promise_in_bounds")
@@ -186,7 +187,7 @@ def prefill_step(
 
 
 @takes_cache
-def copy_pages(cache: KVCache, copies: Array, *, kernels: AttentionKernels) -> KVCache:
+def copy_pages(cache: CopiesPages, copies: Array, *, kernels: AttentionKernels) -> CopiesPages:
     """copies i32[2, C]: source and destination pages; copy-on-write for all layers in one launch."""
     return cache.copy_pages(copies[0], copies[1], kernels)
 

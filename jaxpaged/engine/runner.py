@@ -165,7 +165,7 @@ class StepRunner:
         return False
 
     def remake_pool(self) -> None:
-        self.pool: PagedCache = make_cache(self.model, self.cache_config, self.limits, self.device)
+        self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
         self._latest = jax.device_put(np.zeros(self.limits.max_num_seqs, np.int32), self.device)
 
     def copy_pages(self, copies: list[PageCopy]) -> None:
@@ -184,14 +184,19 @@ class StepRunner:
         if one.is_out:
             self._swapped[one.group] = self._fetch(page_ids)
         else:
-            self.pool = swap.restore_pages(self.pool, page_ids, self._swapped.pop(one.group), self.device)
+            self.pool = swap.restore_pages(self._pages, page_ids, self._swapped.pop(one.group), self.device)
+
+    @property
+    def _pages(self) -> PagedCache:
+        assert isinstance(self.pool, PagedCache), f"a {type(self.pool).__name__} has no pages to swap"
+        return self.pool
 
     def forget_swapped(self) -> None:
         self._swapped.clear()
 
     def _fetch(self, page_ids: np.ndarray) -> list[jax.Array]:
         sizes = split(len(page_ids), self.buckets.swaps)
-        return swap.fetch_pages(self.pool, page_ids, sizes, swap.host_memory(self.device), self.device)
+        return swap.fetch_pages(self._pages, page_ids, sizes, swap.host_memory(self.device), self.device)
 
     # Programs ahead of need
 
@@ -202,7 +207,7 @@ class StepRunner:
         self.compile_copies()
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
-            self.pool = swap.restore_pages(self.pool, nothing, self._fetch(nothing), self.device)
+            self.pool = swap.restore_pages(self._pages, nothing, self._fetch(nothing), self.device)
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
         """Run an empty batch, with and without a cascade, so that the programs for such batches are there."""

@@ -47,9 +47,9 @@ class Buckets:
             decode_rows=_geometric(1, limits.max_num_seqs, 2),
             prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
             prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
-            # Without a cache tables are empty, and tell nothing of how long sequences are.
+            # Without a cache tables are empty, and tell nothing of how long sequences are; nor is there what to copy.
             table_widths=(widest,) if limits.kv_cache == "none" else _geometric(32, widest, 4),
-            copies=_geometric(8, limits.max_num_seqs, 8),
+            copies=() if limits.kv_cache == "none" else _geometric(8, limits.max_num_seqs, 8),
             swaps=_geometric(1, min(limits.preemption.transfer_pages, cache.num_usable_pages), 4)
             if limits.preemption.can_swap
             else (),
@@ -175,8 +175,9 @@ def with_copies(batch: DecodeBatch, copies: SequenceOf[PageCopy]) -> DecodeBatch
 
 def make_copies(copies: SequenceOf[PageCopy], buckets: Buckets) -> Iterator[np.ndarray]:
     """i32[2, C]: source and destination pages, for launches that do nothing but copy."""
-    for start in range(0, len(copies), buckets.copies[-1]):
-        part = copies[start : start + buckets.copies[-1]]
+    most = max(buckets.copies, default=1)
+    for start in range(0, len(copies), most):
+        part = copies[start : start + most]
         yield _padded_copies(part, fit(len(part), buckets.copies))
 
 
