@@ -1,15 +1,17 @@
 """Streams the weights of a Hugging Face checkpoint to the device, one tensor at a time.
 
-`LLAMA_NAMES` and its relatives say which modules of the checkpoint make each of ours; everything else follows from
-`param_shapes`. Every name and shape is checked from the files' headers before any tensor is read. Then one tensor is in
-host memory at a time; transposition ([out, in] there, [in, out] here), the fusion of q, k, v and of gate and up, and
-the conversion to the wanted dtype happen on the device.
+What makes each parameter stands in its record (`param_records`), by the names of Llama's modules; `NAMES` says which
+modules have other names in a family. Every name and shape is checked from the files' headers before any tensor is read.
+Then one tensor is in host memory at a time; transposition ([out, in] there, [in, out] here), the fusion of q, k, v and
+of gate and up, and the conversion to the wanted dtype happen on the device.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,46 +23,28 @@ from jaxpaged.checkpoint.files import INDEX_NAME, find_weight_files, read_weight
 from jaxpaged.checkpoint.safetensors_files import DTYPES, StoredTensor, read_headers, read_tensor
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import ModelConfig
-from jaxpaged.device.params import Params, param_shapes
+from jaxpaged.device.param_nodes import Params, by_name
+from jaxpaged.device.params import Tensor, param_records
 
-# Our module -> the checkpoint's, below "layers.N." for modules of a layer. Several are laid side by side.
-LLAMA_NAMES = {
-    "embedding": ("embed_tokens",),
-    "attention_norm": ("input_layernorm",),
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "query_norm": ("self_attn.q_norm",),
-    "key_norm": ("self_attn.k_norm",),
-    "attention_out": ("self_attn.o_proj",),
-    "mlp_norm": ("post_attention_layernorm",),
-    "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp_out": ("mlp.down_proj",),
-    "final_norm": ("norm",),
-}
+# Modules that a family names differently, below "layers.N." those of a layer: the name in `param_records` -> its own.
 GEMMA_NAMES = {
-    **LLAMA_NAMES,
-    "post_attention_norm": ("post_attention_layernorm",),
-    "mlp_norm": ("pre_feedforward_layernorm",),
-    "post_mlp_norm": ("post_feedforward_layernorm",),
+    "post_self_attn_layernorm": "post_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "post_mlp_layernorm": "post_feedforward_layernorm",
 }
 OPT_NAMES = {
-    "embedding": ("embed_tokens",),
-    "position_embedding": ("embed_positions",),
-    "embedding_in": ("project_in",),
-    "embedding_out": ("project_out",),
-    "attention_norm": ("self_attn_layer_norm",),
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_out": ("self_attn.out_proj",),
-    "mlp_norm": ("final_layer_norm",),
-    "mlp_in": ("fc1",),
-    "mlp_out": ("fc2",),
-    "final_norm": ("final_layer_norm",),
+    "input_layernorm": "self_attn_layer_norm",
+    "self_attn.o_proj": "self_attn.out_proj",
+    "post_attention_layernorm": "final_layer_norm",
+    "mlp.up_proj": "fc1",
+    "mlp.down_proj": "fc2",
+    "norm": "final_layer_norm",
 }
 NAMES = {"gemma2": GEMMA_NAMES, "gemma3": GEMMA_NAMES, "opt": OPT_NAMES}  # the others are named as in Llama
 
 # What stands before "embed_tokens" and "layers": causal models, bare models, OPT, Gemma 3 with vision (two versions).
 PREFIXES = ("model.", "", "model.decoder.", "decoder.", "language_model.model.", "model.language_model.")
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-LOOKUP_TABLES = ("embedding", "position_embedding")  # rows are looked up: stored as they are used
 ROWS_COMPARED = 512  # at a time, of an output head that should equal the embedding
 
 Stored = dict[str, StoredTensor]  # by name
@@ -77,7 +61,7 @@ class Source:
 
 def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax.Device) -> Params:
     """The weights in `directory` as `dtype` on `device`; ValueError names every tensor that does not fit `config`."""
-    treedef = jax.tree.structure(param_shapes(config, dtype))
+    treedef = jax.tree.structure(param_records(config))
     stored = _read_headers(directory)
     sources = _find_sources(stored, config)
     _check(stored, config, sources, directory)
@@ -119,32 +103,21 @@ def _find_sources(stored: Stored, config: ModelConfig) -> list[Source]:
 
 
 def _sources(config: ModelConfig, prefix: str) -> list[Source]:
-    leaves = jax.tree_util.tree_flatten_with_path(param_shapes(config, "float32"))[0]
-    return [
-        _source(jax.tree_util.keystr(path, simple=True, separator=".").split("."), leaf.shape, config, prefix)
-        for path, leaf in leaves
-    ]
+    renamed = NAMES.get(config.family, {})
+    return [_source(name, record, renamed, prefix) for name, record in by_name(param_records(config)).items()]
 
 
-def _source(path: list[str], shape: Shape, config: ModelConfig, prefix: str) -> Source:
-    """path: ["layers", "3", "qkv", "weight"], ["final_norm", "bias"] or ["embedding"]."""
-    suffix = path.pop() if path[-1] in ("weight", "bias") else "weight"
-    module = path.pop()
-    if module == "lm_head":
+def _source(name: str, record: Tensor, renamed: Mapping[str, str], prefix: str) -> Source:
+    """name: "layers.3.qkv.weight", "final_norm.bias" or "embedding"."""
+    layer = "".join(re.findall(r"^layers\.\d+\.", name))
+    suffix = "bias" if name.endswith(".bias") else "weight"
+    names = tuple(f"{prefix}{layer}{renamed.get(part.module, part.module)}.{suffix}" for part in record.parts)
+    if name == "lm_head.weight":
         names = (_head_name(prefix),)
-    else:
-        stored_modules = NAMES.get(config.family, LLAMA_NAMES)[module]
-        names = tuple(prefix + ".".join([*path, stored_module, suffix]) for stored_module in stored_modules)
-    if module in LOOKUP_TABLES:
-        return Source(names, (shape,), transpose=False)
-    shapes = tuple((width, *shape[:-1]) for width in _widths(module, shape[-1], len(names), config))
-    return Source(names, shapes, transpose=len(shape) == 2)
-
-
-def _widths(module: str, total: int, parts: int, config: ModelConfig) -> list[int]:
-    if module == "qkv":
-        return [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    return [total // parts] * parts
+    shapes = [(*record.shape[:-1], part.width) for part in record.parts]
+    if record.is_transposed:
+        shapes = [shape[::-1] for shape in shapes]
+    return Source(names, tuple(shapes), record.is_transposed)
 
 
 def _head_name(prefix: str) -> str:

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from flax import traverse_util
 
 from jaxpaged.checkpoint.checksums import (
     FILE_NAME,
@@ -35,7 +36,8 @@ from jaxpaged.checkpoint.checksums import (
 from jaxpaged.checkpoint.files import find_file, read_json
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import DTYPES, ModelConfig
-from jaxpaged.device.params import Params, param_shapes
+from jaxpaged.device.param_nodes import Params, by_name
+from jaxpaged.device.params import param_shapes
 
 FORMAT = "jaxpaged"
 FORMAT_VERSION = 2
@@ -53,10 +55,10 @@ def save_checkpoint(directory: Path, config: ModelConfig, params: Params) -> Non
     check_shapes(_shapes_by_name(params), _shapes_by_name(param_shapes(config, config.dtype)), "params")
     directory.mkdir(parents=True, exist_ok=True)
     with _quiet_orbax(), ocp.PyTreeCheckpointer(use_ocdbt=True, use_zarr3=False) as checkpointer:
-        checkpointer.save(directory / PARAMS_FOLDER, params)
+        checkpointer.save(directory / PARAMS_FOLDER, _as_saved(params))
     # Orbax notes the folder's absolute path here, for object stores; a checkpoint that travels should name no machine.
     (directory / PARAMS_FOLDER / "commit_success.txt").unlink(missing_ok=True)
-    write_checksums(directory, compute_checksums(_by_name(params)))
+    write_checksums(directory, compute_checksums(by_name(params)))
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, **config.to_dict()}
     (directory / "config.json").write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
@@ -143,14 +145,14 @@ def _batches(sizes: list[int]) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
-def _by_name(tree: Params) -> dict[str, Any]:
-    """Names like "layers.0.qkv.weight" -> leaves, as orbax names them too."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+def _as_saved(params: Params) -> dict[str, Any]:
+    """Dictionaries in place of nodes, as the format has it: orbax notes of which kind they are."""
+    tree = traverse_util.unflatten_dict(by_name(params), sep=".")
+    return {**tree, "layers": tuple(tree["layers"].values())}
 
 
 def _shapes_by_name(tree: Params) -> dict[str, Shape]:
-    return {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
+    return {name: tuple(leaf.shape) for name, leaf in by_name(tree).items()}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from jaxpaged.checkpoint import hf_config, hf_weights, native
 from jaxpaged.checkpoint.files import find_file, read_json, user_path
 from jaxpaged.config import DTYPES, ModelConfig
 from jaxpaged.config.choices import LOAD_FORMATS
-from jaxpaged.device.params import Params, random_params
+from jaxpaged.device.param_nodes import Params
+from jaxpaged.device.params import random_params
 from jaxpaged.text.added_tokens import COMPANIONS
 
 Format = Literal["native", "huggingface"]

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.device.params import Params
+from jaxpaged.device.param_nodes import Layer, Linear, Norm, Params
 from jaxpaged.device.rope import rotate
 
 Array = jax.Array
@@ -34,7 +34,7 @@ def forward(
 ) -> tuple[Array, Cache]:
     """tokens i32[T], positions i32[T] (each in its own sequence) -> hidden [T, E'] ready for the head, cache."""
     x = embed(params, config, tokens, positions)
-    x, cache = run_layers(params["layers"], config, x, positions, cache, attend)
+    x, cache = run_layers(params.layers, config, x, positions, cache, attend)
     return finish(params, config, x), cache
 
 
@@ -45,7 +45,7 @@ def embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) 
 
 
 def run_layers(
-    layers: Sequence[Params],
+    layers: Sequence[Layer],
     config: ModelConfig,
     x: Array,
     positions: Array,
@@ -62,20 +62,20 @@ def run_layers(
 
 def finish(params: Params, config: ModelConfig, x: Array) -> Array:
     """[T, E] behind the last layer -> hidden [T, E'] ready for the head."""
-    if config.has_final_norm:
-        x = _norm(params["final_norm"], config, x)
-    if "embedding_out" in params:
-        x = _matmul(x, params["embedding_out"])
+    if params.final_norm is not None:
+        x = _norm(params.final_norm, config, x)
+    if params.embedding_out is not None:
+        x = _matmul(x, params.embedding_out)
     return x
 
 
 def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """hidden [R, E'] -> logits f32[R, V]."""
     with jax.named_scope("logits"):
-        if config.tie_word_embeddings:
-            logits = jnp.einsum("re,ve->rv", hidden, params["embedding"], **_product_options(hidden, jnp.float32))
+        if params.lm_head is None:
+            logits = jnp.einsum("re,ve->rv", hidden, params.embedding, **_product_options(hidden, jnp.float32))
         else:
-            logits = jnp.matmul(hidden, params["lm_head"]["weight"], **_product_options(hidden, jnp.float32))
+            logits = jnp.matmul(hidden, params.lm_head.weight, **_product_options(hidden, jnp.float32))
         return soft_cap(logits, config.final_soft_cap)
 
 
@@ -85,55 +85,55 @@ def soft_cap(x: Array, cap: float | None) -> Array:
 
 
 def _embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
-    x = params["embedding"][tokens]
+    x = params.embedding[tokens]
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the weights' dtype, as Gemma was trained
-    if "embedding_in" in params:
-        x = _matmul(x, params["embedding_in"])
-    if config.rope is None:
-        x = x + params["position_embedding"][positions + config.learned_position_offset]
+    if params.embedding_in is not None:
+        x = _matmul(x, params.embedding_in)
+    if params.position_embedding is not None:
+        x = x + params.position_embedding[positions + config.learned_position_offset]
     return x
 
 
-def _block(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
+def _block(weights: Layer, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
     """One attention and one feed-forward block, each with its residual; the three norm placements differ only here."""
     before = config.norm_placement != "post"
-    h = _norm(weights["attention_norm"], config, x) if before else x
+    h = _norm(weights.attention_norm, config, x) if before else x
     h, cache = _attention(weights, config, layer, h, positions, cache, attend)
-    if config.norm_placement == "sandwich":
-        h = _norm(weights["post_attention_norm"], config, h)
+    if weights.post_attention_norm is not None:
+        h = _norm(weights.post_attention_norm, config, h)
     x = x + h
     if not before:
-        x = _norm(weights["attention_norm"], config, x)
-    h = _norm(weights["mlp_norm"], config, x) if before else x
+        x = _norm(weights.attention_norm, config, x)
+    h = _norm(weights.mlp_norm, config, x) if before else x
     h = _mlp(weights, config, h)
-    if config.norm_placement == "sandwich":
-        h = _norm(weights["post_mlp_norm"], config, h)
+    if weights.post_mlp_norm is not None:
+        h = _norm(weights.post_mlp_norm, config, h)
     x = x + h
-    return (x if before else _norm(weights["mlp_norm"], config, x)), cache
+    return (x if before else _norm(weights.mlp_norm, config, x)), cache
 
 
-def _attention(weights: Params, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
+def _attention(weights: Layer, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv = _linear(weights["qkv"], x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
+    qkv = _linear(weights.qkv, x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
-    if config.qk_norm:
-        q = _rms_norm(q, weights["query_norm"]["weight"], config)
-        k = _rms_norm(k, weights["key_norm"]["weight"], config)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        q = _rms_norm(q, weights.query_norm.weight, config)
+        k = _rms_norm(k, weights.key_norm.weight, config)
     if (rope := config.rope_of(layer)) is not None:
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
     out, cache = attend(cache, layer, q, k, v)
-    return _linear(weights["attention_out"], out.reshape(x.shape[0], heads * head_dim)), cache
+    return _linear(weights.attention_out, out.reshape(x.shape[0], heads * head_dim)), cache
 
 
-def _mlp(weights: Params, config: ModelConfig, x: Array) -> Array:
-    h = _linear(weights["mlp_in"], x)
+def _mlp(weights: Layer, config: ModelConfig, x: Array) -> Array:
+    h = _linear(weights.mlp_in, x)
     if config.gated_mlp:
         gate, up = jnp.split(h, 2, axis=-1)
         h = _activate(config, gate) * up
     else:
         h = _activate(config, h)
-    return _linear(weights["mlp_out"], h)
+    return _linear(weights.mlp_out, h)
 
 
 def _activate(config: ModelConfig, x: Array) -> Array:
@@ -148,13 +148,14 @@ def _activate(config: ModelConfig, x: Array) -> Array:
             return jax.nn.relu(x)
 
 
-def _norm(weights: Params, config: ModelConfig, x: Array) -> Array:
+def _norm(weights: Norm, config: ModelConfig, x: Array) -> Array:
     if config.norm == "rms":
-        return _rms_norm(x, weights["weight"], config)
+        return _rms_norm(x, weights.weight, config)
+    assert weights.bias is not None, "layer norm has a bias"
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps)
-    return (y * weights["weight"].astype(jnp.float32) + weights["bias"].astype(jnp.float32)).astype(x.dtype)
+    return (y * weights.weight.astype(jnp.float32) + weights.bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
@@ -163,9 +164,9 @@ def _rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
     return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
 
 
-def _linear(weights: Params, x: Array) -> Array:
-    y = _matmul(x, weights["weight"])
-    return y + weights["bias"] if "bias" in weights else y
+def _linear(weights: Linear, x: Array) -> Array:
+    y = _matmul(x, weights.weight)
+    return y if weights.bias is None else y + weights.bias
 
 
 def _matmul(x: Array, weight: Array) -> Array:

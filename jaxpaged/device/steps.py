@@ -8,6 +8,7 @@ next step can be launched before the host has learnt anything. programs.py keeps
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -22,7 +23,7 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_candidates import beam_columns
 from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
-from jaxpaged.device.params import Params
+from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
 from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failures, sample_tokens, token_logprobs
 from jaxpaged.step_io import (
@@ -115,7 +116,7 @@ def _decode_parts(
             static: dict[str, Any] = {"config": config, "kernels": kernels, "layout": layout}
             if end == config.num_layers:
                 static |= {"wanted": wanted, "processors": processors}
-            yield (start, end), {**params, "layers": params["layers"][start:end]}, static
+            yield (start, end), dataclasses.replace(params, layers=params.layers[start:end]), static
 
 
 @takes_cache
@@ -147,7 +148,7 @@ def decode_layers(
         chosen = latest.at[jnp.maximum(of_row(inputs.tokens), 0)].get(mode="promise_in_bounds")
         x = embed(params, config, jnp.where(inputs.tokens < 0, chosen, inputs.tokens), inputs.positions)
     attend = _attend(inputs, config, kernels, layers[0])
-    x, cache = run_layers(params["layers"], config, x, inputs.positions, cache, attend, layers[0])
+    x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, layers[0])
     if layers[1] == config.num_layers:
         columns = _choose(params, config, finish(params, config, x), batch.sampling, wanted, processors)
         return StepResults(_for_host(columns), _latest(columns, wanted, len(latest))), cache.kept()

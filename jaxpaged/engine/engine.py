@@ -12,7 +12,7 @@ import jax
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.device.params import Params
+from jaxpaged.device.param_nodes import Params
 from jaxpaged.engine.loan import PoolLoan
 from jaxpaged.engine.record import RunRecord
 from jaxpaged.engine.runner import StepRunner

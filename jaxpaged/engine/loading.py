@@ -22,7 +22,7 @@ from jaxpaged.config import (
 )
 from jaxpaged.device.attention import AttentionKernels, resolve_attention, resolve_dense_attention
 from jaxpaged.device.memory import device_memory
-from jaxpaged.device.params import Params
+from jaxpaged.device.param_nodes import Params
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.pool_size import PoolSizer
 from jaxpaged.engine.preemption import reserve_swap_space, resolve_preemption

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxpaged.config import DENSE_CACHES, CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.memory import bytes_in_use
-from jaxpaged.device.params import Params, param_shapes
+from jaxpaged.device.param_nodes import Params
+from jaxpaged.device.params import param_shapes
 from jaxpaged.device.swap import transfer_bytes
 from jaxpaged.engine.lowering import lower_largest_steps
 

@@ -95,5 +95,5 @@ def reserve_swap_space(
 
 def flops_per_token(model: ModelConfig) -> float:
     """Of a prefill: a multiplication and an addition for each weight of the layers' matrices."""
-    layers = jax.tree.leaves(param_shapes(model, "float32")["layers"])
+    layers = jax.tree.leaves(param_shapes(model, "float32").layers)
     return 2.0 * sum(leaf.size for leaf in layers if leaf.ndim == 2)

@@ -17,7 +17,7 @@ from jaxpaged.device import steps, swap
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache
 from jaxpaged.device.dense_cache import make_cache
-from jaxpaged.device.params import Params
+from jaxpaged.device.param_nodes import Params
 from jaxpaged.engine.lowering import static_arguments
 from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.pages.swap import Swap

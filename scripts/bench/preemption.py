@@ -40,7 +40,8 @@ from jaxpaged.device import steps, swap
 from jaxpaged.device.attention import AttentionKernels, resolve_attention
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.memory import device_memory
-from jaxpaged.device.params import Params, param_shapes, random_params
+from jaxpaged.device.param_nodes import Params
+from jaxpaged.device.params import param_shapes, random_params
 from jaxpaged.engine.loading import resolve_dtype
 from jaxpaged.engine.lowering import static_arguments
 from jaxpaged.engine.preemption import flops_per_token, resolve_preemption
@@ -237,7 +238,7 @@ def time_recompute(
         results, pool = steps.prefill_step(setup.params, pool, latest, jax.device_put(packed, setup.device), **static)
         np.asarray(results.columns)
         seconds.append(time.perf_counter() - began)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.params["layers"]))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.params.layers))
     arithmetic = tokens * flops_per_token(setup.model) / setup.card.flops_per_s
     floor = max(arithmetic, weights / setup.card.copy_bytes_per_s)
     result["recompute_ms"] = round(statistics.median(seconds[1:]) * 1e3, 4)

@@ -13,6 +13,7 @@ long as the step, the host sets the pace. The context stays as long as it is. En
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -30,7 +31,8 @@ from jaxpaged.config.choices import ATTENTIONS
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels, resolve_attention
 from jaxpaged.device.cache import PagedCache, make_paged_cache
-from jaxpaged.device.params import Params, random_params
+from jaxpaged.device.param_nodes import Params
+from jaxpaged.device.params import random_params
 from jaxpaged.engine.loading import resolve_dtype
 from jaxpaged.engine.lowering import lower_step, static_arguments
 from jaxpaged.host.pages.block_table import num_pages_for
@@ -122,8 +124,9 @@ def print_card(args: argparse.Namespace, setup: Setup, weights: int, floors: dic
 
 def weight_bytes_read(setup: Setup) -> int:
     """All weights, without the tables of which a step reads a few rows."""
-    gathered = {"position_embedding"} if setup.model.tie_word_embeddings else {"position_embedding", "embedding"}
-    read = {name: leaf for name, leaf in setup.params.items() if name not in gathered}
+    read = dataclasses.replace(setup.params, position_embedding=None)
+    if not setup.model.tie_word_embeddings:
+        read = dataclasses.replace(read, embedding=None)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 

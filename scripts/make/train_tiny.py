@@ -18,6 +18,7 @@ nearer of the two. The log and the snapshots are in --work-dir. The last line of
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import io
@@ -187,8 +188,8 @@ def make_optimizer() -> optax.GradientTransformation:
     """Muon for the layers' matrices, AdamW for embedding and norms; both at rate 1, which `train_step` scales."""
 
     def uses_muon(params: Any) -> Any:
-        layers = jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers() if x.ndim == 2 else None, params["layers"])
-        return {**jax.tree.map(lambda _: None, params), "layers": layers}
+        layers = jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers() if x.ndim == 2 else None, params.layers)
+        return dataclasses.replace(jax.tree.map(lambda _: None, params), layers=layers)
 
     muon = optax.contrib.muon(
         1.0, weight_decay=0.1, consistent_rms=0.2, adam_b2=0.95, muon_weight_dimension_numbers=uses_muon

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import GOLDENS
+from paths import GOLDENS, ROOT
 
 from jaxpaged.checkpoint import (
     convert_checkpoint,
@@ -111,6 +111,22 @@ def test_native_round_trip(native, dtype):
     assert all(leaf.devices() == {CPU} for leaf in jax.tree.leaves(params))
 
 
+def test_what_is_written_has_not_changed(tmp_path):
+    """The bundled checkpoint is of the version in which parameters were nested dictionaries and tuples."""
+    bundled = ROOT / "checkpoints" / "tiny-python"
+    checkpoint = open_checkpoint(bundled)
+    params = load_params(checkpoint, dtype=checkpoint.config.dtype, device=CPU)
+    save_checkpoint(tmp_path / "again", checkpoint.config, params)
+
+    def tree(directory):
+        values = json.loads((directory / "params" / "_METADATA").read_text())["tree_metadata"]
+        return {name: entry["key_metadata"] for name, entry in values.items()}
+
+    assert tree(tmp_path / "again") == tree(bundled)
+    assert "('layers', '5', 'qkv', 'weight')" in tree(bundled)
+    assert (tmp_path / "again" / "checksums.json").read_bytes() == (bundled / "checksums.json").read_bytes()
+
+
 def test_saving_never_overwrites(native):
     with pytest.raises(FileExistsError, match="native already holds params: save to another directory"):
         save_checkpoint(native, CONFIG, random_params(CONFIG, "bfloat16", seed=0))
@@ -174,7 +190,7 @@ def test_dummy_needs_only_a_config(tmp_path):
 @pytest.mark.parametrize("load_format", ["auto", "huggingface", "safetensors"])
 def test_load_formats_of_a_hugging_face_directory(load_format):
     params = load_params(open_checkpoint(GOLDENS / "opt"), dtype="float32", device=CPU, load_format=load_format)
-    assert len(params["layers"]) == 2
+    assert len(params.layers) == 2
 
 
 def test_a_load_format_that_does_not_fit(native):

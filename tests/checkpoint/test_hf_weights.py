@@ -46,11 +46,11 @@ def assert_equal(left, right):
 
 def test_fused_and_transposed_as_documented(llama):
     stored = load_file(llama / "model.safetensors")
-    layer = load(llama)["layers"][1]
+    layer = load(llama).layers[1]
     q, k, v = (stored[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
     gate, up = (stored[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-    np.testing.assert_array_equal(layer["qkv"]["weight"], np.concatenate([q.T, k.T, v.T], axis=1))
-    np.testing.assert_array_equal(layer["mlp_in"]["weight"], np.concatenate([gate.T, up.T], axis=1))
+    np.testing.assert_array_equal(layer.qkv.weight, np.concatenate([q.T, k.T, v.T], axis=1))
+    np.testing.assert_array_equal(layer.mlp_in.weight, np.concatenate([gate.T, up.T], axis=1))
 
 
 def test_one_file_and_shards_load_alike(tmp_path):
@@ -88,7 +88,7 @@ def test_every_dtype_loads_as_every_other(llama, stored, wanted):
     tensors = load_file(llama / "model.safetensors")
     params = load(llama, wanted)
     assert all(leaf.dtype == wanted for leaf in jax.tree.leaves(params))
-    np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"].astype(wanted))
+    np.testing.assert_array_equal(params.embedding, tensors["model.embed_tokens.weight"].astype(wanted))
 
 
 def test_the_stored_dtype_counts_where_config_json_has_none(tmp_path):

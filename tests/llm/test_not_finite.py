@@ -18,6 +18,7 @@ from jaxpaged.cli.main import main
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.beam_candidates import beam_columns
+from jaxpaged.device.param_nodes import Linear
 from jaxpaged.device.sampling import row_failures, sample_tokens, token_logprobs
 from jaxpaged.engine.engine import Engine
 from jaxpaged.host.beams.beam_state import BeamState
@@ -26,8 +27,11 @@ from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, SamplingInputs
 
 POISONED = 96  # "~", whose embedding is NaN: whoever reads it has NaN from there on, and in its pages
 MODEL = dataclasses.replace(TOY, tie_word_embeddings=False)
-PARAMS = {**toy_params(), "lm_head": {"weight": toy_params()["embedding"].T}}
-PARAMS["embedding"] = PARAMS["embedding"].at[POISONED].set(jnp.nan)
+PARAMS = dataclasses.replace(
+    toy_params(),
+    embedding=toy_params().embedding.at[POISONED].set(jnp.nan),
+    lm_head=Linear(weight=toy_params().embedding.T),
+)
 GOOD, BAD = "fine", "a~b"
 
 
