@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -56,8 +55,30 @@ class StepResults(NamedTuple):
     prompt_columns: Array | None = None  # i32[T, columns] in host memory, if the prompt's log-probabilities are wanted
 
 
+class DecodePart(NamedTuple):
+    """Layers that are one program of a decode step, and the parameters with these alone."""
+
+    layers: tuple[int, int]  # from the first up to the second
+    params: Params
+
+
+def decode_parts(params: Params, config: ModelConfig) -> tuple[DecodePart, ...]:
+    """A model as `decode_step` takes it: cut once, and not in every step.
+
+    Of a deep model a step is two programs. The host needs a millisecond or two to launch some 14 kernels a layer,
+    although they are one CUDA graph, and nothing runs before it is done: so a short first program keeps the device
+    busy while the second is launched.
+    """
+    first = round(config.num_layers * FIRST_SHARE) if config.num_layers >= DEEP else 0
+    return tuple(
+        DecodePart((start, end), dataclasses.replace(params, layers=params.layers[start:end]))
+        for start, end in ((0, first), (first, config.num_layers))
+        if start < end
+    )
+
+
 def decode_step(
-    params: Params,
+    parts: tuple[DecodePart, ...],
     cache: Cache,
     latest: Array,
     packed: Array | np.ndarray,
@@ -70,25 +91,22 @@ def decode_step(
 ) -> tuple[StepResults, Cache]:
     """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
 
-    `packed` is a packed `DecodeBatch`, `latest` i32[L] the tokens that the step before chose -> results, whose columns
-    are tokens, their log-probabilities, the likeliest continuations of beams, as far as they are `wanted`; the new
-    cache.
-
-    Of a deep model a step is two programs. The host needs a millisecond or two to launch some 14 kernels a layer,
-    although they are one CUDA graph, and nothing runs before it is done: so a short first program keeps the device
-    busy while the second is launched.
+    `parts` are all `decode_parts` of a model, `packed` is a packed `DecodeBatch`, `latest` i32[L] the tokens that the
+    step before chose -> results, whose columns are tokens, their log-probabilities, the likeliest continuations of
+    beams, as far as they are `wanted`; the new cache.
     """
     x, kept = None, []
-    for layers, part, static in _decode_parts(params, config, kernels, layout, wanted, processors):
-        x, rest = decode_layers(part, cache.part(*layers), x, latest, packed, layers=layers, **static)
+    for part in parts:
+        static = _static_of(part, config, kernels, layout, wanted, processors)
+        x, rest = decode_layers(part.params, cache.part(*part.layers), x, latest, packed, **static)
         kept.append(rest)
     assert isinstance(x, StepResults), "a model without layers"
     return x, cache.joined(kept)
 
 
 def lower_decode_step(
-    params: Params, cache: KVCache, latest: Array, packed: np.ndarray, device: jax.Device, *, config: ModelConfig,
-    kernels: AttentionKernels, layout: Layout, wanted: Wanted = TOKENS_ALONE,
+    parts: tuple[DecodePart, ...], cache: KVCache, latest: Array, packed: np.ndarray, device: jax.Device, *,
+    config: ModelConfig, kernels: AttentionKernels, layout: Layout, wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> list[jax.stages.Lowered]:  # fmt: skip
     """The programs that `decode_step` launches for these arguments: once they are compiled, it finds them.
@@ -96,8 +114,9 @@ def lower_decode_step(
     For who compiles many in several threads. Nothing is run, and no cache is taken.
     """
     x, programs = None, []
-    for layers, part, static in _decode_parts(params, config, kernels, layout, wanted, processors):
-        lowered = decode_layers.lower(part, cache.part(*layers), x, latest, packed, layers=layers, **static)
+    for part in parts:
+        static = _static_of(part, config, kernels, layout, wanted, processors)
+        lowered = decode_layers.lower(part.params, cache.part(*part.layers), x, latest, packed, **static)
         programs.append(lowered)
         hidden = lowered.out_info[0]
         if not isinstance(hidden, StepResults):
@@ -105,18 +124,15 @@ def lower_decode_step(
     return programs
 
 
-def _decode_parts(
-    params: Params, config: ModelConfig, kernels: AttentionKernels, layout: Layout, wanted: Wanted,
+def _static_of(
+    part: DecodePart, config: ModelConfig, kernels: AttentionKernels, layout: Layout, wanted: Wanted,
     processors: tuple[LogitsProcessor, ...],
-) -> Iterator[tuple[tuple[int, int], Params, dict[str, Any]]]:  # fmt: skip
-    """Of each program of a decode step its layers, their parameters, and what it is compiled for."""
-    first = round(config.num_layers * FIRST_SHARE) if config.num_layers >= DEEP else 0
-    for start, end in ((0, first), (first, config.num_layers)):
-        if start < end:
-            static: dict[str, Any] = {"config": config, "kernels": kernels, "layout": layout}
-            if end == config.num_layers:
-                static |= {"wanted": wanted, "processors": processors}
-            yield (start, end), dataclasses.replace(params, layers=params.layers[start:end]), static
+) -> dict[str, Any]:  # fmt: skip
+    """What a program of a decode step is compiled for: only the last one chooses tokens."""
+    static: dict[str, Any] = {"config": config, "kernels": kernels, "layout": layout, "layers": part.layers}
+    if part.layers[1] == config.num_layers:
+        static |= {"wanted": wanted, "processors": processors}
+    return static
 
 
 @takes_cache

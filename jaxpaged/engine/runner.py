@@ -71,6 +71,7 @@ class StepRunner:
         device: jax.Device,
     ):
         self.params = params
+        self.parts = steps.decode_parts(params, model)
         self.model = model
         self.cache_config = cache
         self.limits = limits
@@ -104,8 +105,10 @@ class StepRunner:
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
-        send = steps.prefill_step if step.layout[0] is PrefillBatch else steps.decode_step
-        results, self.pool = send(self.params, self.pool, self._latest, step.packed, **static)
+        send, weights = steps.decode_step, self.parts
+        if step.layout[0] is PrefillBatch:
+            send, weights = steps.prefill_step, self.params
+        results, self.pool = send(weights, self.pool, self._latest, step.packed, **static)
         self._latest = results.latest
         return LaunchedStep(results, step.layout, step.features)
 
@@ -153,6 +156,12 @@ class StepRunner:
     # Pages that move
 
     @property
+    def pages(self) -> PagedCache:
+        """The pool of a system whose pages can leave it."""
+        assert isinstance(self.pool, PagedCache), f"a {type(self.pool).__name__} has no pages to swap"
+        return self.pool
+
+    @property
     def has_lost_pool(self) -> bool:
         """Whether a step that was interrupted had taken the pool by donation and never gave it back, or one that failed
         left an error in its place. Waits for the last step that was launched."""
@@ -184,19 +193,14 @@ class StepRunner:
         if one.is_out:
             self._swapped[one.group] = self._fetch(page_ids)
         else:
-            self.pool = swap.restore_pages(self._pages, page_ids, self._swapped.pop(one.group), self.device)
-
-    @property
-    def _pages(self) -> PagedCache:
-        assert isinstance(self.pool, PagedCache), f"a {type(self.pool).__name__} has no pages to swap"
-        return self.pool
+            self.pool = swap.restore_pages(self.pages, page_ids, self._swapped.pop(one.group), self.device)
 
     def forget_swapped(self) -> None:
         self._swapped.clear()
 
     def _fetch(self, page_ids: np.ndarray) -> list[jax.Array]:
         sizes = split(len(page_ids), self.buckets.swaps)
-        return swap.fetch_pages(self._pages, page_ids, sizes, swap.host_memory(self.device), self.device)
+        return swap.fetch_pages(self.pages, page_ids, sizes, swap.host_memory(self.device), self.device)
 
     # Programs ahead of need
 
@@ -207,7 +211,7 @@ class StepRunner:
         self.compile_copies()
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
-            self.pool = swap.restore_pages(self._pages, nothing, self._fetch(nothing), self.device)
+            self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.device)
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
         """Run an empty batch, with and without a cascade, so that the programs for such batches are there."""
@@ -229,7 +233,7 @@ class StepRunner:
         static = static_arguments(self.model, self.kernels, layout, features)
         if layout[0] is PrefillBatch:
             return [steps.prefill_step.lower(self.params, self.pool, self._latest, packed, **static)]
-        return steps.lower_decode_step(self.params, self.pool, self._latest, packed, self.device, **static)
+        return steps.lower_decode_step(self.parts, self.pool, self._latest, packed, self.device, **static)
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

@@ -226,10 +226,10 @@ def random_pool(setup: Setup, cache: CacheConfig) -> PagedCache:
 def run_steps(setup: Setup, step: Step, pool: PagedCache, count: int) -> tuple[float, float, PagedCache]:
     """Seconds a step until the host is free, seconds a step until all are done, and the pool."""
     jax.block_until_ready(pool)
-    latest = step.latest
+    parts, latest = steps.decode_parts(setup.params, setup.model), step.latest
     began = time.perf_counter()
     for _ in range(count):
-        results, pool = steps.decode_step(setup.params, pool, latest, step.packed, **step.static)
+        results, pool = steps.decode_step(parts, pool, latest, step.packed, **step.static)
         latest = results.latest
     launched = time.perf_counter() - began
     jax.block_until_ready((latest, pool))

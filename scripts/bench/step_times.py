@@ -120,9 +120,9 @@ def measure_moves(m: Measurement) -> None:
         parts, out, back = split(size, sizes), [], []
         for _ in range(1 + m.args.steps):
             began = time.perf_counter()
-            fetched = swap.fetch_pages(engine.runner.pool, ids[:size], parts, host, engine.device)
+            fetched = swap.fetch_pages(engine.runner.pages, ids[:size], parts, host, engine.device)
             gone = time.perf_counter()
-            engine.runner.pool = swap.restore_pages(engine.runner.pool, ids[-size:], fetched, engine.device)
+            engine.runner.pool = swap.restore_pages(engine.runner.pages, ids[-size:], fetched, engine.device)
             back.append(time.perf_counter() - gone)
             out.append(gone - began)
         both = [round(statistics.median(times[1:]), 7) for times in (out, back)]

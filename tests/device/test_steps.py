@@ -33,7 +33,7 @@ def test_the_pool_is_donated_and_updated_in_place():
     memory = whole.compile().memory_analysis()
     assert memory.alias_size_in_bytes == pool_bytes
     assert memory.temp_size_in_bytes < 0.1 * pool_bytes
-    _, new_cache = steps.decode_step(toy_params(), cache, latest, packed, **static)
+    _, new_cache = steps.decode_step(steps.decode_parts(toy_params(), TOY), cache, latest, packed, **static)
     assert all(pool.is_deleted() for pool in (*cache.k, *cache.v))
     assert not any(pool.is_deleted() for pool in (*new_cache.k, *new_cache.v))
 
