@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from jaxpaged.checkpoint.safetensors_files import DTYPES, StoredTensor, read_hea
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.param_nodes import Params, by_name
-from jaxpaged.device.params import Tensor, param_records
+from jaxpaged.device.params import Tensor, param_records, stored_names
 
 # Modules that a family names differently, below "layers.N." those of a layer: the name in `param_records` -> its own.
 GEMMA_NAMES = {
@@ -109,11 +108,10 @@ def _sources(config: ModelConfig, prefix: str) -> list[Source]:
 
 def _source(name: str, record: Tensor, renamed: Mapping[str, str], prefix: str) -> Source:
     """name: "layers.3.qkv.weight", "final_norm.bias" or "embedding"."""
-    layer = "".join(re.findall(r"^layers\.\d+\.", name))
-    suffix = "bias" if name.endswith(".bias") else "weight"
-    names = tuple(f"{prefix}{layer}{renamed.get(part.module, part.module)}.{suffix}" for part in record.parts)
     if name == "lm_head.weight":
         names = (_head_name(prefix),)
+    else:
+        names = tuple(prefix + stored for stored in stored_names(name, record, renamed))
     shapes = [(*record.shape[:-1], part.width) for part in record.parts]
     if record.is_transposed:
         shapes = [shape[::-1] for shape in shapes]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -171,3 +172,14 @@ def random_params(config: ModelConfig, dtype: str, seed: int, device: jax.Device
             record.init(jax.random.fold_in(key, i), record.shape, jnp.dtype(dtype)) for i, record in enumerate(records)
         ]
     return jax.tree.unflatten(treedef, arrays)
+
+
+def stored_names(name: str, record: Tensor, renamed: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """What checkpoints of Hugging Face call the parts of the parameter `name`, with a family's own names of modules.
+
+    "layers.3.attention_out.weight" -> ("layers.3.self_attn.o_proj.weight",); what stands before it differs by file.
+    """
+    layer = "".join(re.findall(r"^layers\.\d+\.", name))
+    suffix = "bias" if name.endswith(".bias") else "weight"
+    own = renamed or {}
+    return tuple(f"{layer}{own.get(part.module, part.module)}.{suffix}" for part in record.parts)

@@ -1,7 +1,8 @@
 """Train the bundled checkpoint, a five-million-parameter Llama, on the source of Python's own standard library.
 
 The runtime needs a real model that travels with the repository and that anyone can make again, offline, from data that
-every machine with Python already has. Tokenizer, training and export are all here.
+every machine with Python already has. Tokenizer, training and export are all here; the model is nnx_llama.py's, and
+what is measured of it is what inference computes with its weights.
 
     python scripts/make/train_tiny.py --output checkpoints/tiny-python --minutes 90
     python scripts/make/train_tiny.py --output checkpoints/tiny-python --resume       after a kill, with the same flags
@@ -18,7 +19,6 @@ nearer of the two. The log and the snapshots are in --work-dir. The last line of
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import hashlib
 import io
@@ -38,11 +38,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import sentencepiece
+from flax import nnx
+from nnx_llama import Llama, to_params
 
 from jaxpaged.checkpoint.native import save_checkpoint
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.model import compute_logits, forward
-from jaxpaged.device.params import Params, random_params
+from jaxpaged.device.param_nodes import Params
 
 # Code of other people, and tables that a program wrote: none of it is the style that we want to teach.
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "pydoc_data", "encodings", "msilib", "__pycache__"}
@@ -167,9 +169,51 @@ def make_config(args: argparse.Namespace) -> ModelConfig:
     )
 
 
-def mean_loss(params: Params, config: ModelConfig, windows: jax.Array, dtype: str) -> jax.Array:
-    """Cross entropy in nats per token of windows i32[B, T + 1], computed in `dtype`."""
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+def train_loss(model: Llama, windows: jax.Array) -> jax.Array:
+    """Cross entropy in nats per token of windows i32[B, T + 1]."""
+    return optax.softmax_cross_entropy_with_integer_labels(model(windows[:, :-1]), windows[:, 1:]).mean()
+
+
+@functools.cache  # one object, so that train_step compiles once
+def make_optimizer() -> optax.GradientTransformation:
+    """Muon for the layers' matrices, AdamW for embedding and norms; both at rate 1, which `train_step` scales."""
+
+    def uses_muon(params: Any) -> Any:
+        muon = optax.contrib.MuonDimensionNumbers()
+        layers = jax.tree.map(lambda x: muon if x.ndim == 2 else None, params["layers"])
+        return {**jax.tree.map(lambda _: None, params), "layers": layers}
+
+    muon = optax.contrib.muon(
+        1.0, weight_decay=0.1, consistent_rms=0.2, adam_b2=0.95, muon_weight_dimension_numbers=uses_muon
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def weights_of(model: Llama) -> dict[str, Any]:
+    """The module's arrays, as optax takes them."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def set_weights(model: Llama, weights: dict[str, Any]) -> None:
+    state = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(state, weights)
+    nnx.update(model, state)
+
+
+@functools.partial(nnx.jit, static_argnames="optimizer", donate_argnames=("model", "state"))
+def train_step(model: Llama, state: optax.OptState, windows: jax.Array | np.ndarray, rate: float, *, optimizer):
+    """Update the model -> new optimizer state, loss of these windows before the update."""
+    loss, grads = nnx.value_and_grad(train_loss)(model, windows)
+    weights = weights_of(model)
+    updates, state = optimizer.update(nnx.to_pure_dict(grads), state, weights)
+    set_weights(model, jax.tree.map(lambda w, u: w + rate * u, weights, updates))
+    return state, loss
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def eval_step(params: Params, windows: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """The loss of windows i32[B, T + 1] by what inference computes, in float32."""
+    params = jax.tree.map(lambda x: x.astype("float32"), params)
     rows, length = windows.shape[0], windows.shape[1] - 1
 
     def attend(cache, layer, q, k, v):
@@ -181,34 +225,6 @@ def mean_loss(params: Params, config: ModelConfig, windows: jax.Array, dtype: st
     hidden, _ = forward(params, config, windows[:, :-1].reshape(-1), positions, None, attend)
     logits = compute_logits(params, config, hidden)
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:].reshape(-1)).mean()
-
-
-@functools.cache  # one object, so that train_step compiles once
-def make_optimizer() -> optax.GradientTransformation:
-    """Muon for the layers' matrices, AdamW for embedding and norms; both at rate 1, which `train_step` scales."""
-
-    def uses_muon(params: Any) -> Any:
-        layers = jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers() if x.ndim == 2 else None, params.layers)
-        return dataclasses.replace(jax.tree.map(lambda _: None, params), layers=layers)
-
-    muon = optax.contrib.muon(
-        1.0, weight_decay=0.1, consistent_rms=0.2, adam_b2=0.95, muon_weight_dimension_numbers=uses_muon
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), muon)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "optimizer", "dtype"), donate_argnames=("params", "state"))
-def train_step(params, state, windows, rate, *, config, optimizer, dtype):
-    """-> new params, new optimizer state, loss of these windows before the update."""
-    loss, grads = jax.value_and_grad(mean_loss)(params, config, windows, dtype)
-    updates, state = optimizer.update(grads, state, params)
-    params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-    return params, state, loss
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def eval_step(params, windows, *, config):
-    return mean_loss(params, config, windows, "float32")
 
 
 def stream_loss(
@@ -231,32 +247,34 @@ def learning_rate(peak: float, step: int, progress: float, warmup: int) -> float
     return peak * min(1.0, (step + 1) / warmup) * max(0.0, 1.0 - progress)
 
 
-def save_snapshot(path: Path, params: Params, state, step: int, elapsed: float) -> None:
+def save_snapshot(path: Path, model: Llama, state, step: int, elapsed: float) -> None:
     """Everything that --resume needs; replaced in one rename, so that a kill leaves the old one or the new one."""
-    leaves = jax.device_get(jax.tree.leaves((params, state)))
+    leaves = jax.device_get(jax.tree.leaves((weights_of(model), state)))
     partial = path.with_name("partial.npz")
     np.savez(partial, *leaves, step=step, elapsed=elapsed)
     partial.replace(path)
 
 
-def load_snapshot(path: Path, params: Params, state) -> tuple[Params, optax.OptState, int, float]:
-    """-> params, optimizer state, step, seconds trained; the arguments give the structure."""
-    treedef = jax.tree.structure((params, state))
+def load_snapshot(path: Path, model: Llama, state) -> tuple[optax.OptState, int, float]:
+    """The model gets its weights -> optimizer state, step, seconds trained; the arguments give the structure."""
+    treedef = jax.tree.structure((weights_of(model), state))
     with np.load(path) as saved:
         leaves = [jnp.asarray(saved[f"arr_{i}"]) for i in range(treedef.num_leaves)]
         step, elapsed = int(saved["step"]), float(saved["elapsed"])
-    return *jax.tree.unflatten(treedef, leaves), step, elapsed
+    weights, state = jax.tree.unflatten(treedef, leaves)
+    set_weights(model, weights)
+    return state, step, elapsed
 
 
 def train(args: argparse.Namespace, config: ModelConfig, tokenizer, stream: np.ndarray, held_out: np.ndarray) -> dict:
     """Run the loop to the end of its budget; -> params, and the numbers that the README reports."""
     optimizer = make_optimizer()
-    params = random_params(config, "float32", args.seed)
-    state = optimizer.init(params)
+    model = Llama(config, rngs=nnx.Rngs(args.seed), dtype=args.dtype)
+    state = optimizer.init(weights_of(model))
     step, before = 0, 0.0
     snapshot = args.work_dir / "snapshot.npz"
     if args.resume or args.export_only:
-        params, state, step, before = load_snapshot(snapshot, params, state)
+        state, step, before = load_snapshot(snapshot, model, state)
     top_level = find_top_level(tokenizer, stream)
     start, recent, elapsed = time.monotonic(), [], before
     while not args.export_only:
@@ -268,20 +286,19 @@ def train(args: argparse.Namespace, config: ModelConfig, tokenizer, stream: np.n
         rows = max(1, args.batch_size * args.seq_len // length)
         windows = sample_windows(stream, top_level, rows, length, (args.seed, step))
         rate = learning_rate(args.learning_rate, step, progress, args.warmup)
-        params, state, loss = train_step(
-            params, state, windows, rate, config=config, optimizer=optimizer, dtype=args.dtype
-        )
+        state, loss = train_step(model, state, windows, rate, optimizer=optimizer)
         recent.append(float(loss))
         step += 1
         if step % args.log_every == 0:
             log(args, step=step, minutes=round(elapsed / 60, 2), progress=round(progress, 4), rate=round(rate, 6),
                 loss=round(float(np.mean(recent[-args.log_every :])), 4))  # fmt: skip
         if step % args.snapshot_every == 0:
-            save_snapshot(snapshot, params, state, step, elapsed)
-            log(args, step=step, held_out_loss=round(stream_loss(params, config, held_out, args.seq_len), 4))
-    save_snapshot(snapshot, params, state, step, elapsed)
+            save_snapshot(snapshot, model, state, step, elapsed)
+            loss = stream_loss(to_params(model, config), config, held_out, args.seq_len)
+            log(args, step=step, held_out_loss=round(loss, 4))
+    save_snapshot(snapshot, model, state, step, elapsed)
     return dict(
-        params=params,
+        params=to_params(model, config),
         steps=step,
         tokens_seen=step * args.batch_size * args.seq_len,
         train_seconds=round(elapsed, 1),
