@@ -32,6 +32,7 @@ from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
+from jaxpaged.host.systems.no_cache import NoCache
 from jaxpaged.host.systems.policies import make_policy
 from jaxpaged.host.systems.reservation import Paged, prompt_in_words
 from jaxpaged.step_io import StepOutputs
@@ -48,6 +49,7 @@ class Scheduler:
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []  # in order of arrival
         self.prefix: SequenceGroup | None = None  # what all of them share
+        self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
         self._prefill = PrefillQueue(limits, self.policy)
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
@@ -96,7 +98,7 @@ class Scheduler:
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
         self.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
-        self.policy.expect(group.max_len - group.prompt_len)
+        self.longest_output = max(self.longest_output, group.max_len - group.prompt_len)
         self.waiting.append(group)
 
     def schedule(self) -> StepPlan | None:
@@ -112,7 +114,7 @@ class Scheduler:
             plan = self._prefill.plan()
             self._batch = None  # samples may have forked
         else:
-            plan = self._plan_decode() if self.policy.is_cached else self._plan_recompute()
+            plan = self._plan_recompute() if isinstance(self.policy, NoCache) else self._plan_decode()
         plan.swaps = self._swaps
         plan.copies += copies
         return plan
@@ -260,7 +262,8 @@ class Scheduler:
             self.policy.settle(group)
         if ended or (searches and is_changed):
             self._batch = None
-        finished = self.policy.leave([group for group in dict.fromkeys(ended) if not group.unfinished])
+        over = [group for group in dict.fromkeys(ended) if not group.unfinished]
+        finished = self.policy.leave(over, self.longest_output)
         if finished:
             self.running = [group for group in self.running if group.unfinished]
         return finished
