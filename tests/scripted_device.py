@@ -102,7 +102,7 @@ def begin(scheduler: Scheduler, groups: list[SequenceGroup]) -> None:
 
 def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
     begin(scheduler, groups)
-    pool, plans, done = PoolModel(scheduler.cache.page_size, scheduler.policy.is_cached), [], {}
+    pool, plans, done = PoolModel(scheduler.cache.page_size, scheduler.limits.kv_cache != "none"), [], {}
     while (plan := scheduler.schedule()) is not None:
         plans.append(plan)
         for group in scheduler.commit(plan, pool.run(plan)):

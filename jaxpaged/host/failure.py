@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jaxpaged.host.possible_tokens import restrictions
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
-from jaxpaged.host.systems.reservation import Policy
+from jaxpaged.host.systems.roles import Forks
 from jaxpaged.step_io import BAD_LOGITS, NO_TOKEN
 
 
-def fail(group: SequenceGroup, policy: Policy) -> None:
+def fail(group: SequenceGroup, policy: Forks) -> None:
     """End a group whose `failure` is set: what is unfinished keeps its tokens, and gives all memory back."""
     group.record_pages()
     group.error = _message(group)

@@ -11,15 +11,15 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.host.pages.token_tree import Placement
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
-from jaxpaged.host.systems.reservation import Policy
+from jaxpaged.host.systems.roles import Forks
 
 
 class PrefillQueue:
     """Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read."""
 
-    def __init__(self, limits: EngineConfig, policy: Policy):
+    def __init__(self, limits: EngineConfig, forks: Forks):
         self._limits = limits
-        self._policy = policy
+        self._forks = forks
         self._queue: deque[tuple[SequenceGroup, Sequence]] = deque()
 
     @property
@@ -74,13 +74,13 @@ class PrefillQueue:
             return
         for index in range(1, group.params.num_samples):
             sample = Sequence(
-                index, sequence.token_ids[:], sequence.prompt_len, self._policy.fork(sequence.table),
+                index, sequence.token_ids[:], sequence.prompt_len, self._forks.fork(sequence.table),
                 sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
                 stream=group.make_stream() if group.make_stream else None,
             )  # fmt: skip
             group.sequences.append(sample)
             plan.samples.append(Sample(group, sample, row))
-        self._policy.settle(group)
+        self._forks.settle(group)
         group.record_pages()
 
 

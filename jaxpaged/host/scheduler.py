@@ -40,6 +40,7 @@ from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
+from jaxpaged.host.systems.no_cache import NoCache
 from jaxpaged.host.systems.policies import make_policy
 from jaxpaged.host.systems.reservation import Paged, prompt_in_words
 from jaxpaged.step_io import StepOutputs
@@ -56,6 +57,7 @@ class Scheduler:
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []  # in order of arrival
         self.prefix: SequenceGroup | None = None  # what all of them share
+        self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
         self._prefill = PrefillQueue(limits, self.policy)
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
@@ -105,7 +107,7 @@ class Scheduler:
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
         self.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
-        self.policy.expect(group.max_len - group.prompt_len)
+        self.longest_output = max(self.longest_output, group.max_len - group.prompt_len)
         self.waiting.append(group)
 
     def schedule(self, is_ahead: bool = False) -> StepPlan | None:
@@ -124,10 +126,10 @@ class Scheduler:
         if self._prefill.has_work:
             plan = self._prefill.plan()
             self._batch = None  # samples may have forked
-        elif self.policy.is_cached:
-            plan = self._plan_decode(may_preempt=not is_ahead)
-        else:
+        elif isinstance(self.policy, NoCache):
             plan = self._plan_recompute()
+        else:
+            plan = self._plan_decode(may_preempt=not is_ahead)
         if plan is not None:
             plan.swaps, self._swaps = self._swaps, []
             plan.copies, self._copies = plan.copies + self._copies, []
@@ -244,7 +246,7 @@ class Scheduler:
     def can_foresee(self, plan: StepPlan) -> bool:
         """Whether the next step can be planned without the tokens of this one: not where beams choose theirs here, nor
         where a step computes all tokens again."""
-        return self.policy.is_cached and not any(sample.group.beams for sample in plan.samples)
+        return not (isinstance(self.policy, NoCache) or any(sample.group.beams for sample in plan.samples))
 
     def foresee(self, plan: StepPlan) -> None:
         """Take what is known of a step without its tokens: samples are longer by one, and end where that is all they
@@ -297,8 +299,9 @@ class Scheduler:
             fail(group, self.policy)
             self._prefill.drop(group)  # samples that came back from a preemption
             ended.append(group)
-        for group in searches.keys() - ended:
-            self.policy.settle(group)
+        for group in searches:
+            if group not in ended:
+                self.policy.settle(group)
         if searches and is_changed:
             self._batch = None
         return plan.leaving + self._leave([group for group in ended if group not in plan.leaving])
@@ -315,7 +318,8 @@ class Scheduler:
         for group in groups:
             self.policy.settle(group)
             self._batch = None
-        left = self.policy.leave([group for group in groups if not group.unfinished])
+        over = [group for group in groups if not group.unfinished]
+        left = self.policy.leave(over, self.longest_output)
         if left:
             self.running = [group for group in self.running if group.unfinished]
         return left

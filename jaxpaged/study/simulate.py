@@ -105,7 +105,7 @@ class Simulation:
         self._num_queued = 0
         self.stats = RunStats.for_cache(cache)
         self._check()
-        self.scheduler.policy.expect(int(workload.output_lens.max(initial=0)))
+        self.scheduler.longest_output = int(workload.output_lens.max(initial=0))
         if self._shared_len and len(workload.prompt_lens):
             self.scheduler.share_prefix([0] * self._shared_len)
 

@@ -45,8 +45,11 @@ def replay(table: StepTable, run: dict[str, Any]) -> dict[str, Any]:
     """The run's measured figures, and those of its replay."""
     facts = table.facts
     cache = CacheConfig(16, run["num_pages"])
-    system = RENAMED_CHOICES.get(run["system"], run["system"])
-    limits = EngineConfig(run["max_model_len"], facts["max_num_seqs"], facts["max_num_batched_tokens"], kv_cache=system)
+    system: str = run["system"]
+    kv_cache = RENAMED_CHOICES.get(system, system)
+    limits = EngineConfig(
+        run["max_model_len"], facts["max_num_seqs"], facts["max_num_batched_tokens"], kv_cache=kv_cache
+    )
     workload = make_workload(run["workload"], run["requests"], run["seed"], max_len=run["max_model_len"])
     clock = table.clock(limits, cache, buckets=padding_from(run["padding"]))
     simulation = Simulation(workload, cache, limits, step_seconds=clock)

@@ -15,7 +15,10 @@ from jaxpaged.host.scheduler import Scheduler
 
 def run_counting(scheduler: Scheduler, groups) -> tuple[RunStats, dict[str, list[int]]]:
     """Run to the end, and count in every step, from the tables alone, what the account should say of it."""
-    stats, pool = RunStats.for_cache(scheduler.cache), PoolModel(scheduler.cache.page_size, scheduler.policy.is_cached)
+    stats, pool = (
+        RunStats.for_cache(scheduler.cache),
+        PoolModel(scheduler.cache.page_size, scheduler.limits.kv_cache != "none"),
+    )
     counted: dict[str, list[int]] = {name: [] for name in ("used", "physical", "logical")}
     for group in groups:
         scheduler.add(group)

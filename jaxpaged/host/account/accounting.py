@@ -13,7 +13,7 @@ from jaxpaged.host.pages.block_table import BlockTable
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.step.step_plan import StepPlan
-from jaxpaged.host.systems.reservation import Policy
+from jaxpaged.host.systems.roles import Hindsight
 
 #: What is taken down a step; int32 holds them, since it holds every slot of a pool.
 _SERIES = (
@@ -50,7 +50,7 @@ class RunStats:
     _series: dict[str, array] = field(default_factory=lambda: {name: array("i") for name in _SERIES})
     _times: tuple[array, array] = field(default_factory=lambda: (array("d"), array("d")))
     _pauses: list[int] = field(default_factory=list)
-    _policy: Policy | None = None  # of the scheduler that made the plans
+    _hindsight: Hindsight | None = None  # of the policy that made the plans
 
     @classmethod
     def for_cache(cls, cache: CacheConfig) -> RunStats:
@@ -98,7 +98,7 @@ class RunStats:
     def memory(self) -> MemoryAccount:
         """Where every token slot of the pool was at each step, in hindsight; while the run goes on, as far as it is."""
         series = {name: np.array(values, np.int64) for name, values in self._series.items()}
-        final = None if self._policy is None else self._policy.final_slots(self.steps)
+        final = None if self._hindsight is None else self._hindsight.final_slots(self.steps)
         return make_account(series, self.num_pages, self.page_size, final)
 
     @property
@@ -136,9 +136,8 @@ class RunStats:
         }
         for name, value in entries.items():
             self._series[name].append(value)
-        policy.tick(1)
-        self._policy = policy
-        self.steps += 1
+        self._hindsight = policy.hindsight
+        self._tick(1)
         self.prefill_steps += plan.is_prefill
         self.preemptions += plan.num_preempted
         self.recomputed_tokens += plan.num_recomputed
@@ -161,10 +160,13 @@ class RunStats:
         for name, values in self._series.items():
             last = 0 if name in is_once else values[-1]
             values.frombytes((np.full(num_steps, last) + rise.get(name, 0)).astype(np.int32).tobytes())
-        assert self._policy is not None
-        self._policy.tick(num_steps)
-        self.steps += num_steps
+        self._tick(num_steps)
         self.num_generated_tokens += num_rows * num_steps
+
+    def _tick(self, num_steps: int) -> None:
+        if self._hindsight is not None:
+            self._hindsight.tick(num_steps)
+        self.steps += num_steps
 
     def _num_filled(self, tables: list[BlockTable], num_pages: int) -> int:
         """Slots of `num_pages` shared pages that are filled: all but the unfilled ends of last pages.

@@ -17,7 +17,7 @@ from jaxpaged.host.beams.beam_logprobs import keep_group, keep_rows
 from jaxpaged.host.beams.beam_state import BeamState, FindStops, advance_beams, advance_merged
 from jaxpaged.host.failure import fail
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
-from jaxpaged.host.systems.reservation import Policy
+from jaxpaged.host.systems.roles import Forks
 from jaxpaged.step_io import NO_TOKEN, GroupCandidates, StepOutputs
 
 
@@ -30,7 +30,7 @@ class _Search(NamedTuple):
 
 
 def advance_groups(
-    groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, policy: Policy
+    groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, policy: Forks
 ) -> tuple[list[SequenceGroup], bool]:
     """One step of every group, each with its first row in the step.
 
@@ -81,7 +81,7 @@ def _find_failures(searches: list[tuple[SequenceGroup, list[_Search]]], outputs:
             group.failure = int(code)
 
 
-def _note_growth(group: SequenceGroup, policy: Policy) -> None:
+def _note_growth(group: SequenceGroup, policy: Forks) -> None:
     """The most pages that the group holds: what the step wrote is there, and nothing is freed yet.
 
     Of shared pages counted anew only where the tables were made anew. Beams are of one length, so either all took a
@@ -130,7 +130,7 @@ def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepO
     advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
 
 
-def _fail(group: SequenceGroup, searches: list[_Search], policy: Policy) -> bool:
+def _fail(group: SequenceGroup, searches: list[_Search], policy: Forks) -> bool:
     """End a request that cannot go on; the sequence that stays is the best beam, as it was."""
     fail(group, policy)
     group.sequences = group.sequences[:1]
@@ -138,7 +138,7 @@ def _fail(group: SequenceGroup, searches: list[_Search], policy: Policy) -> bool
     return True
 
 
-def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Policy) -> bool:
+def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Forks) -> bool:
     """Make the group's sequences its beams after the step; whether they are no longer the same sequences.
 
     While they are, each stays where it is and its contents change: beams in their order, best first.
@@ -165,7 +165,7 @@ def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Policy) ->
     return is_changed
 
 
-def _begin(group: SequenceGroup, searches: list[_Search], policy: Policy) -> int:
+def _begin(group: SequenceGroup, searches: list[_Search], policy: Forks) -> int:
     """Fork the first beams of all searches from the prompt's sequence, which is one of them; returns pages freed."""
     (prompt,) = group.sequences
     is_taken = False
@@ -176,7 +176,7 @@ def _begin(group: SequenceGroup, searches: list[_Search], policy: Policy) -> int
     return 0 if is_taken else _finish([prompt], policy)
 
 
-def _descend(search: _Search, policy: Policy) -> int:
+def _descend(search: _Search, policy: Forks) -> int:
     """Give every sequence of a search the contents of its next beam; returns how many pages became free."""
     state, sequences, _ = search
     if state.is_done:
@@ -200,14 +200,14 @@ def _descend(search: _Search, policy: Policy) -> int:
     return freed
 
 
-def _fork(sequence: Sequence, policy: Policy) -> Sequence:
+def _fork(sequence: Sequence, policy: Forks) -> Sequence:
     return Sequence(
         sequence.sample_index, sequence.token_ids[:], sequence.prompt_len, policy.fork(sequence.table),
         sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
     )  # fmt: skip
 
 
-def _finish(sequences: list[Sequence], policy: Policy) -> int:
+def _finish(sequences: list[Sequence], policy: Forks) -> int:
     """Free the beams of a search that is done; returns how many pages became free."""
     freed = 0
     for sequence in reversed(sequences):

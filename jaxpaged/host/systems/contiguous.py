@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from jaxpaged.host.pages.page_allocator import OutOfPagesError
 from jaxpaged.host.pages.token_tree import Placement
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.buddy_allocator import BuddyAllocator, chunk_pages_for
+from jaxpaged.host.systems.roles import ChunkAllocator, LeavesAtOnce
 
 
 def estimate_max(prompt_len: int, max_len: int, max_model_len: int) -> int:
@@ -44,26 +44,6 @@ ESTIMATES = {
     "contiguous-pow2": estimate_pow2,
     "contiguous-oracle": estimate_oracle,
 }
-
-
-class ChunkAllocator(Protocol):
-    """Chunks of consecutive pages: BuddyAllocator has powers of two, RowAllocator (dense_rows.py) one size."""
-
-    num_pages: int
-    page_size: int
-    max_chunk: int
-
-    @property
-    def num_used(self) -> int: ...
-    @property
-    def num_free(self) -> int: ...
-    @property
-    def largest_free(self) -> int: ...
-    def chunk_pages_for(self, num_pages: int) -> int: ...
-    def capacity(self, size: int) -> int: ...
-    def allocate_chunk(self, size: int) -> int: ...
-    def release_chunk(self, first_page: int) -> None: ...
-    def check_invariants(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -94,14 +74,13 @@ class _Reservation:
     forks: list[tuple[ChunkTable, ChunkTable]] = field(default_factory=list)  # parent and child without a chunk
 
 
-class Contiguous:
+class Contiguous(LeavesAtOnce):
     """A chunk for every sequence of a group when the group is admitted. Nothing is shared, grows, or gives way.
 
     A fork copies the parent's pages into a chunk of its group: a reserved one, or one that a dropped beam leaves.
     """
 
     shares_pages = False
-    is_cached = True
 
     def __init__(
         self,
@@ -225,16 +204,6 @@ class Contiguous:
         self.allocator.release_chunk(chunk.first_page)
         self.requested_slots -= chunk.num_requested
 
-    def expect(self, output_len: int) -> None:
-        """Nothing depends on requests that have not come."""
-
-    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
-        return finished
-
-    @property
-    def num_idle_rows(self) -> int:
-        return 0
-
     def take_copies(self) -> list[PageCopy]:
         copies: list[PageCopy] = []
         for group, table in self._forked:
@@ -258,6 +227,10 @@ class Contiguous:
             first = table.chunk.first_page
             assert list(table.pages) == list(range(first, first + len(table.pages)))
             assert len(table.pages) <= table.chunk.num_pages
+
+    @property
+    def hindsight(self) -> Contiguous:
+        return self
 
     def tick(self, num_steps: int) -> None:
         self._clock += num_steps

@@ -92,7 +92,6 @@ class StaticBatches(Contiguous):
         super().__init__(cache, limits.max_model_len, estimate_max, RowAllocator(cache, limits.max_model_len))
         self._to_longest_of_all = to_longest_of_all
         self._max_rows = limits.max_num_seqs
-        self._most_decodes = 0  # decode steps of the longest request that is known; the first token comes from prefill
         self._num_decodes = 0  # of the batch so far
         self._ended: list[SequenceGroup] = []  # requests of the batch that wait for its end
         self._idle: list[Chunk] = []  # dense rows of sequences that have ended, but not the batch
@@ -100,9 +99,6 @@ class StaticBatches(Contiguous):
     @property
     def num_idle_rows(self) -> int:
         return len(self._idle)
-
-    def expect(self, output_len: int) -> None:
-        self._most_decodes = max(self._most_decodes, output_len - 1)
 
     def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
         num_rows = len(self._idle) + sum(reservation.num_chunks for reservation in self._reservations.values())
@@ -114,9 +110,10 @@ class StaticBatches(Contiguous):
         self._num_decodes += counts[0] if counts else 1  # all rows take as many steps
         return super().append(tables, counts)
 
-    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
+    def leave(self, finished: list[SequenceGroup], longest_output: int) -> list[SequenceGroup]:
         self._ended += finished
-        if self._reservations or (self._to_longest_of_all and self._num_decodes < self._most_decodes):
+        most_decodes = longest_output - 1 if self._to_longest_of_all else 0  # the first token comes from prefill
+        if self._reservations or self._num_decodes < most_decodes:
             return []
         for chunk in reversed(self._idle):
             super()._give_back(chunk)

@@ -13,15 +13,15 @@ from jaxpaged.host.pages.block_table import BlockTable, PageCopy
 from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.token_tree import Placement
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.systems.roles import LeavesAtOnce
 
 
-class NoCache:
+class NoCache(LeavesAtOnce):
     """Tables stay empty, and the pool stays free."""
 
-    is_cached = False
     shares_pages = False
-    num_idle_rows = 0
     requested_slots = 0
+    hindsight = None
 
     def __init__(self, cache: CacheConfig, limits: EngineConfig):
         self.page_size = cache.page_size
@@ -45,9 +45,6 @@ class NoCache:
         self._step_tokens[group] = needed
         return True
 
-    def expect(self, output_len: int) -> None:
-        """Nothing depends on requests that have not come."""
-
     def fork(self, table: BlockTable) -> BlockTable:
         return BlockTable()
 
@@ -66,17 +63,8 @@ class NoCache:
         else:
             self._step_tokens.pop(group, None)
 
-    def leave(self, finished: list[SequenceGroup]) -> list[SequenceGroup]:
-        return finished
-
     def take_copies(self) -> list[PageCopy]:
         return []
-
-    def tick(self, num_steps: int) -> None:
-        """Nothing here has to be told by its time."""
-
-    def final_slots(self, num_steps: int) -> None:
-        return None
 
     def check_invariants(self, tables: Iterable[BlockTable]) -> None:
         """No page is held."""

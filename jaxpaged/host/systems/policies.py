@@ -6,7 +6,8 @@ from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.systems.contiguous import ESTIMATES, Contiguous, estimate_max
 from jaxpaged.host.systems.dense_rows import RowAllocator, StaticBatches
 from jaxpaged.host.systems.no_cache import NoCache
-from jaxpaged.host.systems.reservation import Paged, Policy
+from jaxpaged.host.systems.reservation import Paged
+from jaxpaged.host.systems.roles import Policy
 
 
 def make_policy(cache: CacheConfig, limits: EngineConfig) -> Policy:
