@@ -143,6 +143,7 @@ PREFILL_SHAPES = (
     PagedShape(page_size=256),
     PagedShape(kv_heads=32),
     PagedShape(soft_cap=50.0, sliding_window=4096),
+    *(PagedShape(head_dim=head_dim, pages_dtype="float8_e4m3fn") for head_dim in (64, 128, 256)),
 )
 SHARED_SHAPES = (
     *(PagedShape(head_dim=head_dim) for head_dim in (64, 128, 256)),
