@@ -47,7 +47,7 @@ def test_an_option_that_is_not_given_has_its_default():
 
 def test_which_options_an_llm_settles_and_which_decide_results():
     assert FIXED_OPTIONS == ("dtype", "load_format", "seed")
-    assert RESULT_OPTIONS == ("dtype", "load_format", "seed", "max_model_len")
+    assert RESULT_OPTIONS == ("dtype", "load_format", "seed", "max_model_len", "kv_cache_dtype")
 
 
 @pytest.mark.parametrize("option", [o for o in engine_options() if o.choices], ids=lambda option: option.name)

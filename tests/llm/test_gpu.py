@@ -93,8 +93,8 @@ def test_pool_weights_and_the_largest_step_fill_their_share_of_the_device():
     llm = LLM(ROOT / "scripts" / "shapes" / "llama-3.2-1b", load_format="dummy", max_num_seqs=64)
     engine, stats = llm.engine, device.memory_stats()
     sizer = PoolSizer(
-        engine.model, engine.cache_config.dtype, engine.cache_config.page_size, engine.limits, 0.9, engine.kernels,
-        device, stats["bytes_limit"],
+        engine.model, engine.dtype, engine.cache_config.dtype, engine.cache_config.page_size, engine.limits, 0.9,
+        engine.kernels, device, stats["bytes_limit"],
     )  # fmt: skip
     taken = stats["bytes_in_use"] + sizer.measured_step_bytes()
     assert 0.95 < taken / (0.9 * stats["bytes_limit"]) <= 1
