@@ -140,11 +140,6 @@ class EngineOptions:
         None, "tokens of prompt and output at most", _count_or_none,
         unset="the model's positions, before scaling that depends on it", decides_result=True,
     )  # fmt: skip
-    kv_cache_dtype: str = option(
-        "auto", "of keys and values; auto is dtype, fp8 is float8_e4m3fn, in which twice as many tokens fit as in 16 "
-        "bits",
-        choices=KV_CACHE_DTYPES, decides_result=True,
-    )  # fmt: skip
     page_size: int = option(16, "token positions in a page", _count)
     num_pages: int | None = option(
         None, "pages of the pool, page 0 included, which is never used", _count_or_none, unset="what fits the device"
@@ -178,6 +173,11 @@ class EngineOptions:
     kv_cache: str = option(
         "paged", "how KV memory is kept: in pages, or as a system that they are compared with",
         choices=KV_CACHES,
+    )  # fmt: skip
+    kv_cache_dtype: str = option(
+        "auto", "of keys and values; auto is dtype, fp8 is float8_e4m3fn, in which twice as many tokens fit as in 16 "
+        "bits",
+        choices=KV_CACHE_DTYPES, decides_result=True,
     )  # fmt: skip
     async_scheduling: bool = option(
         True, "plan and launch the next step while one runs; without it tokens are the same, later: for debugging"

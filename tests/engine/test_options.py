@@ -120,6 +120,22 @@ def test_the_signatures_of_calls_are_their_own():
 @pytest.mark.parametrize(
     "options, message",
     [
+        (dict(kv_cache="dense-slots"), "kv_cache_dtype='fp8' is of pages, and kv_cache='dense-slots' has none: leave"),
+        (dict(kv_cache="none"), "kv_cache_dtype='fp8' is of pages, and kv_cache='none' has none"),
+        (dict(shared_prefixes=True), "shared_prefixes=True reads pages of dtype alone, and those of .*'fp8' are not"),
+        (dict(attention="pallas"), "attention='pallas' cannot run its kernels"),
+        (dict(kv_cache_dtype="fp8_e5m2"), "kv_cache_dtype='fp8_e5m2'; choose one of auto, fp8, fp8_e4m3"),
+    ],
+)
+def test_fp8_pages_are_refused_where_nothing_can_read_them(llm, options, message):
+    directory = llm._checkpoint.directory
+    with pytest.raises(ValueError, match=message):
+        LLM(directory, **{"kv_cache_dtype": "fp8", "num_pages": 20, **options})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
         (dict(attention="reference"), "batch_invariant=True needs attention='pallas', but .* is 'reference' on"),
         (dict(kv_cache="dense"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),
         (dict(kv_cache="none"), "batch_invariant=True needs attention='pallas', but .* is 'dense-"),

@@ -56,6 +56,13 @@ def test_no_more_pages_than_sequences_can_use_and_nothing_is_compiled_to_know_it
     assert make_sizer(memory=1 << 34, kernels=unusable).choose(toy_params()) == 64 * 16 + 1
 
 
+def test_twice_as_many_fp8_pages_as_16_bit_ones_fit():
+    fp8, half = (make_sizer(4 * MIB, kv_dtype=kv_dtype) for kv_dtype in ("float8_e4m3fn", "bfloat16"))
+    assert (fp8.page_bytes, half.page_bytes) == (1024, 2048)
+    assert fp8.weight_bytes == half.weight_bytes
+    assert fp8._room(MIB, MIB) // 2 == half._room(MIB, MIB)
+
+
 def test_the_generous_estimate_is_above_what_is_measured(step_bytes):
     assert step_bytes < make_sizer(MIB)._most_step_bytes()
     assert make_sizer(MIB)._least_step_bytes() < step_bytes
