@@ -27,6 +27,7 @@ def convert_tile(program: Program, pages: Places, into: Places, step, end=None):
     plgpu.barrier_wait(pages.ready.at[page_place])
     rows, columns = into.tiles.shape[1:]
     width = program.sizes.convert_columns
+    assert width is not None, "pages of q's dtype are not converted"
     blocks = [(row, column) for row in range(0, rows, ROWS) for column in range(0, columns, width)]
     for warpgroup in range(2):
 

@@ -5,6 +5,8 @@ What they do is in `prefill_load.py` and `prefill_compute.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
@@ -43,15 +45,16 @@ def attend(
 
     def kernel(q_ref, k_ref, v_ref, tables_ref, rows_ref, order_ref, out_ref, *scratch):
         loaded, converted, met, interpreted_outs = scratch_tree.unflatten(scratch)
-        queries, *pages = (Places(*parts, count) for parts, count in zip(loaded, _loaded_places(tile), strict=True))
+        queries, *pages = (
+            Places._make([*parts, count]) for parts, count in zip(loaded, _loaded_places(tile), strict=True)
+        )
         multiplied = pages
         if converted:
             counts = (tile.key_places, tile.value_places)
             multiplied = [Places(tiles, None, None, count) for tiles, count in zip(converted, counts, strict=True)]
-        program = Program(
-            options, sizes, lax.axis_index("program"), lax.axis_index("warpgroup"), tables_ref, rows_ref, order_ref,
-            queries, *multiplied, *pages, met, interpreted_outs,
-        )  # fmt: skip
+        axes, rows_of = (lax.axis_index("program"), lax.axis_index("warpgroup")), (tables_ref, rows_ref, order_ref)
+        places = (queries, *multiplied, *pages)
+        program = Program._make([options, sizes, *axes, *rows_of, *places, met, interpreted_outs])
         _run(program, q_ref, k_ref, v_ref, out_ref)
 
     call = plgpu.kernel(
@@ -106,25 +109,27 @@ def _loaded_places(tile: PrefillTile) -> tuple[int, int, int]:
     return tile.query_places, tile.page_places or tile.key_places, tile.page_places or tile.value_places
 
 
-def _shared_memory(q: Array, k_pages: Array, tile: PrefillTile, sizes: Sizes, options: Options) -> tuple[list, ...]:
+def _shared_memory(q: Array, k_pages: Array, tile: PrefillTile, sizes: Sizes, options: Options) -> tuple[Any, ...]:
     """Queries, keys and values as they arrive, each with its barriers; tiles that are converted; and the rest of a
     `Program`."""
     head_dim = q.shape[2]
     swizzle = sizes.convert_columns or swizzle_bytes(head_dim, k_pages.dtype)
     of_queries = swizzled(swizzle_bytes(head_dim, q.dtype), q.dtype)
 
-    def tiles(*shape, dtype=q.dtype, transforms=of_queries):
+    def tiles(*shape, dtype=q.dtype, transforms: Any = of_queries):
         return plgpu.SMEM((*shape, head_dim), dtype, transforms=transforms)
+
+    def of_pages(places):
+        return tiles(places, sizes.keys, dtype=k_pages.dtype, transforms=swizzled(swizzle, k_pages.dtype))
 
     def with_barriers(some, places, arrivals):
         ready, free = (plgpu.Barrier(num_arrivals=count, num_barriers=places) for count in (arrivals, 2))
         return some, ready, free
 
     query_places, *page_places = _loaded_places(tile)
-    of_pages = dict(dtype=k_pages.dtype, transforms=swizzled(swizzle, k_pages.dtype))
     loaded = [
         with_barriers(tiles(query_places, 2, HALF), query_places, 2),
-        *(with_barriers(tiles(places, sizes.keys, **of_pages), places, sizes.copies) for places in page_places),
+        *(with_barriers(of_pages(places), places, sizes.copies) for places in page_places),
     ]
     converted = [tiles(places, sizes.keys) for places in (tile.key_places, tile.value_places)]
     interpreted_outs = [] if options.interpret is None else [plgpu.SMEM((2, HALF, head_dim), f32)]
