@@ -13,12 +13,16 @@ Array = jax.Array
 
 QUERY_DTYPES = ("bfloat16", "float16")
 FP8 = "float8_e4m3fn"
+FP8_COLUMNS = 32  # of a row of 8-bit pages, which shared memory takes in pieces of at least 32 bytes
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
 
-def unsupported_cache(head_dim: int, page_size: int, dtype: str) -> str | None:
-    """Why the kernels cannot run over such a cache with queries of this dtype, or None if they can."""
+def unsupported_cache(head_dim: int, page_size: int, dtype: str, pages_dtype: str | None = None) -> str | None:
+    """Why the kernels cannot run over such a cache with queries of this dtype, or None if they can.
+
+    Pages are of the queries' dtype unless `pages_dtype` says otherwise.
+    """
     for name, value, known in (
         ("head_dim", head_dim, HEAD_DIMS),
         ("page_size", page_size, PAGE_SIZES),
@@ -26,6 +30,8 @@ def unsupported_cache(head_dim: int, page_size: int, dtype: str) -> str | None:
     ):
         if value not in known:
             return f"they run {name} {_listed(known)}, this is {value}"
+    if pages_dtype == FP8 and head_dim % FP8_COLUMNS:
+        return f"they run {FP8} pages with a head_dim that is a multiple of {FP8_COLUMNS}, this is {head_dim}"
     return None
 
 
@@ -53,8 +59,8 @@ def check_pages(q: Array, k_pages: Array, v_pages: Array, block_tables: Array) -
         raise ValueError(f"q is {q.dtype}; these kernels run {_listed(QUERY_DTYPES)}")
     if k_pages.dtype != q.dtype and k_pages.dtype.name != FP8:
         raise ValueError(f"pages are {k_pages.dtype} and q is {q.dtype}; pages have q's dtype or {FP8}")
-    if k_pages.dtype.name == FP8 and head_dim % 32:
-        raise ValueError(f"head_dim {head_dim} with {FP8} pages; it must be a multiple of 32")
+    if k_pages.dtype.name == FP8 and head_dim % FP8_COLUMNS:
+        raise ValueError(f"head_dim {head_dim} with {FP8} pages; it must be a multiple of {FP8_COLUMNS}")
     check_ids("block_tables", block_tables, block_tables.shape)
 
 

@@ -28,11 +28,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_ids, check_options, check_pages
+from pallas_kernels.checks import check_ids, check_options, check_pages, check_scales
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.prefill_kernel import attend
 from pallas_kernels.prefill_program import Options
-from pallas_kernels.prefill_tile import PrefillTile, choose_tile
+from pallas_kernels.prefill_tile import PrefillTile, check_tile, choose_tile
 from pallas_kernels.query_tiles import QUERIES, order_tiles
 
 Array = jax.Array
@@ -53,27 +53,34 @@ def paged_prefill(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
+    k_scales: Array | None = None,
+    v_scales: Array | None = None,
     tile: PrefillTile | None = None,
     num_programs: int | None = None,
     interpret: Any = None,
 ) -> Array:
     """Many query tokens a sequence: arguments and result as of `reference.paged_prefill`.
 
-    A row's bits depend on its own queries and keys alone, not on the other rows, nor on its place among them. `tile`
-    and `num_programs` are for tuning; by default they follow from the shapes and the device. With `interpret`
-    (`plgpu.InterpretGPUParams`) the kernel runs on a CPU, slowly. ValueError for shapes and dtypes that the kernel does
-    not run. Table entries behind a row's context must name pages of the pool; what these hold reaches no output.
+    Scales of fp8 pages belong to heads, f32[1, K or 1], not to pages. A row's bits depend on its own queries and keys
+    alone, not on the other rows, nor on its place among them. `tile` and `num_programs` are for tuning; by default they
+    follow from the shapes and the device. With `interpret` (`plgpu.InterpretGPUParams`) the kernel runs on a CPU,
+    slowly. ValueError for shapes and dtypes that the kernel does not run. Table entries behind a row's context must
+    name pages of the pool; what these hold reaches no output.
     """
     check_pages(q, k_pages, v_pages, block_tables)
-    if k_pages.dtype != q.dtype:
-        raise ValueError(f"pages are {k_pages.dtype} and q is {q.dtype}; this kernel runs pages of q's dtype")
+    scales = check_scales(k_pages, k_scales, v_scales)
     for name, array in (("query_starts", query_starts), ("query_lens", query_lens), ("context_lens", context_lens)):
         check_ids(name, array, (block_tables.shape[0],))
     check_options(soft_cap, sliding_window)
     if not scale > 0:
         raise ValueError(f"scale={scale}; the scale of scores is positive")
     tokens, heads, head_dim = q.shape
-    tile = tile or choose_tile(head_dim)
+    dtype, itemsize = q.dtype, k_pages.dtype.itemsize
+    tile = tile or choose_tile(head_dim, itemsize)
+    check_tile(tile, itemsize)
+    if scales is not None:
+        _check_by_head(scales)
+        q = _scaled(q, scales[0], jnp.float16)  # the one dtype that fp8 converts to directly
 
     q = jnp.pad(q, ((0, -tokens % QUERIES), (0, 0), (0, 0)))
     pages_per_tile = max(1, tile.keys // k_pages.shape[1])
@@ -85,4 +92,20 @@ def paged_prefill(
     num_programs = min(num_programs or num_multiprocessors(), num_tiles * heads)
     options = Options(scale, soft_cap, sliding_window, num_programs, interpret)
     rows = jnp.stack([query_starts, query_lens, context_lens], axis=1)
-    return attend(q, k_pages, v_pages, block_tables, rows, order, tile, options)[:tokens]
+    out = attend(q, k_pages, v_pages, block_tables, rows, order, tile, options)[:tokens]
+    return out if scales is None else _scaled(out, scales[1], dtype)
+
+
+def _check_by_head(scales: tuple[Array, Array]) -> None:
+    for name, scale in zip(("k_scales", "v_scales"), scales, strict=True):
+        if scale.shape[0] != 1:
+            raise ValueError(
+                f"{name} is float32{list(scale.shape)}, a scale for each page; this kernel runs scales of heads, "
+                f"float32[1, {scale.shape[1]}]"
+            )
+
+
+def _scaled(x: Array, scale: Array, dtype: Any) -> Array:
+    """x [T, H, D] with the heads of each KV head multiplied by its scale f32[1, K or 1]."""
+    by_head = jnp.repeat(scale[0], x.shape[1] // scale.shape[1])
+    return (x.astype(jnp.float32) * by_head[:, None]).astype(dtype)

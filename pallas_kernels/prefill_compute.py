@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import ACCUMULATOR, MASKED, ROW, TILE, capped_scores
-from pallas_kernels.prefill_program import HALF, Program, f32, for_each_item, i32, read_segment
+from pallas_kernels.prefill_convert import convert_tile
+from pallas_kernels.prefill_program import HALF, Program, f32, for_each_item, i32, meet, read_segment
 from pallas_kernels.query_tiles import QUERIES
 
 #: Lower than any score, much higher than MASKED times any scale: the weight of a masked key, exp2(MASKED * scale -
@@ -42,7 +43,7 @@ class State(NamedTuple):
 
 def attend_items(program: Program, out_ref):
     """All items of this program, one after the other."""
-    for places in (program.queries, program.keys, program.values):
+    for places in (program.queries, program.key_pages, program.value_pages):
         for n in range(places.count):
             plgpu.barrier_arrive(places.free.at[n])
 
@@ -109,24 +110,32 @@ def _attend_row(program: Program, item: Item, tile_index, row, first_row, state:
 
 def _attend_keys(program: Program, item: Item, segment, i, state: State, *, masked: bool, is_first=False) -> State:
     """One step: the scores of key tile i, and the values of the tile before unless there is none."""
-    keys, values = program.keys, program.values
+    keys, values, converts = program.keys, program.values, program.sizes.convert_columns is not None
     highest, total, weights, step = state
     k_place, v_place = lax.rem(step, i32(keys.count)), lax.rem(step, i32(values.count))
     previous = _previous_place(program, step)
-    plgpu.barrier_wait(keys.ready.at[k_place])
+    if converts:
+        convert_tile(program, program.key_pages, keys, step)
+        meet(program)
+    else:
+        plgpu.barrier_wait(keys.ready.at[k_place])
     scores = _multiply(program, item, k_place, None if is_first else (weights, previous))
-    plgpu.barrier_arrive(keys.free.at[k_place])
+    if not converts:
+        plgpu.barrier_arrive(keys.free.at[k_place])
     scores, factor = capped_scores(scores, program.options.scale, program.options.soft_cap)
     if masked:
         scores = _mask(scores, item.tokens, segment, i, program.options.sliding_window)
     highest, total, decay, p = _add_keys(highest, total, scores, factor)
     if program.options.interpret is None:  # all of this while the value product runs
         highest, total, decay, p = lax.optimization_barrier((highest, total, decay, p))
-    plgpu.barrier_wait(values.ready.at[v_place])
+    if converts:
+        convert_tile(program, program.value_pages, values, step, segment.context - i * program.sizes.keys)
+    else:
+        plgpu.barrier_wait(values.ready.at[v_place])
     if not is_first:
         _rescale(program, item.outs, decay, previous)
     weights = p.astype(item.queries.dtype)  # not earlier: the value product was reading these registers
-    if masked:
+    if masked and not converts:
         is_over_end = (i + 1) * program.sizes.keys > segment.context
         pl.when(is_over_end)(lambda: _clear_values(program, v_place, i, segment.context))
     return State(highest, total, weights, step + 1)
@@ -175,7 +184,7 @@ def _add_keys(highest, total, scores, factor):
 
 def _rescale(program: Program, outs, decay, place):
     done = outs[...]  # waits for the value product
-    plgpu.barrier_arrive(program.values.free.at[place])
+    _free_values(program, place)
     outs[...] = done * lax.broadcast_in_dim(decay, done.shape, [0])
 
 
@@ -192,22 +201,28 @@ def _clear_values(program: Program, place, i, context):
             tiles[place, part] = jnp.where(key < context, values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
-    # Both arrive: with one, it could come here twice before the other has waited once.
-    plgpu.barrier_arrive(program.v_clean)
-    plgpu.barrier_wait(program.v_clean)
+    meet(program)
 
 
 def _write(program: Program, item: Item, state: State, out_ref):
     """The values of the last tile, the division, and the output by way of where the queries were."""
     previous = _previous_place(program, state.step)
+    if program.sizes.convert_columns is not None:
+        meet(program)
     _add_values(program, item.outs, state.weights, previous)
     inverse = jnp.where(state.total > 0, 1.0 / state.total, 0.0)
     done = item.outs[...]
-    plgpu.barrier_arrive(program.values.free.at[previous])
+    _free_values(program, previous)
     item.queries[...] = (done * lax.broadcast_in_dim(inverse, done.shape, [0])).astype(item.queries.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(item.queries, out_ref)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _free_values(program: Program, place):
+    """The product over the values in this place is done; places that are filled here need no barrier to say so."""
+    if program.sizes.convert_columns is None:
+        plgpu.barrier_arrive(program.values.free.at[place])
 
 
 def _previous_place(program: Program, step):

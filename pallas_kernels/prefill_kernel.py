@@ -5,6 +5,8 @@ What they do is in `prefill_load.py` and `prefill_compute.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
@@ -32,27 +34,33 @@ def attend(
     tile: PrefillTile,
     options: Options,
 ) -> Array:
-    """q [T, H, D] with T a multiple of QUERIES, rows i32[B, 3] of start, queries and context -> [T, H, D]."""
-    sizes = _sizes(q, k_pages, order, tile)
+    """q [T, H, D] with T a multiple of QUERIES, rows i32[B, 3] of start, queries and context -> [T, H, D].
 
-    def kernel(
-        q_ref, k_ref, v_ref, tables_ref, rows_ref, order_ref, out_ref,
-        q_tiles, k_tiles, v_tiles, q_ready, k_ready, v_ready, q_free, k_free, v_free, v_clean, *interpreted_outs,
-    ):  # fmt: skip
-        program = Program(
-            options, sizes, warpgroup=lax.axis_index("warpgroup"), index=lax.axis_index("program"),
-            tables=tables_ref, rows=rows_ref, order=order_ref,
-            queries=Places(q_tiles, tile.query_places, q_ready, q_free),
-            keys=Places(k_tiles, tile.key_places, k_ready, k_free),
-            values=Places(v_tiles, tile.value_places, v_ready, v_free),
-            v_clean=v_clean, interpreted_outs=interpreted_outs,
-        )  # fmt: skip
+    Pages of another dtype than q's are converted to it tile by tile.
+    """
+    sizes = _sizes(q, k_pages, order, tile)
+    flat_scratch, scratch_tree = jax.tree.flatten(
+        _shared_memory(q, k_pages, tile, sizes, options), lambda node: not isinstance(node, tuple | list)
+    )
+
+    def kernel(q_ref, k_ref, v_ref, tables_ref, rows_ref, order_ref, out_ref, *scratch):
+        loaded, converted, met, interpreted_outs = scratch_tree.unflatten(scratch)
+        queries, *pages = (
+            Places._make([*parts, count]) for parts, count in zip(loaded, _loaded_places(tile), strict=True)
+        )
+        multiplied = pages
+        if converted:
+            counts = (tile.key_places, tile.value_places)
+            multiplied = [Places(tiles, None, None, count) for tiles, count in zip(converted, counts, strict=True)]
+        axes, rows_of = (lax.axis_index("program"), lax.axis_index("warpgroup")), (tables_ref, rows_ref, order_ref)
+        places = (queries, *multiplied, *pages)
+        program = Program._make([options, sizes, *axes, *rows_of, *places, met, interpreted_outs])
         _run(program, q_ref, k_ref, v_ref, out_ref)
 
     call = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=_shared_memory(q, tile, sizes, options),
+        scratch_types=flat_scratch,
         grid=(options.num_programs,),
         grid_names=("program",),
         num_threads=3,
@@ -79,33 +87,52 @@ def _run(program: Program, q_ref, k_ref, v_ref, out_ref):
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(lambda: load_queries(program, q_ref))
-            pl.when(warp == 1)(lambda: load_pages(program, program.keys, k_ref))
-            pl.when(warp == 2)(lambda: load_pages(program, program.values, v_ref))
+            pl.when(warp == 1)(lambda: load_pages(program, program.key_pages, k_ref))
+            pl.when(warp == 2)(lambda: load_pages(program, program.value_pages, v_ref))
 
 
 def _sizes(q: Array, k_pages: Array, order: Array, tile: PrefillTile) -> Sizes:
-    heads = q.shape[1]
+    heads, head_dim = q.shape[1:]
     page_size, kv_heads = k_pages.shape[1:3]
     page_keys = min(page_size, tile.keys)
-    return Sizes(heads, kv_heads, tile.keys, page_size, page_keys, tile.keys // page_keys, order.shape[0] * heads)
+    convert_columns = None
+    if k_pages.dtype != q.dtype:  # as many as a wgmma layout and the registers take
+        convert_columns = min(swizzle_bytes(head_dim, k_pages.dtype), 64)
+    return Sizes(
+        heads, kv_heads, tile.keys, page_size, page_keys, tile.keys // page_keys, order.shape[0] * heads,
+        convert_columns,
+    )  # fmt: skip
 
 
-def _shared_memory(q: Array, tile: PrefillTile, sizes: Sizes, options: Options) -> list:
+def _loaded_places(tile: PrefillTile) -> tuple[int, int, int]:
+    """For tiles of queries, keys and values as they arrive."""
+    return tile.query_places, tile.page_places or tile.key_places, tile.page_places or tile.value_places
+
+
+def _shared_memory(q: Array, k_pages: Array, tile: PrefillTile, sizes: Sizes, options: Options) -> tuple[Any, ...]:
+    """Queries, keys and values as they arrive, each with its barriers; tiles that are converted; and the rest of a
+    `Program`."""
     head_dim = q.shape[2]
-    transforms = swizzled(swizzle_bytes(head_dim, q.dtype), q.dtype)
+    swizzle = sizes.convert_columns or swizzle_bytes(head_dim, k_pages.dtype)
+    of_queries = swizzled(swizzle_bytes(head_dim, q.dtype), q.dtype)
 
-    def tiles(places, *shape):
-        return plgpu.SMEM((places, *shape, head_dim), q.dtype, transforms=transforms)
+    def tiles(*shape, dtype=q.dtype, transforms: Any = of_queries):
+        return plgpu.SMEM((*shape, head_dim), dtype, transforms=transforms)
 
-    all_places = (tile.query_places, tile.key_places, tile.value_places)
-    scratch = [
-        tiles(tile.query_places, 2, HALF),
-        tiles(tile.key_places, sizes.keys),
-        tiles(tile.value_places, sizes.keys),
-        plgpu.Barrier(num_arrivals=2, num_barriers=tile.query_places),
-        plgpu.Barrier(num_arrivals=sizes.copies, num_barriers=tile.key_places),
-        plgpu.Barrier(num_arrivals=sizes.copies, num_barriers=tile.value_places),
-        *[plgpu.Barrier(num_arrivals=2, num_barriers=places) for places in all_places],
-        plgpu.Barrier(num_arrivals=2),
+    def of_pages(places):
+        return tiles(places, sizes.keys, dtype=k_pages.dtype, transforms=swizzled(swizzle, k_pages.dtype))
+
+    def with_barriers(some, places, arrivals):
+        ready, free = (plgpu.Barrier(num_arrivals=count, num_barriers=places) for count in (arrivals, 2))
+        return some, ready, free
+
+    query_places, *page_places = _loaded_places(tile)
+    loaded = [
+        with_barriers(tiles(query_places, 2, HALF), query_places, 2),
+        *(with_barriers(of_pages(places), places, sizes.copies) for places in page_places),
     ]
-    return scratch if options.interpret is None else [*scratch, plgpu.SMEM((2, HALF, head_dim), f32)]
+    converted = [tiles(places, sizes.keys) for places in (tile.key_places, tile.value_places)]
+    interpreted_outs = [] if options.interpret is None else [plgpu.SMEM((2, HALF, head_dim), f32)]
+    return (
+        loaded, [] if sizes.convert_columns is None else converted, plgpu.Barrier(num_arrivals=2), interpreted_outs
+    )  # fmt: skip

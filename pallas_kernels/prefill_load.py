@@ -50,7 +50,7 @@ def load_pages(program: Program, places: Places, pages_ref):
 
 def _load_tile(program: Program, places: Places, place, pages_ref, kv_head, row, i):
     """Ask for the pages of key tile i."""
-    _, _, keys, page_size, page_keys, copies, _ = program.sizes
+    _, _, keys, page_size, page_keys, copies, *_ = program.sizes
     position = i * keys
     first_page = lax.div(position, i32(page_size))
     pages = [program.tables[row, first_page + n] for n in range(copies)]

@@ -40,15 +40,19 @@ class Sizes(NamedTuple):
     page_keys: int  # keys that one copy brings
     copies: int  # that bring one tile
     num_items: int  # query tiles times heads
+    convert_columns: int | None  # of fp8 pages: columns that are converted at a time; None: q's dtype, as they lie
 
 
 class Places(NamedTuple):
-    """Tiles of one kind in shared memory, and when each is there and when it may be filled again."""
+    """Tiles of one kind in shared memory, and when each is there and when it may be filled again.
+
+    Without barriers for tiles that the compute warpgroups fill themselves.
+    """
 
     tiles: Any  # [places, 2, HALF, D] of queries, [places, keys, D] of keys or values
-    count: int
     ready: Any
     free: Any
+    count: int
 
 
 class Program(NamedTuple):
@@ -62,9 +66,11 @@ class Program(NamedTuple):
     rows: Any  # i32[B, 3] start, queries and context
     order: Any  # i32[tiles, 3] query tile, its first and its last row
     queries: Places
-    keys: Places
+    keys: Places  # what is multiplied, in q's dtype
     values: Places
-    v_clean: Any  # opens when both compute warpgroups have come, after values were cleared
+    key_pages: Places  # what is loaded: the same, unless pages are of fp8
+    value_pages: Places
+    met: Any  # opens when both compute warpgroups have come, so that what each wrote to a tile is there for the other
     interpreted_outs: tuple[Any, ...]  # f32[2, HALF, D], for the interpreter alone
 
 
@@ -95,6 +101,15 @@ def read_segment(program: Program, tile_index, row, first_row):
         tile_index, start, length, context, at_least=at_least, keys=program.sizes.keys,
         sliding_window=program.options.sliding_window,
     )  # fmt: skip
+
+
+def meet(program: Program):
+    """The compute warpgroups wait for each other; what either wrote to shared memory and committed is there for both.
+
+    Both arrive: with one, it could come here twice before the other has waited once.
+    """
+    plgpu.barrier_arrive(program.met)
+    plgpu.barrier_wait(program.met)
 
 
 def drain(places: Places, count):

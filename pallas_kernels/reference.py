@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import FP8
+
 Array = jax.Array
 
 #: Query tokens of one row, and context positions, that an iteration of `paged_prefill` looks at.
@@ -65,11 +67,13 @@ def paged_prefill(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
+    k_scales: Array | None = None,
+    v_scales: Array | None = None,
 ) -> Array:
     """Many query tokens a sequence, causal against all of the sequence's paged KV.
 
     q [T, H, D] packed: row b owns q[query_starts[b] : query_starts[b] + query_lens[b]], the last tokens of its
-    context_lens[b] readable ones. -> [T, H, D]; tokens that no row owns get 0.
+    context_lens[b] readable ones. -> [T, H, D]; tokens that no row owns get 0. Scales as in `paged_decode`.
     """
     tokens = q.shape[0]
     tile = min(QUERY_TILE, tokens)
@@ -85,6 +89,7 @@ def paged_prefill(
         part = _attend(
             q.at[index].get(mode="fill", fill_value=0)[None], positions[None], k_pages, v_pages,
             block_tables[row][None], context_lens[row][None], scale, soft_cap, sliding_window, PREFILL_CONTEXT_TILE,
+            k_scales, v_scales,
         )  # fmt: skip
         return out.at[index].set(part[0], mode="drop")
 
@@ -138,7 +143,7 @@ def _attend(
     grouped = q.reshape(rows, queries, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
 
     def read_tile(pages: Array, scales: Array | None, table: Array) -> Array:
-        values = pages[table].astype(jnp.float32)
+        values = _pages_at(pages, table).astype(jnp.float32)
         if scales is not None:
             values = values * (scales[table] if scales.shape[0] > 1 else scales)[..., None, :, None]
         return values.reshape(rows, tile, kv_heads, head_dim)
@@ -171,6 +176,15 @@ def _attend(
     _, total, out = jax.lax.fori_loop(0, num_tiles, attend_tile, state)
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _pages_at(pages: Array, table: Array) -> Array:
+    """The pages that a table names. Of fp8 their bits are looked up: XLA on a CPU converts all pages of a pool to 16
+    bits before it looks up 8-bit floats."""
+    if pages.dtype.name != FP8:
+        return pages[table]
+    bits = jax.lax.bitcast_convert_type(pages, jnp.uint8)[table]
+    return jax.lax.bitcast_convert_type(bits, pages.dtype)
 
 
 def copy_pages(pools: tuple[Array, ...], src: Array, dst: Array) -> tuple[Array, ...]:

@@ -52,9 +52,10 @@ def toy_engine(
     preemption=None,
     kv_cache="paged",
     kernels=REFERENCE,
+    kv_dtype="float32",
 ) -> Engine:
     return Engine(
-        toy_params(), TOY, CacheConfig(page_size, num_pages, "float32"),
+        toy_params(), TOY, CacheConfig(page_size, num_pages, kv_dtype),
         EngineConfig(
             max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
             kv_cache=kv_cache,

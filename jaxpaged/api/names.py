@@ -38,7 +38,7 @@ VLLM_OPTIONS = {
     "enforce_eager": "every step is a compiled program, so leave it out",
     "trust_remote_code": "no code of a checkpoint is ever run, so leave it out",
     "quantization": "weights are kept in dtype, 16 or 32 bits",
-    "kv_cache_dtype": "keys and values are kept in dtype",
+    "calculate_kv_scales": "pages of fp8 have scale 1, so leave it out",
     "cpu_offload_gb": "weights stay on the device; swap_space_gib is host memory for pages",
     "kv_cache_memory_bytes": "here the pool's size is num_pages, or what memory_utilization leaves",
     "served_model_name": "jaxpaged serves nothing, so leave it out",

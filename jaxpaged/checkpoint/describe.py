@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 
 from jaxpaged.checkpoint.opening import Checkpoint, open_checkpoint
-from jaxpaged.config import ModelConfig
+from jaxpaged.config import EngineOptions, ModelConfig
+from jaxpaged.config.choices import FP8
 from jaxpaged.device.memory import device_memory
 from jaxpaged.device.params import param_shapes
 
@@ -16,19 +17,20 @@ GIB = 1 << 30
 MEMORY_UTILIZATION = 0.9  # as in LLM: the rest is for activations and the runtime
 
 
-def describe_checkpoint(path: str | Path, device: jax.Device | None = None) -> str:
+def describe_checkpoint(path: str | Path, device: jax.Device | None = None, kv_cache_dtype: str = "auto") -> str:
     """Lines of "what: value" about the checkpoint at `path`; no weight is read."""
     checkpoint = open_checkpoint(path)
-    facts = measure_checkpoint(checkpoint, device or jax.devices()[0])
+    facts = measure_checkpoint(checkpoint, device or jax.devices()[0], EngineOptions(kv_cache_dtype=kv_cache_dtype))
     width = max(map(len, facts)) + 2
     return "\n".join(f"{name + ':':<{width}}{value}" for name, value in facts.items())
 
 
-def measure_checkpoint(checkpoint: Checkpoint, device: jax.Device) -> dict[str, str]:
+def measure_checkpoint(checkpoint: Checkpoint, device: jax.Device, options: EngineOptions) -> dict[str, str]:
     config = checkpoint.config
     count = count_params(config)
     itemsize = jax.numpy.dtype(config.dtype).itemsize
-    kv_bytes = config.kv_bytes_per_token(itemsize)
+    kv_dtype = FP8 if options.has_fp8_pages else config.dtype
+    kv_bytes = config.kv_bytes_per_token(jax.numpy.dtype(kv_dtype).itemsize)
     memory, memory_name = device_memory(device)
     num_tokens = max(0, int(memory * MEMORY_UTILIZATION) - count * itemsize) // kv_bytes
     tokenizer = checkpoint.tokenizer_file.name if checkpoint.tokenizer_file else "none: prompts must be token ids"
@@ -42,7 +44,7 @@ def measure_checkpoint(checkpoint: Checkpoint, device: jax.Device) -> dict[str, 
         "positions": f"{config.max_position_embeddings:,}",
         "parameters": f"{count:,}",
         "weights": f"{_bytes(count * itemsize)} as {config.dtype}",
-        "KV per token": f"{_bytes(kv_bytes)} as {config.dtype}",
+        "KV per token": f"{_bytes(kv_bytes)} as {kv_dtype}",
         "tokens that fit": f"{num_tokens:,} in {MEMORY_UTILIZATION:.0%} of {_bytes(memory)} ({memory_name})",
         "tokenizer": tokenizer,
     }

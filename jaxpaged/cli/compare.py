@@ -210,8 +210,6 @@ def _report(args: argparse.Namespace, facts: dict[str, Any], results: list[Resul
 def _facts(args: argparse.Namespace, setting: Setting, engine: Any) -> dict[str, Any]:
     """What is the same for all systems."""
     workload = setting.workload
-    dtype = engine.cache_config.dtype
-    num_slots = setting.options["num_pages"] * setting.options["page_size"]
     return {
         "model": str(args.model),
         "weights": "random" if setting.options.get("load_format") == "dummy" else "of the checkpoint",
@@ -223,8 +221,9 @@ def _facts(args: argparse.Namespace, setting: Setting, engine: Any) -> dict[str,
         "beam_width": args.beam_width,
         "seed": args.seed,
         **{name: setting.options[name] for name in ("max_model_len", "num_pages", *DEFAULT_LIMITS)},
-        "kv_bytes": num_slots * engine.model.kv_bytes_per_token(4 if dtype == "float32" else 2),
-        "dtype": dtype,
+        "kv_bytes": setting.options["num_pages"] * engine.runner.page_bytes,
+        "dtype": engine.dtype,
+        "kv_dtype": engine.cache_config.dtype,
         "device": engine.device.device_kind,
         **{package: importlib.metadata.version(package) for package in ("jax", "jaxpaged")},
     }

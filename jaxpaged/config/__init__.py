@@ -22,7 +22,7 @@ from jaxpaged.config.checks import (
     check_token_id,
 )
 from jaxpaged.config.choices import DENSE_CACHES as DENSE_CACHES
-from jaxpaged.config.choices import DTYPES, KV_CACHES, PREEMPTION_MODES
+from jaxpaged.config.choices import DTYPES, FP8, KV_CACHES, PREEMPTION_MODES
 from jaxpaged.config.options import EngineOptions
 from jaxpaged.config.rope import RopeConfig
 
@@ -196,12 +196,12 @@ class CacheConfig:
 
     page_size: int
     num_pages: int
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of keys and values
 
     def __post_init__(self):
         check_size("page_size", self.page_size, MAX_COUNT)
         check_size("num_pages", self.num_pages, MAX_COUNT)
-        check_choice("cache dtype", self.dtype, DTYPES)
+        check_choice("cache dtype", self.dtype, (*DTYPES, FP8))
         if self.num_pages < 2:
             raise ValueError(
                 f"num_pages={self.num_pages}: a pool needs page 0, which stays unused, and at least one more"

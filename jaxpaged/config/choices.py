@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 DTYPES = ("float32", "bfloat16", "float16")
+FP8 = "float8_e4m3fn"  # of pages alone
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # the last is vLLM's other word for fp8
 LOAD_FORMATS = ("auto", "native", "huggingface", "safetensors", "dummy")  # safetensors: vLLM's word for huggingface
 ATTENTIONS = ("auto", "pallas", "reference")
 PREEMPTION_MODES = ("auto", "swap", "recompute")

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from jaxpaged.api.values import as_int, read_flag, read_int, read_number, read_seed, shortened
-from jaxpaged.config.choices import ATTENTIONS, DTYPES, KV_CACHES, LOAD_FORMATS, PREEMPTION_MODES, choices_in_words
+from jaxpaged.config.choices import (
+    ATTENTIONS,
+    DENSE_CACHES,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    KV_CACHES,
+    LOAD_FORMATS,
+    PREEMPTION_MODES,
+    choices_in_words,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,7 +125,7 @@ class EngineOptions:
     """What shapes an engine; read into plain values when it is made, or refused with ValueError."""
 
     dtype: str = option(
-        "auto", "of weights, activations and KV; auto is the checkpoint's, on a CPU float32",
+        "auto", "of weights and activations; auto is the checkpoint's, on a CPU float32",
         choices=("auto", *DTYPES), decides_result=True, is_fixed=True,
     )  # fmt: skip
     load_format: str = option(
@@ -165,6 +174,11 @@ class EngineOptions:
         "paged", "how KV memory is kept: in pages, or as a system that they are compared with",
         choices=KV_CACHES,
     )  # fmt: skip
+    kv_cache_dtype: str = option(
+        "auto", "of keys and values; auto is dtype, fp8 is float8_e4m3fn, in which twice as many tokens fit as in 16 "
+        "bits",
+        choices=KV_CACHE_DTYPES, decides_result=True,
+    )  # fmt: skip
     async_scheduling: bool = option(
         True, "plan and launch the next step while one runs; without it tokens are the same, later: for debugging"
     )
@@ -180,6 +194,16 @@ class EngineOptions:
                 f"kv_cache={self.kv_cache!r} reserves all that a request needs beforehand, so none gives way: "
                 "preemption='swap' needs kv_cache='paged'"
             )
+        if self.has_fp8_pages and self.kv_cache in (*DENSE_CACHES, "none"):
+            raise ValueError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} is of pages, and kv_cache={self.kv_cache!r} has none: leave "
+                "kv_cache_dtype='auto' there"
+            )
+        if self.has_fp8_pages and self.cascade_attention:
+            raise ValueError(
+                "cascade_attention=True reads pages of dtype alone, and those of "
+                f"kv_cache_dtype={self.kv_cache_dtype!r} are not: choose one of them"
+            )
         if self.kv_cache != "paged" and self.cascade_attention:
             raise ValueError(
                 f"kv_cache={self.kv_cache!r} shares nothing: cascade_attention=True needs kv_cache='paged'"
@@ -194,6 +218,10 @@ class EngineOptions:
                 "preemption='swap' needs host memory for the pages that it moves, but swap_space_gib=0: give it some "
                 f"({EngineOptions.swap_space_gib:g} is the default), or choose preemption='recompute'"
             )
+
+    @property
+    def has_fp8_pages(self) -> bool:
+        return self.kv_cache_dtype != "auto"
 
 
 def engine_options() -> Iterator[Option]:

@@ -37,17 +37,19 @@ REFERENCE = AttentionKernels("reference", reference.paged_decode, reference.page
 
 
 def resolve_attention(
-    requested: str, device: jax.Device, *, head_dim: int, page_size: int, dtype: str, batch_invariant: bool = False
-) -> AttentionKernels:
+    requested: str, device: jax.Device, *, head_dim: int, page_size: int, dtype: str, kv_dtype: str | None = None,
+    batch_invariant: bool = False,
+) -> AttentionKernels:  # fmt: skip
     """The kernels for "auto", "pallas" or "reference" over such a cache; ValueError for a choice that cannot run.
 
-    `batch_invariant` asks "pallas" for its kernels that are; whether it got them is in what comes back.
+    Pages are of `dtype` unless `kv_dtype` says otherwise. `batch_invariant` asks "pallas" for its kernels that are;
+    whether it got them is in what comes back.
     """
     if requested not in ATTENTIONS:
         raise ValueError(f"attention={requested!r}; choose one of {', '.join(ATTENTIONS)}")
     if requested == "reference":
         return REFERENCE
-    obstacle = _obstacle(device, head_dim, page_size, dtype)
+    obstacle = _obstacle(device, head_dim, page_size, dtype, kv_dtype)
     if obstacle is None:
         if requested == "auto":
             logger.info("attention: 'auto' is 'pallas' on %s", device.device_kind)
@@ -98,11 +100,11 @@ def cudnn_obstacle(device: jax.Device, model: ModelConfig, dtype: str) -> str | 
     return None
 
 
-def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str) -> str | None:
+def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str, kv_dtype: str | None) -> str | None:
     """Why the Pallas kernels cannot run, as "they need ..."; None if they can."""
     from pallas_kernels.mosaic import missing_support  # a third of a second that attention="reference" need not cost
 
-    return missing_support(device) or unsupported_cache(head_dim, page_size, dtype)
+    return missing_support(device) or unsupported_cache(head_dim, page_size, dtype, kv_dtype)
 
 
 @functools.cache  # equal kernels are one object, so that programs compiled for them are found again

@@ -2,6 +2,9 @@
 
 A cache is a pytree with one array a layer for K and one for V, replaced by every step (and donated to it, so updated in
 place). What every cache can do is `KVCache`; copying pages is `CopiesPages`; only the pool has pages that can leave it.
+
+Pages of fp8 are kept as bits, uint8, and are floats only for who reads them. XLA on a CPU would otherwise turn all
+pages of a layer into 16-bit floats and back to write a few; to a GPU it is the same.
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxpaged.config import AttentionOptions, CacheConfig, ModelConfig
+from jaxpaged.config.choices import FP8
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.step_io import DecodeInputs, StepInputs
 
 Array = jax.Array
+
+#: The dtype of the arrays that hold pages of fp8, and the largest number of fp8.
+FP8_BITS, FP8_MAX = jnp.uint8, 448.0
 
 
 class KVCache(Protocol):
@@ -84,7 +91,7 @@ class PagedCache(LayerArrays):
     """The page pool.
 
     Attributes:
-        k: keys, a tuple over layers of [N, S, K, D].
+        k: keys, a tuple over layers of [N, S, K, D]; of fp8 their bits, uint8.
         v: values, likewise.
     """
 
@@ -94,19 +101,20 @@ class PagedCache(LayerArrays):
     def attend(
         self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
     ) -> Array:
+        k_pages, v_pages = _as_floats(self.k[layer]), _as_floats(self.v[layer])
         with jax.named_scope("attention"):
             if isinstance(inputs, DecodeInputs):
                 if inputs.cascade_groups is not None and options.sliding_window is None:
                     assert kernels.cascade_decode is not None, f"{kernels.name} has no cascade attention"
                     return kernels.cascade_decode(
-                        q, self.k[layer], self.v[layer], inputs.block_tables, inputs.context_lens,
-                        inputs.cascade_groups, scale=options.scale, soft_cap=options.soft_cap,
+                        q, k_pages, v_pages, inputs.block_tables, inputs.context_lens, inputs.cascade_groups,
+                        scale=options.scale, soft_cap=options.soft_cap,
                     )  # fmt: skip
                 return kernels.paged_decode(
-                    q, self.k[layer], self.v[layer], inputs.block_tables, inputs.context_lens, **options._asdict()
+                    q, k_pages, v_pages, inputs.block_tables, inputs.context_lens, **options._asdict()
                 )
             return kernels.paged_prefill(
-                q, self.k[layer], self.v[layer], inputs.block_tables, inputs.query_starts, inputs.query_lens,
+                q, k_pages, v_pages, inputs.block_tables, inputs.query_starts, inputs.query_lens,
                 inputs.context_lens, **options._asdict(),
             )  # fmt: skip
 
@@ -136,16 +144,28 @@ def _written(pools: tuple[Array, ...], layer: int, values: Array, slots: Array) 
     pool = pools[layer]
     page_size = pool.shape[1]
     written = pool.at[slots // page_size, slots % page_size].set(
-        values.astype(pool.dtype), unique_indices=True, mode="promise_in_bounds"
+        _as_stored(values, pool.dtype), unique_indices=True, mode="promise_in_bounds"
     )
     return (*pools[:layer], written, *pools[layer + 1 :])
+
+
+def _as_stored(values: Array, dtype: jnp.dtype) -> Array:
+    """As a pool of this dtype holds them. What exceeds fp8 becomes its largest number, not NaN; NaN stays NaN."""
+    if dtype != FP8_BITS:
+        return values.astype(dtype)
+    return jax.lax.bitcast_convert_type(jnp.clip(values, -FP8_MAX, FP8_MAX).astype(FP8), FP8_BITS)
+
+
+def _as_floats(pool: Array) -> Array:
+    return jax.lax.bitcast_convert_type(pool, jnp.dtype(FP8)) if pool.dtype == FP8_BITS else pool
 
 
 def make_paged_cache(model: ModelConfig, cache: CacheConfig, device: jax.Device | None = None) -> PagedCache:
     """An empty pool (zeros: what a page held before must never be a NaN) on the device."""
     shape = (cache.num_pages, cache.page_size, model.num_kv_heads, model.head_dim)
+    dtype = FP8_BITS if cache.dtype == FP8 else cache.dtype
 
     def pools() -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, cache.dtype, device=device) for _ in range(model.num_layers))
+        return tuple(jnp.zeros(shape, dtype, device=device) for _ in range(model.num_layers))
 
     return PagedCache(pools(), pools())

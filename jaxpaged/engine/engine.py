@@ -68,6 +68,11 @@ class Engine:
         return self.runner.params
 
     @property
+    def dtype(self) -> str:
+        """Of weights and activations; keys and values have the dtype of `cache_config`."""
+        return jax.tree.leaves(self.params)[0].dtype.name
+
+    @property
     def kernels(self) -> AttentionKernels:
         return self.runner.kernels
 

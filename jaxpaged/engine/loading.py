@@ -20,6 +20,7 @@ from jaxpaged.config import (
     PreemptionConfig,
     num_dense_rows,
 )
+from jaxpaged.config.choices import FP8
 from jaxpaged.device.attention import AttentionKernels, resolve_attention, resolve_dense_attention
 from jaxpaged.device.memory import device_memory
 from jaxpaged.device.param_nodes import Params
@@ -40,11 +41,12 @@ def build_engine(
     max_model_len = _max_model_len(options, checkpoint.config)
     model = checkpoint.config.for_length(max_model_len)
     dtype = resolve_dtype(options.dtype, model, device)
-    kernels = _resolve_kernels(options, model, device, dtype)
+    kv_dtype = FP8 if options.has_fp8_pages else dtype
+    kernels = _resolve_kernels(options, model, device, dtype, kv_dtype)
     preemption = PreemptionConfig()
     if options.kv_cache == "paged":  # who has reserved everything never gives way
         preemption = resolve_preemption(
-            options.preemption, options.swap_space_gib, model, options.page_size, jnp.dtype(dtype).itemsize,
+            options.preemption, options.swap_space_gib, model, options.page_size, jnp.dtype(kv_dtype).itemsize,
             device.platform,
         )  # fmt: skip
     limits = EngineConfig(
@@ -52,26 +54,30 @@ def build_engine(
         options.watermark, preemption, options.kv_cache, options.async_scheduling,
     )  # fmt: skip
     memory, _ = device_memory(device)
-    sizer = PoolSizer(model, dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory)
+    sizer = PoolSizer(
+        model, dtype, kv_dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory
+    )
     num_pages = 2 if options.kv_cache == "none" and options.num_pages is None else options.num_pages  # it has no pool
     sizer.check(num_pages)
     if num_pages is not None and options.kv_cache in DENSE_CACHES:
-        num_dense_rows(CacheConfig(options.page_size, num_pages, dtype), limits.max_model_len)
+        num_dense_rows(CacheConfig(options.page_size, num_pages, kv_dtype), limits.max_model_len)
     if params is None:
         params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
     num_pages = sizer.choose(params) if num_pages is None else num_pages
-    cache = CacheConfig(options.page_size, num_pages, dtype)
+    cache = CacheConfig(options.page_size, num_pages, kv_dtype)
     limits = reserve_swap_space(limits, cache, model, device)
     return Engine(params, model, cache, limits, kernels, device, owner)
 
 
-def _resolve_kernels(options: EngineOptions, model: ModelConfig, device: jax.Device, dtype: str) -> AttentionKernels:
+def _resolve_kernels(
+    options: EngineOptions, model: ModelConfig, device: jax.Device, dtype: str, kv_dtype: str
+) -> AttentionKernels:
     if options.kv_cache in (*DENSE_CACHES, "none"):
         kernels = resolve_dense_attention(options.attention, device, model, dtype)
     else:
         kernels = resolve_attention(
             options.attention, device, head_dim=model.head_dim, page_size=options.page_size, dtype=dtype,
-            batch_invariant=options.batch_invariant,
+            kv_dtype=kv_dtype, batch_invariant=options.batch_invariant,
         )  # fmt: skip
     can = {
         "cascade_attention": kernels.cascade_decode is not None,

@@ -20,9 +20,17 @@ from jaxpaged.step_io import DecodeBatch, Layout, pack
 
 
 def lower_largest_steps(
-    model: ModelConfig, cache: CacheConfig, limits: EngineConfig, kernels: AttentionKernels, device: jax.Device
+    model: ModelConfig,
+    dtype: str,
+    cache: CacheConfig,
+    limits: EngineConfig,
+    kernels: AttentionKernels,
+    device: jax.Device,
 ) -> Iterator[jax.stages.Lowered]:
-    """The largest decode step and the largest prefill step, with all that ordinary requests ask of the sampler."""
+    """The largest decode step and the largest prefill step, with all that ordinary requests ask of the sampler.
+
+    `dtype` is of the weights.
+    """
     buckets = Buckets.for_limits(limits, cache)
     width = buckets.table_widths[-1]
     features = SamplingFeatures(
@@ -33,12 +41,14 @@ def lower_largest_steps(
         StepShape(buckets.decode_rows[-1], width),
         StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1]),
     ):
-        yield lower_step(shape, model, cache, kernels, features, jax.sharding.SingleDeviceSharding(device), limits)
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        yield lower_step(shape, model, dtype, cache, kernels, features, sharding, limits)
 
 
 def lower_step(
     shape: StepShape,
     model: ModelConfig,
+    dtype: str,
     cache: CacheConfig,
     kernels: AttentionKernels,
     features: SamplingFeatures,
@@ -47,7 +57,8 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """The program of a step of this shape, before there are weights or a pool: to learn what it takes, or to keep it.
 
-    `sharding` names the device that it is for, `limits` the system that keeps KV memory, by default pages.
+    `dtype` is of the weights. `sharding` names the device that it is for, `limits` the system that keeps KV memory, by
+    default pages.
     """
     nothing = StepPlan(is_prefill=shape.num_tokens is not None)
     batch = make_batch(nothing, shape, cache, model.vocab_size, features)
@@ -59,7 +70,7 @@ def lower_step(
     latest = np.zeros(max(limits.max_num_seqs, shape.num_rows), np.int32)
     params, pool, latest, packed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (param_shapes(model, cache.dtype), pool, latest, packed),
+        (param_shapes(model, dtype), pool, latest, packed),
     )
     static = static_arguments(model, kernels, layout, features)
     if shape.num_tokens is not None:

@@ -42,7 +42,8 @@ class PoolSizer:
     """Weighs a pool against the memory of a device."""
 
     model: ModelConfig
-    dtype: str
+    dtype: str  # of weights and activations
+    kv_dtype: str
     page_size: int
     limits: EngineConfig
     memory_utilization: float
@@ -52,7 +53,7 @@ class PoolSizer:
 
     @property
     def page_bytes(self) -> int:
-        return self.page_size * self.model.kv_bytes_per_token(self._itemsize)
+        return self.page_size * self.model.kv_bytes_per_token(jnp.dtype(self.kv_dtype).itemsize)
 
     @property
     def weight_bytes(self) -> int:
@@ -69,7 +70,7 @@ class PoolSizer:
                 f"most about {max(0, self.memory - self.weight_bytes) // self.page_bytes} pages fit"
             )
         else:
-            CacheConfig(self.page_size, num_pages, self.dtype)  # says what is wrong with a pool of one page
+            CacheConfig(self.page_size, num_pages, self.kv_dtype)  # says what is wrong with a pool of one page
 
     def choose(self, params: Params) -> int:
         """Pages, NULL_PAGE included: as many as are of use and fit beside the weights, which are on the device."""
@@ -91,10 +92,10 @@ class PoolSizer:
     def measured_step_bytes(self) -> int:
         """What the largest step allocates while it runs, as the compiler says."""
         began = time.perf_counter()
-        cache = CacheConfig(self.page_size, self._nominal_pages, self.dtype)
+        cache = CacheConfig(self.page_size, self._nominal_pages, self.kv_dtype)
         persistent = self.weight_bytes + self._nominal_pages * self.page_bytes
         largest = self._moved_bytes()
-        for lowered in lower_largest_steps(self.model, cache, self.limits, self.kernels, self.device):
+        for lowered in lower_largest_steps(self.model, self.dtype, cache, self.limits, self.kernels, self.device):
             largest = max(largest, transient_bytes(lowered.compile(), persistent))
         logger.info("the largest steps were compiled in %.1f s", time.perf_counter() - began)
         return largest

@@ -116,7 +116,7 @@ def describe(llm: Any) -> dict[str, str]:
 
     return {
         "attention": llm.engine.kernels.name,
-        "dtype": llm.engine.cache_config.dtype,
+        "dtype": llm.engine.dtype,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "jaxpaged": jaxpaged.__version__,

@@ -41,6 +41,7 @@ from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
 
 MODEL = Path(__file__).parent.parent / "shapes" / "llama-3.1-8b"
+DTYPE = "bfloat16"
 STEP_ROWS, STEP_CONTEXT, STEP_PAGE_SIZE = 256, 540, 16
 POOL_BYTES = 80e9
 #: Temporaries of the step, as a share of the pool: a copy of one layer's keys would be more.
@@ -143,6 +144,7 @@ PREFILL_SHAPES = (
     PagedShape(page_size=256),
     PagedShape(kv_heads=32),
     PagedShape(soft_cap=50.0, sliding_window=4096),
+    *(PagedShape(head_dim=head_dim, pages_dtype="float8_e4m3fn") for head_dim in (64, 128, 256)),
 )
 SHARED_SHAPES = (
     *(PagedShape(head_dim=head_dim) for head_dim in (64, 128, 256)),
@@ -174,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     prepare_jax()
     target = h200_sharding()
     checks = {case.name: functools.partial(check_kernel, case) for case in kernel_cases(target)}
-    checks["step"] = functools.partial(check_step, target)
+    for kv_dtype in (DTYPE, "float8_e4m3fn"):
+        checks[f"step {kv_dtype}"] = functools.partial(check_step, target, kv_dtype)
     checks["swap"] = functools.partial(check_swap, target)
     faults = []
     print(f"{'':42} {'registers':>12} {'lower s':>8} {'compile s':>10}")
@@ -277,25 +280,27 @@ def check_kernel(case: Case) -> list[str]:
     return kernel_faults(compiled.assembler_said, functions, case.spilled_bytes)
 
 
-def check_step(target: jax.sharding.Sharding) -> list[str]:
+def check_step(target: jax.sharding.Sharding, kv_dtype: str) -> list[str]:
     """A decode step of an 8B model over a pool of most of an H200."""
     model = open_checkpoint(MODEL).config
     (device,) = target.device_set
-    kernels = resolve_attention("pallas", device, head_dim=model.head_dim, page_size=STEP_PAGE_SIZE, dtype="bfloat16")
-    num_pages = int(POOL_BYTES / (STEP_PAGE_SIZE * model.kv_bytes_per_token(2)))
-    cache = CacheConfig(STEP_PAGE_SIZE, num_pages, "bfloat16")
-    shape = StepShape(STEP_ROWS, -(-STEP_CONTEXT // STEP_PAGE_SIZE))
-    compiled = compile_for(
-        lambda: lower_step(shape, model, cache, kernels, SamplingFeatures(has_samples=True, is_random=True), target)
+    kernels = resolve_attention(
+        "pallas", device, head_dim=model.head_dim, page_size=STEP_PAGE_SIZE, dtype=DTYPE, kv_dtype=kv_dtype
     )
+    page_bytes = STEP_PAGE_SIZE * model.kv_bytes_per_token(jnp.dtype(kv_dtype).itemsize)
+    num_pages = int(POOL_BYTES / page_bytes)
+    cache = CacheConfig(STEP_PAGE_SIZE, num_pages, kv_dtype)
+    shape = StepShape(STEP_ROWS, -(-STEP_CONTEXT // STEP_PAGE_SIZE))
+    features = SamplingFeatures(has_samples=True, is_random=True)
+    compiled = compile_for(lambda: lower_step(shape, model, DTYPE, cache, kernels, features, target))
     functions = read_assembler(compiled.assembler_said)
-    print_line(f"step of {model.num_layers} layers, {STEP_ROWS} rows", functions, compiled)
+    print_line(f"step of {model.num_layers} layers, {STEP_ROWS} rows, {kv_dtype}", functions, compiled)
     memory, text = compiled.program.memory_analysis(), compiled.program.as_text()
     assert memory is not None and text is not None, "the compiler gave no account of its program"
-    layer = f"bf16[{num_pages},{STEP_PAGE_SIZE},{model.num_kv_heads},{model.head_dim}]"
+    layer = f"[{num_pages},{STEP_PAGE_SIZE},{model.num_kv_heads},{model.head_dim}]"
     facts = StepFacts(
-        num_pages * STEP_PAGE_SIZE * model.kv_bytes_per_token(2), memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes, count_copies(text, layer), count_graphs(compiled.thunks),
+        num_pages * page_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes, count_copies(text, layer),
+        count_graphs(compiled.thunks),
     )  # fmt: skip
     print(f"  {facts}")
     return kernel_faults(compiled.assembler_said, functions) + step_faults(facts)
@@ -394,8 +399,8 @@ def kernel_faults(said: str, functions: list[Assembly], known: int = 0) -> list[
 
 
 def count_copies(program: str, pool_shape: str) -> int:
-    """Instructions of the compiled program that copy an array of this shape."""
-    return len(re.findall(rf"= \(?{re.escape(pool_shape)}.* copy(?:-start)?\(", program))
+    """Instructions of the compiled program that copy an array of this shape, whatever its dtype."""
+    return len(re.findall(rf"= \(?\w+{re.escape(pool_shape)}.* copy(?:-start)?\(", program))
 
 
 def count_graphs(thunks: str) -> int:

@@ -184,7 +184,7 @@ def build_step(setup: Setup, shape: StepShape, cache: CacheConfig, args: argpars
     features = SamplingFeatures(is_random=args.temperature > 0)
     began = time.perf_counter()
     sharding = jax.sharding.SingleDeviceSharding(setup.device)
-    lowered = lower_step(shape, setup.model, cache, setup.kernels, features, sharding)
+    lowered = lower_step(shape, setup.model, setup.dtype, cache, setup.kernels, features, sharding)
     lowered_at = time.perf_counter()
     memory = lowered.compile().memory_analysis()  # jit keeps the program: calling the step finds it
     assert memory is not None, "the compiler gave no account of its memory"

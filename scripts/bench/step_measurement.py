@@ -91,7 +91,7 @@ class Measurement:
     def write(self) -> None:
         engine, args = self.engine, self.args
         facts = {
-            "model": Path(args.model).name, "model_shape": engine.model.to_dict(), "dtype": engine.cache_config.dtype,
+            "model": Path(args.model).name, "model_shape": engine.model.to_dict(), "dtype": engine.dtype,
             "attention": args.attention, "device": engine.device.device_kind, "jax": jax.__version__,
             "jaxpaged": jaxpaged.__version__, "command": "step_times.py " + " ".join(args.command),
             "num_pages": args.num_pages, "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs,

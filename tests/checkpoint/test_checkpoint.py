@@ -259,6 +259,7 @@ def test_info_counts_from_the_configuration_alone(tmp_path):
     assert facts["weights"] == "38.3 KiB as bfloat16"
     assert facts["KV per token"] == "128 bytes as bfloat16"
     assert facts["tokens that fit"].endswith("(this machine's main memory)")
+    assert "KV per token:" in text and "64 bytes as float8_e4m3fn" in describe_checkpoint(tmp_path, CPU, "fp8")
     assert facts["tokenizer"] == "none: prompts must be token ids"
 
 

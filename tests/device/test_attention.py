@@ -28,6 +28,7 @@ def test_a_hopper_gpu_runs_the_kernels(requested):
     assert kernels.name == "pallas"
     assert hash(kernels) == hash(resolve_attention(requested, FakeDevice(), **CACHE))  # one program for both
     assert resolve_attention("reference", FakeDevice(), **CACHE) is REFERENCE
+    assert resolve_attention(requested, FakeDevice(), **CACHE, kv_dtype="float8_e4m3fn") is kernels
 
 
 @needs_new_jax
@@ -48,6 +49,12 @@ OBSTACLES = [
     pytest.param(CPU, {}, "on cpu: they need a Hopper GPU .*, this is cpu", id="cpu"),
     pytest.param(FakeDevice(), {"head_dim": 8}, "they run head_dim 64, 80, 96, 128, 256, this is 8", id="head_dim"),
     pytest.param(FakeDevice(), {"page_size": 4}, "they run page_size 8, 16, .*, this is 4", id="page_size"),
+    pytest.param(
+        FakeDevice(),
+        {"head_dim": 80, "kv_dtype": "float8_e4m3fn"},
+        "they run float8_e4m3fn pages with a head_dim that is a multiple of 32, this is 80",
+        id="fp8-head_dim",
+    ),
     pytest.param(FakeDevice(), {"dtype": "float32"}, "they run dtype bfloat16, float16, this is float32", id="dtype"),
 ]
 

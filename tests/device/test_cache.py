@@ -10,7 +10,7 @@ import pytest
 from toy import TOY
 
 from jaxpaged.config import CacheConfig, EngineConfig
-from jaxpaged.device.cache import CopiesPages, PagedCache
+from jaxpaged.device.cache import CopiesPages, PagedCache, make_paged_cache
 from jaxpaged.device.dense_cache import DenseCache, OneStepCache, make_cache
 from jaxpaged.host.step.batching import Buckets, make_copies
 
@@ -71,6 +71,22 @@ def test_no_program_copies_pages_where_nothing_is_kept():
     assert buckets.copies == ()
     assert list(make_copies([], buckets)) == []
     assert Buckets.for_limits(EngineConfig(max_model_len=16), CACHE).copies != ()
+
+
+def test_fp8_pages_hold_what_is_written_rounded_and_never_more_than_their_largest_number():
+    """A byte a number; 448 stands for all that is larger, infinity too, and NaN for NaN alone."""
+    written = [0.0, 1.0, -1.06, 1.07, 447.0, 1e4, -np.inf, np.nan]
+    read = [0.0, 1.0, -1.0, 1.125, 448.0, 448.0, -448.0, np.nan]
+    cache = make_paged_cache(TOY, CacheConfig(page_size=4, num_pages=9, dtype="float8_e4m3fn"))
+    assert {(pool.shape, pool.nbytes) for pool in jax.tree.leaves(cache)} == {((9, 4, 2, 8), 9 * 4 * 2 * 8)}
+    tokens = np.tile(np.float32(written), (3, 2, 1))  # [T, K, D]
+    slots = np.array([5, 6, 0])
+    for dtype in ("float32", "bfloat16", "float16"):
+        k = jax.numpy.asarray(np.minimum(tokens, 6e4), dtype)
+        pool = cache.write(1, k, k, slots).v[1]
+        found = jax.lax.bitcast_convert_type(pool, jax.numpy.float8_e4m3fn).astype("float32")
+        np.testing.assert_array_equal(found[1, 1], [read, read])
+        np.testing.assert_array_equal(found[1, 3], 0)
 
 
 def test_gathered_pages_are_scattered_back_to_other_ids():

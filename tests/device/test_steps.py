@@ -24,8 +24,9 @@ def decode_batch(rows=4, width=16) -> DecodeBatch:
     )
 
 
-def test_the_pool_is_donated_and_updated_in_place():
-    cache = make_paged_cache(TOY, CacheConfig(16, 2000, "float32"))
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
+def test_the_pool_is_donated_and_updated_in_place(dtype):
+    cache = make_paged_cache(TOY, CacheConfig(16, 2000, dtype))
     pool_bytes = sum(pool.nbytes for pool in (*cache.k, *cache.v))
     (packed, layout), latest = pack(decode_batch()), np.zeros(8, np.int32)
     static = dict(config=TOY, kernels=REFERENCE, layout=layout)

@@ -47,7 +47,7 @@ def test_an_option_that_is_not_given_has_its_default():
 
 def test_which_options_an_llm_settles_and_which_decide_results():
     assert FIXED_OPTIONS == ("dtype", "load_format", "seed")
-    assert RESULT_OPTIONS == ("dtype", "load_format", "seed", "max_model_len")
+    assert RESULT_OPTIONS == ("dtype", "load_format", "seed", "max_model_len", "kv_cache_dtype")
 
 
 @pytest.mark.parametrize("option", [o for o in engine_options() if o.choices], ids=lambda option: option.name)
@@ -115,6 +115,22 @@ def test_the_signatures_of_calls_are_their_own():
     assert list(inspect.signature(LLM.generate).parameters) == [
         "self", "prompts", "sampling_params", "progress", "shared_prefix", "add_special_tokens",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(kv_cache="dense-slots"), "kv_cache_dtype='fp8' is of pages, and kv_cache='dense-slots' has none: leave"),
+        (dict(kv_cache="none"), "kv_cache_dtype='fp8' is of pages, and kv_cache='none' has none"),
+        (dict(shared_prefixes=True), "shared_prefixes=True reads pages of dtype alone, and those of .*'fp8' are not"),
+        (dict(attention="pallas"), "attention='pallas' cannot run its kernels"),
+        (dict(kv_cache_dtype="fp8_e5m2"), "kv_cache_dtype='fp8_e5m2'; choose one of auto, fp8, fp8_e4m3"),
+    ],
+)
+def test_fp8_pages_are_refused_where_nothing_can_read_them(llm, options, message):
+    directory = llm._checkpoint.directory
+    with pytest.raises(ValueError, match=message):
+        LLM(directory, **{"kv_cache_dtype": "fp8", "num_pages": 20, **options})
 
 
 @pytest.mark.parametrize(

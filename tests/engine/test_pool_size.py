@@ -17,8 +17,11 @@ MIB = 1 << 20
 LIMITS = EngineConfig(max_model_len=256, max_num_seqs=64, max_num_batched_tokens=256)
 
 
-def make_sizer(memory: int, model=TOY, page_size=16, limits=LIMITS, memory_utilization=0.9, kernels=REFERENCE):
-    return PoolSizer(model, "float32", page_size, limits, memory_utilization, kernels, jax.devices("cpu")[0], memory)
+def make_sizer(memory: int, model=TOY, page_size=16, limits=LIMITS, memory_utilization=0.9, kernels=REFERENCE,
+               kv_dtype="float32"):  # fmt: skip
+    return PoolSizer(
+        model, "float32", kv_dtype, page_size, limits, memory_utilization, kernels, jax.devices("cpu")[0], memory
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def test_what_a_step_takes_does_not_depend_on_the_size_of_the_pool():
         cache = CacheConfig(16, num_pages, "float32")
         sizer = make_sizer(MIB)
         persistent = sizer.weight_bytes + num_pages * sizer.page_bytes
-        programs = lower_largest_steps(TOY, cache, LIMITS, REFERENCE, jax.devices("cpu")[0])
+        programs = lower_largest_steps(TOY, "float32", cache, LIMITS, REFERENCE, jax.devices("cpu")[0])
         return [transient_bytes(lowered.compile(), persistent) for lowered in programs]
 
     assert transient(100) == transient(10_000)
@@ -51,6 +54,13 @@ def test_pool_weights_and_step_fill_the_share_they_may_use(step_bytes):
 def test_no_more_pages_than_sequences_can_use_and_nothing_is_compiled_to_know_it():
     unusable = AttentionKernels("none", pytest.fail, pytest.fail)
     assert make_sizer(memory=1 << 34, kernels=unusable).choose(toy_params()) == 64 * 16 + 1
+
+
+def test_twice_as_many_fp8_pages_as_16_bit_ones_fit():
+    fp8, half = (make_sizer(4 * MIB, kv_dtype=kv_dtype) for kv_dtype in ("float8_e4m3fn", "bfloat16"))
+    assert (fp8.page_bytes, half.page_bytes) == (1024, 2048)
+    assert fp8.weight_bytes == half.weight_bytes
+    assert fp8._room(MIB, MIB) // 2 == half._room(MIB, MIB)
 
 
 def test_the_generous_estimate_is_above_what_is_measured(step_bytes):

@@ -26,15 +26,21 @@ WITH_RACE_DETECTOR = plgpu.InterpretGPUParams(detect_races=True)
 WINDOW, CAP = dict(sliding_window=70), dict(soft_cap=3.0)
 
 
-def run(lens, counts, *, page_size=16, heads=2, kv_heads=1, head_dim=64, starts=None, tokens=None,
-        dtype=jnp.bfloat16, interpret=INTERPRETED, num_programs=3, reruns=0, **options):  # fmt: skip
-    """Rows of `lens` positions whose last `counts` are queries: checks them, zeros elsewhere, and reruns to the bit."""
+def run(lens, counts, *, page_size=16, heads=2, kv_heads=1, head_dim=64, starts=None, tokens=None, dtype=jnp.bfloat16,
+        pages_dtype=None, scales=None, interpret=INTERPRETED, num_programs=3, reruns=0, **options):  # fmt: skip
+    """Rows of `lens` positions whose last `counts` are queries: checks them, zeros elsewhere, and reruns to the bit.
+
+    `scales` are of fp8 pages, of keys and of values, by head or one for all.
+    """
     case = Case(lens, page_size, heads, kv_heads, head_dim)
     counts = np.array(counts, np.int32)
     starts = np.cumsum(counts) - counts if starts is None else starts
     tokens = int((starts + counts).max()) if tokens is None else tokens
-    args = [jnp.asarray(x, dtype) for x in (case.queries(tokens), case.k_pages, case.v_pages)]
+    args = [jnp.asarray(case.queries(tokens), dtype)]
+    args += [jnp.asarray(x, pages_dtype or dtype) for x in (case.k_pages, case.v_pages)]
     rows = [jnp.asarray(x, jnp.int32) for x in (case.tables, starts, counts, case.lens)]
+    if scales is not None:
+        options["k_scales"], options["v_scales"] = (jnp.asarray([scale], jnp.float32) for scale in scales)
     options = dict(scale=1.2 * head_dim**-0.5, **options)
     attend = functools.partial(paged_prefill, num_programs=num_programs, interpret=interpret, **options)
     out = attend(*args, *rows)
@@ -72,6 +78,22 @@ SMALL = [
     pytest.param(dict(lens=[150, 20], counts=[100, 20], head_dim=256, heads=1), id="head-256", marks=SLOW),
     pytest.param(dict(lens=[140, 9], counts=[31, 9], heads=8, dtype=jnp.float16), id="float16-group-8", marks=SLOW),
 ]
+FP8 = dict(pages_dtype=jnp.float8_e4m3fn)
+FP8_SMALL = [
+    pytest.param(
+        dict(lens=[130, 0, 40, 7], counts=[60, 0, 40, 1], kv_heads=2, scales=([0.7, 1.5], [2.0, 0.1])),
+        id="scales-by-head",
+    ),
+    pytest.param(dict(RAGGED, heads=4, kv_heads=2), id="ragged", marks=SLOW),
+    pytest.param(dict(APART, **WINDOW, page_size=32, head_dim=96), id="window-head-96", marks=SLOW),
+    pytest.param(
+        dict(lens=[300, 20], counts=[140, 20], head_dim=128, page_size=8, **CAP), id="head-128-cap", marks=SLOW
+    ),
+    pytest.param(
+        dict(lens=[150, 20], counts=[100, 20], head_dim=256, heads=1, page_size=64), id="head-256", marks=SLOW
+    ),
+    pytest.param(dict(lens=[140, 9], counts=[31, 9], dtype=jnp.float16, scales=([0.5], [3.0])), id="f16", marks=SLOW),
+]
 LARGE = [
     pytest.param(dict(lens=[4000, 2500, 0, 700, 33], counts=[4000, 1100, 0, 700, 1]), id="ragged"),
     pytest.param(dict(lens=[3000, 2500], counts=[2900, 300], starts=np.array([77, 2990]), tokens=3700), id="apart"),
@@ -85,6 +107,7 @@ LARGE = [
     pytest.param(dict(lens=[2100, 900], counts=[1500, 900], head_dim=256, heads=4, sliding_window=300), id="head-256"),
     pytest.param(dict(lens=[2100, 900], counts=[1500, 900], dtype=jnp.float16, heads=6), id="float16-group-3"),
 ]
+FP8_LARGE = [case for case in LARGE if case.id != "head-80"]
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -98,14 +121,32 @@ def test_equals_the_reference_compiled(case):
     run(**case, interpret=None)
 
 
+@pytest.mark.parametrize("case", FP8_SMALL)
+def test_fp8_pages_equal_the_reference_interpreted(case):
+    run(**case, **FP8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FP8_SMALL)
+def test_fp8_pages_equal_the_reference_compiled(case):
+    run(**case, **FP8, interpret=None, reruns=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FP8_LARGE)
+def test_large_shapes_of_fp8_pages_equal_the_reference_and_reruns_equal_to_the_bit(case):
+    run(**dict(heads=8, kv_heads=2, head_dim=128, interpret=None, num_programs=None, reruns=3) | case, **FP8)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE)
 def test_large_shapes_equal_the_reference_and_reruns_equal_to_the_bit(case):
     run(**dict(heads=8, kv_heads=2, head_dim=128, interpret=None, num_programs=None, reruns=3) | case)
 
 
-def test_no_data_race(capfd):
-    run(lens=[300, 260], counts=[100, 30], **WINDOW, interpret=WITH_RACE_DETECTOR, num_programs=1)
+@pytest.mark.parametrize("pages", [{}, pytest.param(FP8, marks=SLOW, id="fp8")])
+def test_no_data_race(pages, capfd):
+    run(lens=[300, 260], counts=[100, 30], **WINDOW, **pages, interpret=WITH_RACE_DETECTOR, num_programs=1)
     output = capfd.readouterr()
     assert "RACE DETECTED" not in output.out + output.err
 
@@ -187,8 +228,21 @@ def shapes(*, tokens=300, heads=8, kv_heads=2, head_dim=128, page_size=16, rows=
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("options", [{}, WINDOW | CAP])
 def test_lowers_for_cuda_without_a_gpu(head_dim, options):
+    lower(shapes(head_dim=head_dim), **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, pytest.param(128, marks=SLOW), 256])
+def test_lowers_for_cuda_without_a_gpu_for_fp8_pages(head_dim):
+    lower(shapes(head_dim=head_dim, **fp8_pages(head_dim)), **WINDOW)
+
+
+def lower(arrays, **options):
     attend = functools.partial(paged_prefill, scale=0.1, **options)
-    jax.jit(attend).trace(**shapes(head_dim=head_dim)).lower(lowering_platforms=("cuda",))
+    jax.jit(attend).trace(**arrays).lower(lowering_platforms=("cuda",))
+
+
+def fp8_pages(head_dim=128):
+    return dict.fromkeys(("k_pages", "v_pages"), jax.ShapeDtypeStruct((40, 16, 2, head_dim), jnp.float8_e4m3fn))
 
 
 def test_layers_share_one_kernel():
@@ -204,12 +258,16 @@ def test_layers_share_one_kernel():
 TILES = {64: (128, 2, 4, 4), 80: (128, 2, 4, 4), 96: (128, 2, 3, 4), 128: (128, 2, 2, 3), 256: (64, 1, 2, 3)}
 
 
-@pytest.mark.parametrize("head_dim", TILES)
-def test_the_tile_fits_shared_memory(head_dim):
-    tile = choose_tile(head_dim)
-    assert tile == PrefillTile(*TILES[head_dim])
-    tokens = 128 * tile.query_places + tile.keys * (tile.key_places + tile.value_places)
-    assert tokens * head_dim * 2 <= 227 * 1024
+FP8_TILES = {64: (128, 2, 2, 2, 4), 96: (128, 2, 2, 2, 3), 128: (128, 1, 2, 2, 2), 256: (64, 1, 2, 2, 1)}
+
+
+@pytest.mark.parametrize("itemsize, tiles", [(2, TILES), (1, FP8_TILES)])
+def test_the_tile_fits_shared_memory(itemsize, tiles):
+    for head_dim, fields in tiles.items():
+        tile = choose_tile(head_dim, itemsize)
+        assert tile == PrefillTile(*fields)
+        tokens = 128 * tile.query_places + tile.keys * (tile.key_places + tile.value_places)
+        assert (2 * tokens + 2 * tile.keys * tile.page_places) * head_dim <= 227 * 1024
 
 
 ERRORS = [
@@ -218,8 +276,17 @@ ERRORS = [
     pytest.param(dict(page_size=4), {}, "page_size 4; these kernels run 8, 16", id="page-size"),
     pytest.param(dict(head_dim=72), {}, "head_dim 72", id="head-dim"),
     pytest.param(
-        dict.fromkeys(("k_pages", "v_pages"), jax.ShapeDtypeStruct((40, 16, 2, 128), jnp.float8_e4m3fn)),
-        {}, "pages are float8_e4m3fn and q is bfloat16", id="fp8",
+        dict(fp8_pages(), v_scales=jax.ShapeDtypeStruct((40, 2), jnp.float32)), {},
+        r"v_scales is float32\[40, 2\], a scale for each page; this kernel runs scales of heads, float32\[1, 2\]",
+        id="scales-by-page",
+    ),
+    pytest.param(
+        dict(k_scales=jax.ShapeDtypeStruct((1, 2), jnp.float32)), {}, "k_scales and v_scales belong to pages of float8",
+        id="scales-without-fp8",
+    ),
+    pytest.param(fp8_pages(), dict(tile=PrefillTile()), "page_places are at least 1 for 8 bits", id="fp8-tile"),
+    pytest.param(
+        {}, dict(tile=PrefillTile(page_places=2)), "page_places=2.* with pages of 16 bits", id="16-bit-tile"
     ),
     pytest.param({}, dict(scale=-1.0), "scale=-1.0", id="scale"),
     pytest.param({}, dict(sliding_window=0), "sliding_window=0", id="window"),
@@ -232,7 +299,9 @@ def test_refuses_what_it_cannot_run(arrays, options, message):
         jax.eval_shape(functools.partial(paged_prefill, **(dict(scale=0.1) | options)), **shapes(**arrays))
 
 
-@pytest.mark.parametrize("fields", [dict(keys=96), dict(keys=512), dict(value_places=1), dict(query_places=0)])
+@pytest.mark.parametrize(
+    "fields", [dict(keys=96), dict(keys=512), dict(value_places=1), dict(query_places=0), dict(page_places=-1)]
+)
 def test_a_tile_checks_itself(fields):
     with pytest.raises(ValueError):
         PrefillTile(**fields)

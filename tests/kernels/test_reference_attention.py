@@ -92,6 +92,20 @@ def test_prefill_equals_the_definition(page_size, options):
     np.testing.assert_array_equal(out[sum(counts) :], 0)
 
 
+def test_prefill_multiplies_fp8_pages_by_their_scales_as_decode_does():
+    case = Case([40, 7], 16)
+    pages = [pool.astype(jnp.float8_e4m3fn) for pool in (case.k_pages, case.v_pages)]
+    scales = np.random.default_rng(1).uniform(0.5, 2, (2, pages[0].shape[0], 2)).astype(np.float32)
+    by_page = dict(k_scales=jnp.asarray(scales[0]), v_scales=jnp.asarray(scales[1]))
+    q, tables, lens = (jnp.asarray(x) for x in (case.queries(2), case.tables, case.lens))
+    rows = jnp.arange(2, dtype=jnp.int32), jnp.ones(2, jnp.int32), lens
+    decoded = reference.paged_decode(q, *pages, tables, lens, scale=0.3, **by_page)
+    prefilled = reference.paged_prefill(q, *pages, tables, *rows, scale=0.3, **by_page)
+    np.testing.assert_allclose(prefilled, decoded, atol=2e-6)
+    without = reference.paged_decode(q, *pages, tables, lens, scale=0.3)
+    assert np.abs(decoded - without).max() > 0.1
+
+
 @pytest.mark.parametrize("groups", [(4, 4), (4, 1), (6, 3)])
 def test_any_group_size(groups):
     heads, kv_heads = groups
