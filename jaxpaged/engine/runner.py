@@ -26,6 +26,7 @@ from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, make_cop
 from jaxpaged.host.step.cascade import Cascade, empty_cascade, measured_rule, plan_cascade
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.id_check import check_copies, check_ids, check_pages
+from jaxpaged.host.step.standing_batch import BatchMaker
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import (
     NULL_PAGE,
@@ -80,6 +81,7 @@ class StepRunner:
         self.remake_pool()
         self.page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
         self.buckets = Buckets.for_limits(limits, cache)
+        self._batches = BatchMaker(cache, model.vocab_size)
         self.cascade = self._find_cascade() if limits.cascade_attention else None
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
 
@@ -93,8 +95,7 @@ class StepRunner:
 
     def prepare(self, plan: StepPlan, features: SamplingFeatures) -> PreparedStep:
         """The step of a plan, in a run whose requests ask for these features."""
-        shape = self.buckets.shape_of(plan, features)
-        batch = make_batch(plan, shape, self.cache_config, self.model.vocab_size, features)
+        batch = self._batches.make(plan, self.buckets, features)
         batch, copies_before = self._with_copies(self._ready(batch, features), plan.copies, features)
         return PreparedStep(*pack(batch), features, copies_before)
 

@@ -51,7 +51,7 @@ class PrefillQueue:
             group, sequence = self._queue[0]
             start = sequence.num_computed
             count = min(budget, group.num_to_prefill(sequence) - start)
-            if plan.rows and (count == 1) != (plan.rows[0].count == 1):
+            if plan.listed and (count == 1) != (plan.listed[0].count == 1):
                 break  # one token a row is a decode step (batching.py): among longer rows it costs many times more
             is_last = start + count == group.num_to_prefill(sequence)
             num_samples += _num_first_samples(group) if is_last else 0
@@ -66,7 +66,7 @@ class PrefillQueue:
 
     def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
         """The last planned row completes a prompt: choose the first token of every sample from it."""
-        row = len(plan.rows) - 1
+        row = len(plan.listed) - 1
         if group.is_prefix or (group.beams and group.is_forked):
             return
         plan.samples.append(Sample(group, sequence, row))
@@ -94,7 +94,7 @@ def _num_first_samples(group: SequenceGroup) -> int:
 
 
 def _plan_row(plan: StepPlan, group: SequenceGroup, sequence: Sequence, start: int, count: int) -> None:
-    plan.rows.append(PlanRow(group, sequence, start, count))
+    plan.listed.append(PlanRow(group, sequence, start, count))
     sequence.num_computed = start + count
     num_recomputed = max(0, min(sequence.num_computed, sequence.num_once_computed) - start)
     group.recomputed_tokens += num_recomputed

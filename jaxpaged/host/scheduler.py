@@ -60,6 +60,7 @@ class Scheduler:
         self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
         self._prefill = PrefillQueue(limits, self.policy)
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
+        self._batch_tables: list[BlockTable] = []  # of the batch
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
         self._copies: list[PageCopy] = []  # likewise
@@ -73,7 +74,8 @@ class Scheduler:
     @property
     def tables(self) -> list[BlockTable]:
         """Of every running sequence."""
-        return [sample.sequence.table for sample in self._decoding()]
+        self._decoding()
+        return self._batch_tables
 
     @property
     def prefix_tables(self) -> list[BlockTable]:
@@ -185,6 +187,7 @@ class Scheduler:
             self._batch, rows = [], itertools.count()
             for group in self.running:
                 self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
+            self._batch_tables = [sample.sequence.table for sample in self._batch]
         return self._batch
 
     # Decode and preemption
@@ -203,7 +206,7 @@ class Scheduler:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
                 self._preempt(self.running.pop(), plan)
         plan.samples = samples
-        plan.rows = [PlanRow(group, sequence, sequence.num_computed, 1) for group, sequence, _ in samples]
+        plan.starts = [sequence.num_computed for _, sequence, _ in samples]
         for _, sequence, _ in samples:
             sequence.num_computed = computed = sequence.num_computed + 1
             if sequence.num_once_computed < computed:

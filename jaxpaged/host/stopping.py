@@ -11,15 +11,15 @@ def apply_stop(group: SequenceGroup, sequence: Sequence) -> bool:
     Where several rules hold at once the order is end-of-sequence, stop token, stop string, length, as in vLLM.
     Nothing but length ends a sample before `min_tokens`.
     """
-    token_id = sequence.token_ids[-1]
-    may_stop = len(sequence.token_ids) - sequence.prompt_len >= group.params.min_tokens
+    token_id, length = sequence.token_ids[-1], len(sequence.token_ids)
+    may_stop = length - sequence.prompt_len >= group.params.min_tokens
     if may_stop and token_id in group.eos_ids:
         sequence.finish_reason = "stop"
     elif may_stop and token_id in group.stop_ids:
         sequence.finish_reason, sequence.stop_reason = "stop", token_id
     elif sequence.stream is not None and (stop := sequence.stream.push(token_id, may_stop=may_stop)) is not None:
         sequence.finish_reason, sequence.stop_reason = "stop", stop
-    elif len(sequence.token_ids) >= group.max_len:
+    elif length >= group.max_len:
         sequence.finish_reason = "length"
     else:
         return False

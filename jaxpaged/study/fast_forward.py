@@ -31,7 +31,7 @@ def num_quiet_steps(plan: StepPlan, scheduler: Scheduler) -> int:
     if most < 1 or not isinstance(scheduler.policy, Paged):
         return max(most, 0)
     free, size = scheduler.allocator.num_free, scheduler.cache.page_size
-    if len(plan.rows) * num_pages_for(most, size) <= free:
+    if plan.num_rows * num_pages_for(most, size) <= free:
         return most
     growth = page_growth([row.sequence.table.num_slots for row in plan.rows], most, size)
     return int(np.searchsorted(growth, free, side="right"))
@@ -55,4 +55,4 @@ def advance(plan: StepPlan, scheduler: Scheduler, stats: RunStats, num_steps: in
         sequence.token_ids.extend([token] * num_steps)
         sequence.num_computed += num_steps
         sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed)
-    stats.record_ahead(num_steps, len(plan.rows), growth, isinstance(scheduler.policy, Paged))
+    stats.record_ahead(num_steps, plan.num_rows, growth, isinstance(scheduler.policy, Paged))

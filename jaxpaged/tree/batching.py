@@ -80,7 +80,7 @@ def plan_spans(
 
 
 def _add_row(step: SpanStep, group: SequenceGroup, index: int, span: Span, start: int, count: int) -> None:
-    step.plan.rows.append(PlanRow(group, span.sequence, start, count))
+    step.plan.listed.append(PlanRow(group, span.sequence, start, count))
     step.spans.append(index)
     if start + count == span.stop:
         step.plan.samples.append(Sample(group, span.sequence, len(step.spans) - 1))

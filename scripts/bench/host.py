@@ -26,13 +26,14 @@ from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.host.step.batching import Buckets, make_batch
+from jaxpaged.host.step.batching import Buckets
 from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.standing_batch import BatchMaker
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import GroupCandidates, RowCandidates, StepOutputs, TokenLogprobs, pack
 
 VOCAB_SIZE = 32_000
-PARTS = ("schedule", "account", "batching", "commit", "schedule+commit", "all")
+PARTS = ("foresee", "schedule", "account", "batching", "commit", "all")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,12 +53,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each part of every decode step: deciding, the account, the arrays, learning; and sums of them."""
+    """Seconds of each part of every decode step, in the engine's order (engine/step_loop.py); and their sum."""
     max_len = args.context + args.steps + 2
     pages = args.sequences * -(-max_len // args.page_size) + 2
     cache = CacheConfig(args.page_size, pages)
     limits = EngineConfig(max_len, max_num_seqs=args.sequences, max_num_batched_tokens=8192, watermark=0.0)
     scheduler, buckets = Scheduler(cache, limits), Buckets.for_limits(limits, cache)
+    batches = BatchMaker(cache, VOCAB_SIZE)
     rng = np.random.default_rng(0)
     per_request = args.beam_width or args.samples_per_request
     groups = [
@@ -69,26 +71,48 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     features = SamplingFeatures.of(groups, VOCAB_SIZE)
     stats = RunStats.for_cache(cache)
     times: dict[str, list[float]] = {name: [] for name in PARTS}
-    while scheduler.has_work:
-        t0 = time.perf_counter()
-        plan = scheduler.schedule()
-        assert plan is not None
-        t1 = time.perf_counter()
-        stats.record(plan, scheduler)
-        t2 = time.perf_counter()
-        if not plan.is_prefill:
-            shape = buckets.shape_of(plan, features)
-            pack(make_batch(plan, shape, cache, VOCAB_SIZE, features))
-        t3 = time.perf_counter()
+    plan = scheduler.schedule()
+    while plan is not None:
         outputs = _outputs(plan, features, rng)
-        t4 = time.perf_counter()
+        t0 = time.perf_counter()
+        is_ahead = scheduler.can_foresee(plan)
+        if is_ahead:
+            scheduler.foresee(plan)
+        t1 = time.perf_counter()
+        following = scheduler.schedule(is_ahead) if is_ahead else None
+        t2 = time.perf_counter()
+        if following is not None:
+            prepared = _prepare(following, scheduler, stats, batches, buckets, features)
+        t3 = time.perf_counter()
         scheduler.commit(plan, outputs)
-        t5 = time.perf_counter()
-        if not plan.is_prefill and len(plan.rows) == args.sequences:
-            parts = (t1 - t0, t2 - t1, t3 - t2, t5 - t4)
-            for name, seconds in zip(PARTS, (*parts, parts[0] + parts[3], sum(parts)), strict=True):
+        t4 = time.perf_counter()
+        if not is_ahead:
+            following = scheduler.schedule()
+            if following is not None:
+                t2 = time.perf_counter() - t4 + t1
+                prepared = _prepare(following, scheduler, stats, batches, buckets, features)
+        if following is not None and not plan.is_prefill and following.num_rows == args.sequences:
+            parts = (t1 - t0, t2 - t1, *prepared, t4 - t3)
+            for name, seconds in zip(PARTS, (*parts, sum(parts)), strict=True):
                 times[name].append(seconds)
+        plan = following
     return times
+
+
+def _prepare(
+    plan: StepPlan,
+    scheduler: Scheduler,
+    stats: RunStats,
+    batches: BatchMaker,
+    buckets: Buckets,
+    features: SamplingFeatures,
+) -> tuple[float, float]:
+    """Seconds of the account, and of the arrays."""
+    t0 = time.perf_counter()
+    stats.record(plan, scheduler)
+    t1 = time.perf_counter()
+    pack(batches.make(plan, buckets, features))
+    return t1 - t0, time.perf_counter() - t1
 
 
 def _request(index: int, prompt: list[int], args: argparse.Namespace) -> SequenceGroup:

@@ -117,7 +117,7 @@ class RunStats:
         held = [*tables, *scheduler.prefix_tables]
         logical = sum([len(table.pages) for table in tables])
         is_shared = sum([len(table.pages) for table in held]) > allocator.num_used
-        num_decoded = len(plan.rows) + plan.num_idle_rows
+        num_decoded = plan.num_rows + plan.num_idle_rows
         entries = {
             "pages_used": allocator.num_used,
             "logical_pages": logical,

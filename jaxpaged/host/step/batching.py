@@ -67,12 +67,13 @@ class Buckets:
         return decode + prefill
 
     def shape_of(self, plan: StepPlan, features: SamplingFeatures) -> StepShape:
-        width = fit(max((len(row.sequence.table.pages) for row in plan.rows), default=0), self.table_widths)
+        rows = plan.rows
+        width = fit(max((len(row.sequence.table.pages) for row in rows), default=0), self.table_widths)
         if not plan.is_prefill or _can_decode(plan, features):
-            return StepShape(fit(len(plan.rows) + plan.num_idle_rows, self.decode_rows), width)
+            return StepShape(fit(len(rows) + plan.num_idle_rows, self.decode_rows), width)
         # As many rows to sample from as table rows, so that one list serves both.
-        rows = fit(max(len(plan.rows), len(plan.samples)), self.prefill_rows)
-        return StepShape(rows, width, fit(sum(row.count for row in plan.rows), self.prefill_tokens))
+        num_rows = fit(max(len(rows), len(plan.samples)), self.prefill_rows)
+        return StepShape(num_rows, width, fit(sum(row.count for row in rows), self.prefill_tokens))
 
 
 def _can_decode(plan: StepPlan, features: SamplingFeatures) -> bool:
@@ -114,14 +115,15 @@ def make_batch(
     plan: StepPlan, shape: StepShape, cache: CacheConfig, vocab_size: int, features: SamplingFeatures
 ) -> StepBatch:
     """The step's arrays; row i of the plan is row i of the arrays. An empty plan gives a step that does nothing."""
-    tables = _block_tables(plan.rows, shape)
+    rows = plan.rows
+    tables = _block_tables(rows, shape)
     history_len = shape.table_width * cache.page_size
     sampling = make_sampling_inputs(plan.samples, shape.num_rows, history_len, vocab_size, features)
     if shape.num_tokens is None:
         if features.merged_widths is not None:
             beam_rows = make_beam_rows(plan.samples, shape.num_rows, features.merged_widths)
             sampling = sampling._replace(beam_rows=beam_rows)
-        return DecodeBatch(_decode_inputs(plan.rows, tables, cache.page_size), sampling)
+        return DecodeBatch(_decode_inputs(rows, tables, cache.page_size), sampling)
     return PrefillBatch(_prefill_inputs(plan, shape.num_tokens, tables, cache.page_size, features), sampling)
 
 

@@ -32,8 +32,9 @@ class StepPlan:
     """One step: all of it prefill (several tokens a row) or all of it decode (one token a row)."""
 
     is_prefill: bool
-    rows: list[PlanRow] = field(default_factory=list)
+    listed: list[PlanRow] = field(default_factory=list)  # rows, unless `starts` say them
     samples: list[Sample] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # of a decode step: the token of each sample that it computes
     # To be carried out in this order before the step writes: swaps, then copies. What is taken out may be overwritten.
     swaps: list[Swap] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
@@ -44,3 +45,15 @@ class StepPlan:
     leaving: list[SequenceGroup] = field(default_factory=list)  # as was seen then: this step's tokens are their last
     num_trimmed: int = 0  # samples that, as it turned out, had ended one step before
     num_idle_rows: int = 0  # rows behind these, whose sequences have ended while their batch goes on
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.listed) or len(self.starts)
+
+    @property
+    def rows(self) -> list[PlanRow]:
+        """What is computed. Of a decode step made at each call, since most do without (standing_batch.py)."""
+        if not self.starts:
+            return self.listed
+        pairs = zip(self.samples, self.starts, strict=True)
+        return [PlanRow(group, sequence, start, 1) for (group, sequence, _), start in pairs]

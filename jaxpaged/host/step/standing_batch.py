@@ -1,0 +1,93 @@
+"""The arrays of decode steps, kept from step to step while the batch stays the same: only what moves is touched.
+
+Most decode steps have the rows of the step before, each one position further. Listing 256 rows anew, a column a
+parameter, takes the host several times as long as moving them on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxpaged.config import CacheConfig
+from jaxpaged.host.step.batching import Buckets, make_batch
+from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.sampling_batch import make_beam_rows, make_sampling_inputs
+from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.step_io import DecodeBatch, SamplingInputs, StepBatch, of_row
+
+
+class BatchMaker:
+    """Makes the arrays of one plan after the other: those of `make_batch`, which they are tested against.
+
+    What it returns is good until it is called again.
+    """
+
+    def __init__(self, cache: CacheConfig, vocab_size: int):
+        self._cache = cache
+        self._vocab_size = vocab_size
+        self._standing: _StandingBatch | None = None
+
+    def make(self, plan: StepPlan, buckets: Buckets, features: SamplingFeatures) -> StepBatch:
+        standing = self._standing
+        if standing is not None and standing.goes_on_in(plan, features):
+            standing.move()
+            return standing.batch
+        shape = buckets.shape_of(plan, features)
+        batch = make_batch(plan, shape, self._cache, self._vocab_size, features)
+        self._standing = None
+        if isinstance(batch, DecodeBatch) and not plan.is_prefill and plan.starts:
+            self._standing = _StandingBatch(batch, plan, self._cache.page_size, self._vocab_size, features)
+        return batch
+
+
+class _StandingBatch:
+    def __init__(self, batch: DecodeBatch, plan: StepPlan, page_size: int, vocab_size: int, features: SamplingFeatures):
+        self.batch = batch
+        self._samples = plan.samples  # the scheduler's list, another one as soon as a sequence comes or goes
+        self._num_idle_rows = plan.num_idle_rows
+        self._features = features
+        self._page_size = page_size
+        self._vocab_size = vocab_size
+        self._rows = np.arange(plan.num_rows)
+        self._longest = int(batch.inputs.positions.max())  # position of the longest row
+
+    def goes_on_in(self, plan: StepPlan, features: SamplingFeatures) -> bool:
+        """Whether the plan is this batch's next step, over tables that have grown at their ends alone."""
+        return (
+            plan.samples is self._samples
+            and plan.num_idle_rows == self._num_idle_rows
+            and not plan.copies
+            and features == self._features
+            and (self._longest + 1) // self._page_size < self.batch.inputs.block_tables.shape[1]
+        )
+
+    def move(self) -> None:
+        """One position further."""
+        inputs, rows, size = self.batch.inputs, self._rows, self._page_size
+        count = len(rows)
+        self._longest += 1
+        inputs.context_lens[:count] += 1
+        positions = inputs.positions[:count]
+        positions += 1
+        columns, offsets = np.divmod(positions, size)
+        for row in np.flatnonzero(offsets == 0).tolist():
+            inputs.block_tables[row, columns[row]] = self._samples[row].sequence.table.pages[-1]
+        inputs.slot_mapping[:count] = inputs.block_tables[rows, columns] * size + offsets
+        if self._samples[0].sequence.num_pending:  # the step in flight is this batch's last one: row i is row i there
+            inputs.tokens[:count] = of_row(rows)
+        else:
+            inputs.tokens[:count] = [sample.sequence.token_ids[-1] for sample in self._samples]
+        self.batch = self.batch._replace(sampling=self._next_sampling())
+
+    def _next_sampling(self) -> SamplingInputs:
+        features, sampling = self._features, self.batch.sampling
+        if features.needs_history or features.max_edits or features.num_candidates:
+            num_rows, width = self.batch.inputs.block_tables.shape
+            length = width * self._page_size
+            sampling = make_sampling_inputs(self._samples, num_rows, length, self._vocab_size, features)
+            if features.merged_widths is not None:
+                beam_rows = make_beam_rows(self._samples, num_rows, features.merged_widths)
+                sampling = sampling._replace(beam_rows=beam_rows)
+        elif features.needs_seeds:
+            sampling.positions[: len(self._rows)] += 1
+        return sampling

@@ -1,0 +1,82 @@
+"""Arrays that are kept from step to step are those that would be made anew."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_device import PoolModel, begin, make_group, make_scheduler, most_pages_of
+
+from jaxpaged.host.step import standing_batch
+from jaxpaged.host.step.batching import Buckets, make_batch
+from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.standing_batch import BatchMaker
+
+VOCABULARY = 1000
+WAYS = [
+    dict(),
+    dict(seed=7, top_p=0.5),
+    dict(min_p=0.1, min_tokens=1, logit_bias={5: 1.0}),
+    dict(repetition_penalty=1.3),
+    dict(allowed_token_ids=[5, 6]),
+]
+
+
+def assert_same(one, other):
+    assert type(one) is type(other)
+    for name, a, b in zip(one._fields, one, other, strict=True):
+        if isinstance(a, tuple):
+            assert_same(a, b)
+        elif a is None or b is None:
+            assert a is b, name
+        else:
+            np.testing.assert_array_equal(a, b, name)
+            assert a.dtype == b.dtype, name
+
+
+def run_compared(scheduler, groups, is_async) -> None:
+    """Run to the end, ahead of the tokens where that can be, and compare the arrays of every step."""
+    begin(scheduler, groups)
+    features = SamplingFeatures.of(groups, VOCABULARY)
+    buckets, cache = Buckets.for_limits(scheduler.limits, scheduler.cache), scheduler.cache
+    maker, pool = BatchMaker(cache, VOCABULARY), PoolModel(cache.page_size)
+
+    def launch(plan):
+        expected = make_batch(plan, buckets.shape_of(plan, features), cache, VOCABULARY, features)
+        assert_same(maker.make(plan, buckets, features), expected)
+        return plan, pool.run(plan)
+
+    flight = None
+    while flight is not None or (plan := scheduler.schedule()) is not None:
+        plan, outputs = flight or launch(plan)
+        flight = None
+        if is_async and not features.needs_tokens:
+            scheduler.foresee(plan)
+            if (following := scheduler.schedule(is_ahead=True)) is not None:
+                flight = launch(following)
+        scheduler.commit(plan, outputs)
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(1, 3), st.booleans()), min_size=1, max_size=6
+)  # prompt_len, max_tokens, n, whether the first sample ends by a token
+
+
+@settings(max_examples=80, deadline=None)
+@given(requests, st.sampled_from(WAYS), st.integers(1, 5), st.integers(0, 6), st.integers(3, 9), st.booleans())
+def test_in_every_step_of_any_run(requests, way, page_size, spare, max_num_seqs, is_async):
+    groups = [
+        make_group(prompt_len, most, n, **way, stop_token_ids=[3 + prompt_len] if ends else None)
+        for prompt_len, most, n, ends in requests
+    ]
+    pages = most_pages_of(groups, page_size) + 1 + spare
+    run_compared(make_scheduler(pages, page_size, max_num_seqs), groups, is_async)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_batch_that_stays_is_not_made_anew(monkeypatch, is_async):
+    made = []
+    monkeypatch.setattr(standing_batch, "make_batch", lambda *args: (made.append(args), make_batch(*args))[1])
+    run_compared(make_scheduler(64, page_size=2), [make_group(3, 12), make_group(4, 12)], is_async)
+    assert len(made) == 2  # the prompts, and the first decode step
