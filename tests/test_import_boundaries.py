@@ -47,8 +47,6 @@ JAX_ROOMS = ("checkpoint", "device", "engine", "pallas_kernels")
 JAX = ("jax", "jaxlib", "flax", "orbax")
 #: What crosses the door may be what a kernel takes: so this one module has no jax.
 NO_JAX = ("pallas_kernels.cascade_groups",)
-#: Classes of one name that are one thing on both sides of the door.
-TWO_SIDES = ("NoCache",)
 #: Modules that may import less than their room: searches are what a user could have written, one module of a tree knows
 #: the engine, and the door no kernel.
 ONLY = {
@@ -137,8 +135,7 @@ def names_of_two_classes(modules: dict[str, str]) -> dict[str, list[str]]:
 
 
 def test_a_class_has_a_name_of_its_own():
-    two = names_of_two_classes(source_modules())
-    assert {name: where for name, where in two.items() if name not in TWO_SIDES} == {}
+    assert names_of_two_classes(source_modules()) == {}
 
 
 def test_two_classes_of_one_name_are_found():
