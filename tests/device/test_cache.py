@@ -15,7 +15,7 @@ from jaxpaged.device.dense_cache import DenseCache, OneStepCache, make_cache
 from jaxpaged.host.step.batching import Buckets, make_copies
 
 CACHE = CacheConfig(page_size=4, num_pages=9, dtype="float32")
-SYSTEMS = {"paged": PagedCache, "dense-slots": DenseCache, "none": OneStepCache}
+SYSTEMS = {"paged": PagedCache, "dense": DenseCache, "none": OneStepCache}
 
 
 def cache_of(kv_cache):
@@ -26,7 +26,7 @@ def cache_of(kv_cache):
     ("kv_cache", "shapes", "static"),
     [
         ("paged", [(9, 4, 2, 8)] * 4, {}),
-        ("dense-slots", [(2, 16, 2, 8)] * 4, {"page_size": 4}),
+        ("dense", [(2, 16, 2, 8)] * 4, {"page_size": 4}),
         ("none", [], {"max_len": 16}),
     ],
 )
