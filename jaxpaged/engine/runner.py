@@ -106,10 +106,11 @@ class StepRunner:
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
-        send, weights = steps.decode_step, self.parts
+        arrays = self.pool, self._latest, step.packed
         if step.layout[0] is PrefillBatch:
-            send, weights = steps.prefill_step, self.params
-        results, self.pool = send(weights, self.pool, self._latest, step.packed, **static)
+            results, self.pool = steps.prefill_step(self.params, *arrays, **static)
+        else:
+            results, self.pool = steps.decode_step(self.parts, *arrays, **static)
         self._latest = results.latest
         return LaunchedStep(results, step.layout, step.features)
 
