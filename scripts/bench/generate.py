@@ -109,9 +109,9 @@ def floor_seconds(llm: LLM, workload: GenerationWorkload, num_decode_steps: int,
     """What the device needs at least for these tokens in so many decode steps."""
     engine = llm.engine
     weights = flops_per_token(engine.model) / 2  # of the layers' matrices
-    itemsize = jax.numpy.dtype(engine.cache_config.dtype).itemsize
+    itemsize, kv_itemsize = (jax.numpy.dtype(dtype).itemsize for dtype in (engine.dtype, engine.cache_config.dtype))
     head = engine.model.vocab_size * engine.model.embedding_dim
-    token_bytes = engine.model.kv_bytes_per_token(itemsize)
+    token_bytes = engine.model.kv_bytes_per_token(kv_itemsize)
     tokens_read = sum(
         workload.num_samples * (len(prompt) * new + new * (new + 1) // 2)
         for prompt, new in zip(workload.prompts, workload.output_lens, strict=True)

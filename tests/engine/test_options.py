@@ -120,9 +120,9 @@ def test_the_signatures_of_calls_are_their_own():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(kv_cache="dense-slots"), "kv_cache_dtype='fp8' is of pages, and kv_cache='dense-slots' has none: leave"),
+        (dict(kv_cache="dense"), "kv_cache_dtype='fp8' is of pages, and kv_cache='dense' has none: leave"),
         (dict(kv_cache="none"), "kv_cache_dtype='fp8' is of pages, and kv_cache='none' has none"),
-        (dict(shared_prefixes=True), "shared_prefixes=True reads pages of dtype alone, and those of .*'fp8' are not"),
+        (dict(cascade_attention=True), "cascade_attention=True reads pages of dtype alone, and .*'fp8' are not"),
         (dict(attention="pallas"), "attention='pallas' cannot run its kernels"),
         (dict(kv_cache_dtype="fp8_e5m2"), "kv_cache_dtype='fp8_e5m2'; choose one of auto, fp8, fp8_e4m3"),
     ],
