@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import traverse_util
 
@@ -48,6 +47,8 @@ MANIFEST = "manifest.ocdbt"  # of the key-value store in which orbax keeps all t
 
 def save_checkpoint(directory: Path, config: ModelConfig, params: Params) -> None:
     """Write `config` and `params` to a new or empty place; an existing checkpoint there is never overwritten."""
+    import orbax.checkpoint as ocp  # a quarter of a second, which who only loads need not wait for
+
     directory = Path(directory).resolve()
     for name in (PARAMS_FOLDER, "config.json"):
         if (directory / name).exists():
