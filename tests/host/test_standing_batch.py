@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_device import PoolModel, begin, make_group, make_scheduler, most_pages_of
+from scripted_device import (
+    PoolModel,
+    begin,
+    make_group,
+    make_scheduler,
+    make_search,
+    most_pages_of,
+    run_searches,
+)
 
 from jaxpaged.host.step import standing_batch
 from jaxpaged.host.step.batching import Buckets, make_batch
@@ -72,6 +80,21 @@ def test_in_every_step_of_any_run(requests, way, page_size, spare, max_num_seqs,
     ]
     pages = most_pages_of(groups, page_size) + 1 + spare
     run_compared(make_scheduler(pages, page_size, max_num_seqs), groups, is_async)
+
+
+def test_in_every_step_of_searches_whose_beams_take_the_places_of_others():
+    """Where the last pages are full a beam goes on from another's without a copy, so that nothing else shows it."""
+    scheduler = make_scheduler(64, page_size=2)
+    groups = [make_search(3, max_tokens=9, width=3), make_group(4, 9), make_search(6, max_tokens=8, width=4)]
+    features = SamplingFeatures.of(groups, VOCABULARY)
+    buckets, cache = Buckets.for_limits(scheduler.limits, scheduler.cache), scheduler.cache
+    maker = BatchMaker(cache, VOCABULARY)
+
+    def compare(plan):
+        expected = make_batch(plan, buckets.shape_of(plan, features), cache, VOCABULARY, features)
+        assert_same(maker.make(plan, buckets, features), expected)
+
+    run_searches(scheduler, groups, compare)
 
 
 @pytest.mark.parametrize("is_async", [True, False])

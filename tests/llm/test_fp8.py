@@ -85,13 +85,15 @@ def test_tokens_are_those_of_a_model_that_rounds_its_keys_and_values(llm):
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_requests_that_give_way_end_with_the_same_tokens(llm, expected, preemption):
-    llm.rebuild(**TIGHT, preemption=preemption)
+    page_bytes = 4 * 2 * 2 * 2 * 8  # a byte for each number of 4 positions
+    llm.rebuild(**TIGHT, preemption=preemption, swap_space_gib=60 * page_bytes / (1 << 30))
     assert tokens_of(llm) == expected
-    run, page_bytes = llm.last_run, 4 * 2 * 2 * 2 * 8  # a byte for each number of 4 positions
+    run = llm.last_run
     assert run.preemptions > 0 and run.page_copies > 0
     if preemption == "swap":
         assert run.swaps_in == run.swaps_out > 0
-        assert run.swapped_out_bytes % page_bytes == 0 and llm.engine.runner.page_bytes == page_bytes
+        assert llm.engine.limits.preemption.swap_pages == 60
+        assert llm.engine.runner.page_bytes == page_bytes and run.swapped_out_bytes % page_bytes == 0
 
 
 def test_a_prefix_is_computed_once_with_the_same_tokens(llm):

@@ -35,7 +35,9 @@ class BatchMaker:
         shape = buckets.shape_of(plan, features)
         batch = make_batch(plan, shape, self._cache, self._vocab_size, features)
         self._standing = None
-        if isinstance(batch, DecodeBatch) and not plan.is_prefill and plan.starts:
+        # Beams go on from one another's pages, and not always by a copy: where the last page is full, nothing tells.
+        has_beams = any(group.beams for group, _, _ in plan.samples)
+        if isinstance(batch, DecodeBatch) and not plan.is_prefill and plan.starts and not has_beams:
             self._standing = _StandingBatch(batch, plan, self._cache.page_size, self._vocab_size, features)
         return batch
 
