@@ -17,6 +17,7 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionCo
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.beams.beam_state import BeamState, best_hypotheses
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.host.step.cascade import Cascade, CascadeRule
@@ -53,15 +54,14 @@ def toy_engine(
     kv_cache="paged",
     kernels=REFERENCE,
     kv_dtype="float32",
+    async_scheduling=True,
 ) -> Engine:
-    return Engine(
-        toy_params(), TOY, CacheConfig(page_size, num_pages, kv_dtype),
-        EngineConfig(
-            max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
-            kv_cache=kv_cache,
-        ),
-        kernels, jax.devices()[0],
+    limits = EngineConfig(
+        max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
+        kv_cache=kv_cache, async_scheduling=async_scheduling,
     )  # fmt: skip
+    cache = CacheConfig(page_size, num_pages, kv_dtype)
+    return Engine(StepRunner(toy_params(), TOY, cache, limits, kernels, jax.devices()[0]))
 
 
 #: Every page that two rows have in common is read once.

@@ -99,8 +99,10 @@ PROMPT_FLAGS = (
 
 
 def _flag_of(option: Option) -> Flag:
+    if option.kind is bool and option.default:
+        return Flag(option.name, False, f"do not {option.help}", option="--no-" + option.name.replace("_", "-"))
     if option.kind is bool:
-        return Flag(option.name, not option.default, option.help)
+        return Flag(option.name, True, option.help)
     return Flag(option.name, option.kind, option.help_text, choices=option.choices)
 
 

@@ -180,7 +180,7 @@ class EngineOptions:
         choices=KV_CACHE_DTYPES, decides_result=True,
     )  # fmt: skip
     async_scheduling: bool = option(
-        True, "plan and launch the next step while one runs; without it tokens are the same, later: for debugging"
+        True, "plan and launch the next step while one runs; the tokens are the same either way"
     )
     watermark: float = option(
         0.01, "share of a paged pool that admission leaves free, so that running sequences can grow", _share_below_1

@@ -126,7 +126,7 @@ class Compilations(threading.local):
 _compilations = Compilations()
 
 
-def _note(event: str, seconds: float, **facts: Any) -> None:
+def _note(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == COMPILED:
         _compilations.count += 1
 

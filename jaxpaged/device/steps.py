@@ -39,8 +39,9 @@ from jaxpaged.step_io import (
 Array = jax.Array
 Cache = TypeVar("Cache", bound=KVCache)
 
-#: From that many layers on a decode step is two programs, and the share of them in the first. Measured on an H100 with
-#: 32 layers: with 6 in the first program a step takes 9.2 ms, with 10 9.5, with 2 10.3, and as one program 10.1.
+#: From that many layers on a decode step that the host waits for is two programs, and the share of them in the first.
+#: Measured on an H100 with 32 layers: with 6 in the first program a step takes 9.2 ms, with 10 9.5, with 2 10.3, and as
+#: one program 10.1.
 DEEP, FIRST_SHARE = 16, 0.2
 
 #: Packed tokens whose prompt log-probabilities are computed at a time: bounds the logits in memory.
@@ -62,14 +63,15 @@ class DecodePart(NamedTuple):
     params: Params
 
 
-def decode_parts(params: Params, config: ModelConfig) -> tuple[DecodePart, ...]:
+def decode_parts(params: Params, config: ModelConfig, is_async: bool) -> tuple[DecodePart, ...]:
     """A model as `decode_step` takes it: cut once, and not in every step.
 
-    Of a deep model a step is two programs. The host needs a millisecond or two to launch some 14 kernels a layer,
-    although they are one CUDA graph, and nothing runs before it is done: so a short first program keeps the device
-    busy while the second is launched.
+    Where the host waits for a step before it launches the next, a deep model is two programs. The host needs a
+    millisecond or two to launch some 14 kernels a layer, although they are one CUDA graph, and nothing runs before it
+    is done: so a short first program keeps the device busy while the second is launched. Where the next step is
+    launched while one runs (`is_async`), the device is busy anyway, and one launch costs the host less than two.
     """
-    first = round(config.num_layers * FIRST_SHARE) if config.num_layers >= DEEP else 0
+    first = round(config.num_layers * FIRST_SHARE) if config.num_layers >= DEEP and not is_async else 0
     return tuple(
         DecodePart((start, end), dataclasses.replace(params, layers=params.layers[start:end]))
         for start, end in ((0, first), (first, config.num_layers))

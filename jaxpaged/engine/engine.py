@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator
 
 import jax
 
-from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.param_nodes import Params
@@ -43,24 +42,15 @@ class Engine:
     #: Whether Python ends, and has taken the names from its modules: kept here for a run that is open until then.
     _is_ending = staticmethod(sys.is_finalizing)
 
-    def __init__(
-        self,
-        params: Params,
-        model: ModelConfig,
-        cache: CacheConfig,
-        limits: EngineConfig,
-        kernels: AttentionKernels,
-        device: jax.Device,
-        owner: Ownership | None = None,
-    ):
+    def __init__(self, runner: StepRunner, owner: Ownership | None = None):
         self.owner = owner or pool_ownership()
-        self.model = model
-        self.cache_config = cache
-        self.limits = limits
-        self.device = device
-        self.runner = StepRunner(params, model, cache, limits, kernels, device)
-        self.scheduler = Scheduler(cache, limits)
-        self.record = RunRecord(cache)
+        self.runner = runner
+        self.model = runner.model
+        self.cache_config = runner.cache_config
+        self.limits = runner.limits
+        self.device = runner.device
+        self.scheduler = Scheduler(self.cache_config, self.limits)
+        self.record = RunRecord(self.cache_config)
         self.recorder: TraceRecorder | None = None  # takes down the next run, if someone sets it
 
     @property

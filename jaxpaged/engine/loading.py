@@ -27,6 +27,7 @@ from jaxpaged.device.param_nodes import Params
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.pool_size import PoolSizer
 from jaxpaged.engine.preemption import reserve_swap_space, resolve_preemption
+from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.ownership import Ownership
 
 logger = logging.getLogger("jaxpaged")
@@ -66,7 +67,7 @@ def build_engine(
     num_pages = sizer.choose(params) if num_pages is None else num_pages
     cache = CacheConfig(options.page_size, num_pages, kv_dtype)
     limits = reserve_swap_space(limits, cache, model, device)
-    return Engine(params, model, cache, limits, kernels, device, owner)
+    return Engine(StepRunner(params, model, cache, limits, kernels, device), owner)
 
 
 def _resolve_kernels(

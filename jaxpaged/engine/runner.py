@@ -72,7 +72,7 @@ class StepRunner:
         device: jax.Device,
     ):
         self.params = params
-        self.parts = steps.decode_parts(params, model)
+        self._parts = {is_async: steps.decode_parts(params, model, is_async) for is_async in (True, False)}
         self.model = model
         self.cache_config = cache
         self.limits = limits
@@ -110,7 +110,7 @@ class StepRunner:
         if step.layout[0] is PrefillBatch:
             results, self.pool = steps.prefill_step(self.params, *arrays, **static)
         else:
-            results, self.pool = steps.decode_step(self.parts, *arrays, **static)
+            results, self.pool = steps.decode_step(self._parts_for(step.features), *arrays, **static)
         self._latest = results.latest
         return LaunchedStep(results, step.layout, step.features)
 
@@ -154,6 +154,9 @@ class StepRunner:
     def _cascade_of(self, features: SamplingFeatures) -> Cascade | None:
         """How decode steps share prefixes: not at all where no samples or beams could, nor requests of one prefix."""
         return self.cascade if features.has_samples or features.has_prefix else None
+
+    def _parts_for(self, features: SamplingFeatures) -> tuple[steps.DecodePart, ...]:
+        return self._parts[self.limits.async_scheduling and features.can_run_ahead]
 
     # Pages that move
 
@@ -235,7 +238,8 @@ class StepRunner:
         static = static_arguments(self.model, self.kernels, layout, features)
         if layout[0] is PrefillBatch:
             return [steps.prefill_step.lower(self.params, self.pool, self._latest, packed, **static)]
-        return steps.lower_decode_step(self.parts, self.pool, self._latest, packed, self.device, **static)
+        parts = self._parts_for(features)
+        return steps.lower_decode_step(parts, self.pool, self._latest, packed, self.device, **static)
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

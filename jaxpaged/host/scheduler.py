@@ -60,7 +60,6 @@ class Scheduler:
         self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
         self._prefill = PrefillQueue(limits, self.policy)
         self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
-        self._batch_tables: list[BlockTable] = []  # of the batch
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
         self._copies: list[PageCopy] = []  # likewise
@@ -74,8 +73,7 @@ class Scheduler:
     @property
     def tables(self) -> list[BlockTable]:
         """Of every running sequence."""
-        self._decoding()
-        return self._batch_tables
+        return [sample.sequence.table for sample in self._decoding()]
 
     @property
     def prefix_tables(self) -> list[BlockTable]:
@@ -187,7 +185,6 @@ class Scheduler:
             self._batch, rows = [], itertools.count()
             for group in self.running:
                 self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
-            self._batch_tables = [sample.sequence.table for sample in self._batch]
         return self._batch
 
     # Decode and preemption
@@ -254,7 +251,6 @@ class Scheduler:
     def foresee(self, plan: StepPlan) -> None:
         """Take what is known of a step without its tokens: samples are longer by one, and end where that is all they
         may be long. Their memory is free from here on; their last token comes by `commit`."""
-        plan.is_foreseen = True
         ended = []
         for row, (group, sequence, _) in enumerate(plan.samples):
             if group.beams or sequence.status is SequenceStatus.FINISHED:
@@ -270,8 +266,6 @@ class Scheduler:
 
         A group of which some sample has no token (step_io.py has the codes) ends as a whole.
         """
-        if not plan.is_foreseen:
-            self.foresee(plan)
         tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
         ended: list[SequenceGroup] = []
         failed: dict[SequenceGroup, int] = {}
@@ -302,12 +296,13 @@ class Scheduler:
             fail(group, self.policy)
             self._prefill.drop(group)  # samples that came back from a preemption
             ended.append(group)
+        left = plan.leaving + self._leave([group for group in ended if group not in plan.leaving])
         for group in searches:
             if group not in ended:
                 self.policy.settle(group)
         if searches and is_changed:
             self._batch = None
-        return plan.leaving + self._leave([group for group in ended if group not in plan.leaving])
+        return left
 
     def _end(self, group: SequenceGroup, sequence: Sequence) -> None:
         """A sample has all its tokens, or will have them with the step in flight; its memory is given back."""

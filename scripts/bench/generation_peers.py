@@ -47,7 +47,7 @@ def run_vllm(args: argparse.Namespace, workloads: list[GenerationWorkload]) -> N
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles its kernels when it is first used
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     llm = LLM(
         args.model, load_format=args.load_format, dtype=args.dtype, max_model_len=args.max_model_len,
@@ -65,8 +65,8 @@ def run_vllm(args: argparse.Namespace, workloads: list[GenerationWorkload]) -> N
 
 def run_transformers(args: argparse.Namespace, workloads: list[GenerationWorkload]) -> None:
     """`generate` in batches of one length; requests of several lengths are left out, since it pads them all."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = transformers.AutoConfig.from_pretrained(args.model)

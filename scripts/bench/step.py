@@ -196,7 +196,8 @@ def build_step(setup: Setup, shape: StepShape, cache: CacheConfig, args: argpars
     }
     static = static_arguments(setup.model, setup.kernels, layout, features)
     latest = np.zeros(max(EngineOptions.max_num_seqs, shape.num_rows), np.int32)  # as `lower_step` has it
-    return Step(*jax.device_put((latest, packed), setup.device), static, compiled)
+    latest, packed = jax.device_put((latest, packed), setup.device)
+    return Step(latest, packed, static, compiled)
 
 
 def decode_batch(shape: StepShape, args: argparse.Namespace) -> DecodeBatch:
@@ -226,7 +227,7 @@ def random_pool(setup: Setup, cache: CacheConfig) -> PagedCache:
 def run_steps(setup: Setup, step: Step, pool: PagedCache, count: int) -> tuple[float, float, PagedCache]:
     """Seconds a step until the host is free, seconds a step until all are done, and the pool."""
     jax.block_until_ready(pool)
-    parts, latest = steps.decode_parts(setup.params, setup.model), step.latest
+    parts, latest = steps.decode_parts(setup.params, setup.model, is_async=True), step.latest
     began = time.perf_counter()
     for _ in range(count):
         results, pool = steps.decode_step(parts, pool, latest, step.packed, **step.static)

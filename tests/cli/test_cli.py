@@ -214,8 +214,9 @@ def test_the_flags_of_the_model_have_the_types_choices_and_defaults_of_the_optio
     flags = {flag.name: flag for flag in MODEL_FLAGS}
     for option in (option for option in engine_options() if option.name != "seed"):
         flag = flags[option.name]
-        assert flag.read == (True if option.kind is bool else option.kind)
-        assert (flag.choices, flag.help) == (option.choices, option.help if flag.read is True else option.help_text)
+        assert flag.read == (not option.default if option.kind is bool else option.kind)
+        helps = {True: option.help, False: f"do not {option.help}"}
+        assert (flag.choices, flag.help) == (option.choices, helps.get(flag.read, option.help_text))
     assert (flags["page_size"].read, flags["watermark"].read, flags["num_pages"].read) == (int, float, int)
 
 

@@ -34,7 +34,8 @@ def test_the_pool_is_donated_and_updated_in_place(dtype):
     memory = whole.compile().memory_analysis()
     assert memory.alias_size_in_bytes == pool_bytes
     assert memory.temp_size_in_bytes < 0.1 * pool_bytes
-    _, new_cache = steps.decode_step(steps.decode_parts(toy_params(), TOY), cache, latest, packed, **static)
+    parts = steps.decode_parts(toy_params(), TOY, is_async=True)
+    _, new_cache = steps.decode_step(parts, cache, latest, packed, **static)
     assert all(pool.is_deleted() for pool in (*cache.k, *cache.v))
     assert not any(pool.is_deleted() for pool in (*new_cache.k, *new_cache.v))
 
@@ -69,7 +70,7 @@ def test_more_copies_than_rows_are_made_before_the_step():
 
 
 @pytest.mark.parametrize("kv_cache", all_but_slow(["paged", "dense"], "paged"))
-def test_a_deep_model_decodes_in_two_programs(monkeypatch, kv_cache):
+def test_a_deep_model_that_is_waited_for_decodes_in_two_programs(monkeypatch, kv_cache):
     """With the same tokens, and copies in both parts of the pool."""
     kernels = REFERENCE._replace(copies_in_steps=True)
     expected = run_tokens(toy_engine(num_pages=400, kv_cache=kv_cache), workload(seed=1))
@@ -82,7 +83,7 @@ def test_a_deep_model_decodes_in_two_programs(monkeypatch, kv_cache):
         return decode_layers(*args, layers=layers, **static)
 
     monkeypatch.setattr(steps, "decode_layers", launch)
-    engine = toy_engine(num_pages=400, kv_cache=kv_cache, kernels=kernels)
+    engine = toy_engine(num_pages=400, kv_cache=kv_cache, kernels=kernels, async_scheduling=False)
     assert run_tokens(engine, workload(seed=1)) == expected
     assert launched == {(0, 1), (1, 2)}
 

@@ -151,7 +151,7 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_the_engine_usable(large, ex
 
 
 def test_a_page_outside_the_pool_never_reaches_the_device():
-    engine = toy_engine(num_pages=20)
+    engine = toy_engine(num_pages=20, async_scheduling=False)
     group = make_group([5, 6, 7, 8, 9, 10], SamplingParams(temperature=0, max_tokens=5))
     with engine.step_by_hand(SamplingFeatures()) as loop:
         loop.scheduler.add(group)

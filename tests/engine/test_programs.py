@@ -18,6 +18,7 @@ from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.device.programs import PROGRAMS, Step, num_maps, reads_cache
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, SamplingInputs, pack
 
@@ -187,7 +188,9 @@ def small():
     """An engine with one small program for each processor: it only prefills."""
     model = dataclasses.replace(TOY, num_layers=1)
     limits = EngineConfig(32, 1, 16, preemption=PreemptionConfig())
-    return Engine(toy_params(model), model, CacheConfig(4, 16, "float32"), limits, REFERENCE, jax.devices()[0])
+    return Engine(
+        StepRunner(toy_params(model), model, CacheConfig(4, 16, "float32"), limits, REFERENCE, jax.devices()[0])
+    )
 
 
 def first_token(engine, processor) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import pytest
 from scripted_device import most_pages_of
@@ -28,9 +26,7 @@ def mixed_requests(count=15):
 
 def waiting_engine(**sizes):
     """One that learns what each step chose before it plans the next."""
-    engine = toy_engine(**sizes)
-    engine.limits = dataclasses.replace(engine.limits, async_scheduling=False)
-    return engine
+    return toy_engine(async_scheduling=False, **sizes)
 
 
 def results_of(engine, groups):

@@ -8,7 +8,7 @@ from toy import make_group, random_prompts, run_tokens, toy_engine
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.scheduler import Scheduler
-from jaxpaged.host.step.batching import Buckets, StepShape
+from jaxpaged.host.step.batching import Buckets, StepShape, fit
 from jaxpaged.host.step.features import SamplingFeatures
 
 CACHE = CacheConfig(page_size=4, num_pages=100)
@@ -69,3 +69,12 @@ def test_tokens_are_the_same_by_either_step():
 def test_a_prompt_computed_token_by_token_gives_the_same_tokens():
     groups = [[make_group(p, GREEDY, str(i)) for i, p in enumerate(random_prompts(3, 4, 9))] for _ in "ab"]
     assert run_tokens(toy_engine(max_num_batched_tokens=1), groups[0]) == run_tokens(toy_engine(), groups[1])
+
+
+def test_large_batches_are_padded_little():
+    """Small steps take what their weights take, so padding costs nothing there; large ones take time by the row."""
+    limits = EngineConfig(max_model_len=64, max_num_seqs=512)
+    sizes = Buckets.for_limits(limits, CacheConfig(16, 100)).decode_rows
+    assert sizes[:8] == (1, 2, 4, 8, 16, 32, 64, 96) and sizes[-4:] == (320, 384, 448, 512) and len(sizes) == 17
+    padded = [fit(rows, sizes) / rows for rows in range(128, 513)]
+    assert max(padded) < 1.25 and sum(padded) / len(padded) < 1.1

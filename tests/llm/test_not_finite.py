@@ -21,6 +21,7 @@ from jaxpaged.device.beam_candidates import beam_columns
 from jaxpaged.device.param_nodes import Linear
 from jaxpaged.device.sampling import row_failures, sample_tokens, token_logprobs
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.requests.answer import make_output
 from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, SamplingInputs, Wanted, unpack_outputs
@@ -185,7 +186,7 @@ def test_a_sample_that_meets_nan_later_ends_its_request(llm):
 def test_every_system_ends_such_a_request_and_serves_the_next_from_its_memory(kv_cache):
     limits = EngineConfig(32, 4, 128, kv_cache=kv_cache)
     cache = CacheConfig(4, 33, "float32")
-    engine = Engine(PARAMS, MODEL, cache, limits, REFERENCE, jax.devices()[0])
+    engine = Engine(StepRunner(PARAMS, MODEL, cache, limits, REFERENCE, jax.devices()[0]))
     engine.runner.buckets = dataclasses.replace(engine.runner.buckets, decode_rows=(4,), prefill_tokens=(128,))
     greedy = SamplingParams(temperature=0, max_tokens=6)
     samples = SamplingParams(n=2, seed=1, max_tokens=20)

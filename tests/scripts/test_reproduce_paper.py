@@ -125,9 +125,9 @@ def test_a_part_that_cannot_run_costs_the_others_nothing(directory, tmp_path, ca
 def test_programs_that_were_compiled_ahead_are_found(deep, monkeypatch, caplog):
     monkeypatch.setattr(steps, "DEEP", deep)
     monkeypatch.setattr(steps, "FIRST_SHARE", 0.5)
-    engine, features = toy_engine(num_pages=23), SamplingFeatures()
+    engine, features = toy_engine(num_pages=23, async_scheduling=False), SamplingFeatures()
     params = jax.device_put(engine.params, engine.device)  # as a checkpoint's are
-    engine.runner.parts = steps.decode_parts(params, TOY)
+    engine.runner._parts = {False: steps.decode_parts(params, TOY, is_async=False)}
     shape = StepShape(3, engine.runner.buckets.table_widths[-1])  # like no other test's
     programs = engine.lower_steps(shape, features)
     assert len(programs) == (2 if TOY.num_layers >= deep else 1)

@@ -56,8 +56,8 @@ def run_engine(workload, limits: EngineConfig, cache: CacheConfig, params_of, be
         groups.append(beam_group(prompt, params, (), str(i)) if beams else make_group(prompt, params, str(i), seed=i))
         groups[-1].prefix_len = prefix_len if limits.kv_cache == "paged" else 0
     outputs = []
-    run = engine.runner.run
-    engine.runner.run = lambda step: outputs.append(run(step)) or outputs[-1]
+    fetch = engine.runner.fetch
+    engine.runner.fetch = lambda launched: outputs.append(fetch(launched)) or outputs[-1]
     for _ in engine.run(groups):
         pass
     return engine.stats, outputs

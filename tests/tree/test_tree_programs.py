@@ -20,6 +20,7 @@ from tree_program import MAX_LEN, TreeProgram
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.pages.block_table import append_slots
 from jaxpaged.tree import state as tree_state
 from jaxpaged.tree.on_engine import EngineSteps
@@ -75,7 +76,14 @@ class EngineProgram(TreeProgram):
 @functools.cache
 def small_engine(config: ModelConfig) -> Engine:
     return Engine(
-        toy_params(), config, CacheConfig(4, 24, "float32"), EngineConfig(MAX_LEN, 4, 8), REFERENCE, jax.devices()[0]
+        StepRunner(
+            toy_params(),
+            config,
+            CacheConfig(4, 24, "float32"),
+            EngineConfig(MAX_LEN, 4, 8),
+            REFERENCE,
+            jax.devices()[0],
+        )
     )
 
 

@@ -1,7 +1,8 @@
 """Turns a plan into padded arrays whose sizes come from short lists, so that few programs are ever compiled.
 
-Every distinct shape is one compiled step. Padded decode rows and packed tokens cost arithmetic, so their lists are
-powers of two. Table width costs only its upload and padded prefill rows little more, so those lists are sparse.
+Every distinct shape is one compiled step. Packed tokens cost arithmetic, so their list is powers of two. So is that of
+decode rows while a step is bound by its weights; from 64 rows on, where each row costs, it has more sizes. Table width
+costs only its upload and padded prefill rows little more, so those lists are sparse.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Buckets:
     def for_limits(cls, limits: EngineConfig, cache: CacheConfig) -> Buckets:
         widest = num_pages_for(limits.max_model_len, cache.page_size)
         return cls(
-            decode_rows=_geometric(1, limits.max_num_seqs, 2),
+            decode_rows=_row_sizes(limits.max_num_seqs),
             prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
             prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
             # Without a cache tables are empty, and tell nothing of how long sequences are; nor is there what to copy.
@@ -88,6 +89,16 @@ def _can_decode(plan: StepPlan, features: SamplingFeatures) -> bool:
         and all(row.count == 1 for row in plan.rows)
         and all(sample.row == i for i, sample in enumerate(plan.samples))
     )
+
+
+def _row_sizes(most: int) -> tuple[int, ...]:
+    """1, 2, 4 to 64, then in steps of 32 to 256, of 64 to 512, of 128 to 1024 and so on."""
+    sizes = [1]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        step = last if last < 64 else max(32, 1 << (last.bit_length() - 3))
+        sizes.append(min(last + step, most))
+    return tuple(sizes)
 
 
 def _geometric(first: int, last: int, factor: int) -> tuple[int, ...]:

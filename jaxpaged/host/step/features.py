@@ -88,6 +88,11 @@ class SamplingFeatures:
         """Whether the arrays of a step tell which tokens the step before it chose."""
         return self.needs_history or self.has_banned_phrases
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether every step can be planned while the one before it runs."""
+        return not self.needs_tokens and not self.num_candidates
+
 
 def processor_places(processors: Sequence[LogitsProcessor], params: RequestParams) -> list[int]:
     """Where a request's own processors stand among those of a run, one behind the other: up to the first that does not.

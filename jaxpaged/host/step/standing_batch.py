@@ -51,6 +51,7 @@ class _StandingBatch:
         self._page_size = page_size
         self._vocab_size = vocab_size
         self._rows = np.arange(plan.num_rows)
+        self._rows_before = np.array([of_row(row) for row in range(plan.num_rows)], np.int32)
         self._longest = int(batch.inputs.positions.max())  # position of the longest row
 
     def goes_on_in(self, plan: StepPlan, features: SamplingFeatures) -> bool:
@@ -76,7 +77,7 @@ class _StandingBatch:
             inputs.block_tables[row, columns[row]] = self._samples[row].sequence.table.pages[-1]
         inputs.slot_mapping[:count] = inputs.block_tables[rows, columns] * size + offsets
         if self._samples[0].sequence.num_pending:  # the step in flight is this batch's last one: row i is row i there
-            inputs.tokens[:count] = of_row(rows)
+            inputs.tokens[:count] = self._rows_before
         else:
             inputs.tokens[:count] = [sample.sequence.token_ids[-1] for sample in self._samples]
         self.batch = self.batch._replace(sampling=self._next_sampling())

@@ -41,8 +41,7 @@ class StepPlan:
     num_preempted: int = 0
     num_swap_overflows: int = 0  # of those preempted, the ones that swap space had no room for
     num_recomputed: int = 0  # of the rows' tokens, those that were computed before
-    is_foreseen: bool = False  # what is known of the step without its tokens has been taken (`Scheduler.foresee`)
-    leaving: list[SequenceGroup] = field(default_factory=list)  # as was seen then: this step's tokens are their last
+    leaving: list[SequenceGroup] = field(default_factory=list)  # as was foreseen: this step's tokens are their last
     num_trimmed: int = 0  # samples that, as it turned out, had ended one step before
     num_idle_rows: int = 0  # rows behind these, whose sequences have ended while their batch goes on
 
