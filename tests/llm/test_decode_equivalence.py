@@ -16,7 +16,7 @@ from jaxpaged.config import CacheConfig, RopeConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.dense_cache import DenseCache, make_dense_cache
-from jaxpaged.device.steps import decode_step, prefill_step
+from jaxpaged.device.steps import decode_parts, decode_step, prefill_step
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, SamplingInputs, pack
 
 STEPS = 6
@@ -41,6 +41,7 @@ def greedy(rows: int) -> SamplingInputs:
 def decode(config, cache, tables, page_size, prompts) -> list[list[int]]:
     """Feed prompts and continuations one token at a time; the last row is padding."""
     step = functools.partial(decode_step, config=config, kernels=REFERENCE)
+    parts = decode_parts(toy_params(config), config, is_async=True)
     outputs: list[list[int]] = [[] for _ in prompts]
     for position in range(max(map(len, prompts)) + STEPS - 1):
         known = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
@@ -54,7 +55,7 @@ def decode(config, cache, tables, page_size, prompts) -> list[list[int]]:
             np.vstack([tables, np.zeros_like(tables[:1])]), np.array([*lens, 0], np.int32),
         )  # fmt: skip
         packed, layout = pack(DecodeBatch(inputs, greedy(len(prompts) + 1)))
-        results, cache = step(toy_params(config), cache, np.zeros(8, np.int32), packed, layout=layout)
+        results, cache = step(parts, cache, np.zeros(8, np.int32), packed, layout=layout)
         for i, prompt in enumerate(prompts):
             if live[i] and position >= len(prompt) - 1:
                 outputs[i].append(int(results.columns[i, 0]))
