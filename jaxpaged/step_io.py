@@ -73,7 +73,8 @@ class SamplingInputs(NamedTuple):
     top_ps: Any = None  # f32[R]
     top_ks: Any = None  # i32[R]; V when all are kept
     min_ps: Any = None  # f32[R]
-    # Tokens so far, for penalties and logits processors
+    # Tokens so far, for penalties and logits processors. A decode step adds the one that it computes. No rows,
+    # i32[0, L]: the device has them from the step before, whose rows were the same.
     history: Any = None  # i32[R, L], padded with -1
     history_lens: Any = None  # i32[R]
     prompt_lens: Any = None  # i32[R]

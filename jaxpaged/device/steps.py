@@ -48,11 +48,18 @@ DEEP, FIRST_SHARE = 16, 0.2
 LOGPROB_TILE = 128
 
 
+class Carried(NamedTuple):
+    """What a step leaves on the device for the next one."""
+
+    tokens: Array  # i32[M] that each row has drawn, which the next step begins with; 0 where there is none
+    history: Array | None = None  # i32[R, L] tokens of each row of a decode step, if some request asks for them
+
+
 class StepResults(NamedTuple):
     """What a step leaves behind besides the cache."""
 
     columns: Array  # i32[R, columns] in host memory, which `step_io.unpack_outputs` takes apart
-    latest: Array  # i32[L] on the device: the token of each row, which the next step begins with; 0 where there is none
+    carried: Carried
     prompt_columns: Array | None = None  # i32[T, columns] in host memory, if the prompt's log-probabilities are wanted
 
 
@@ -82,7 +89,7 @@ def decode_parts(params: Params, config: ModelConfig, is_async: bool) -> tuple[D
 def decode_step(
     parts: tuple[DecodePart, ...],
     cache: Cache,
-    latest: Array,
+    carried: Carried,
     packed: Array | np.ndarray,
     *,
     config: ModelConfig,
@@ -93,21 +100,21 @@ def decode_step(
 ) -> tuple[StepResults, Cache]:
     """Advance every row by one token; padding rows write to NULL_PAGE and read nothing.
 
-    `parts` are all `decode_parts` of a model, `packed` is a packed `DecodeBatch`, `latest` i32[L] the tokens that the
-    step before chose -> results, whose columns are tokens, their log-probabilities, the likeliest continuations of
-    beams, as far as they are `wanted`; the new cache.
+    `parts` are all `decode_parts` of a model, `packed` is a packed `DecodeBatch`, `carried` what the step before left,
+    with its history only where this batch has none -> results, whose columns are tokens, their log-probabilities, the
+    likeliest continuations of beams, as far as they are `wanted`; the new cache.
     """
     x, kept = None, []
     for part in parts:
         static = _static_of(part, config, kernels, layout, wanted, processors)
-        x, rest = decode_layers(part.params, cache.part(*part.layers), x, latest, packed, **static)
+        x, rest = decode_layers(part.params, cache.part(*part.layers), x, carried, packed, **static)
         kept.append(rest)
     assert isinstance(x, StepResults), "a model without layers"
     return x, cache.joined(kept)
 
 
 def lower_decode_step(
-    parts: tuple[DecodePart, ...], cache: KVCache, latest: Array, packed: np.ndarray, device: jax.Device, *,
+    parts: tuple[DecodePart, ...], cache: KVCache, carried: Carried, packed: np.ndarray, device: jax.Device, *,
     config: ModelConfig, kernels: AttentionKernels, layout: Layout, wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> list[jax.stages.Lowered]:  # fmt: skip
@@ -118,7 +125,7 @@ def lower_decode_step(
     x, programs = None, []
     for part in parts:
         static = _static_of(part, config, kernels, layout, wanted, processors)
-        lowered = decode_layers.lower(part.params, cache.part(*part.layers), x, latest, packed, **static)
+        lowered = decode_layers.lower(part.params, cache.part(*part.layers), x, carried, packed, **static)
         programs.append(lowered)
         hidden = lowered.out_info[0]
         if not isinstance(hidden, StepResults):
@@ -142,7 +149,7 @@ def decode_layers(
     params: Params,
     cache: KVCache,
     x: Array | None,
-    latest: Array,
+    carried: Carried,
     packed: Array,
     *,
     config: ModelConfig,
@@ -162,22 +169,36 @@ def decode_layers(
     if inputs.copies is not None:
         assert isinstance(cache, CopiesPages), f"copies for a {type(cache).__name__}, which keeps no pages"
         cache = cache.copy_pages(inputs.copies[0], inputs.copies[1], kernels)
+    chosen = carried.tokens.at[jnp.maximum(of_row(inputs.tokens), 0)].get(mode="promise_in_bounds")
+    tokens = jnp.where(inputs.tokens < 0, chosen, inputs.tokens)
     if x is None:
-        chosen = latest.at[jnp.maximum(of_row(inputs.tokens), 0)].get(mode="promise_in_bounds")
-        x = embed(params, config, jnp.where(inputs.tokens < 0, chosen, inputs.tokens), inputs.positions)
+        x = embed(params, config, tokens, inputs.positions)
     attend = _attend(inputs, config, kernels, layers[0])
     x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, layers[0])
     if layers[1] == config.num_layers:
-        columns = _choose(params, config, finish(params, config, x), batch.sampling, wanted, processors)
-        return StepResults(_for_host(columns), _latest(columns, wanted, len(latest))), cache.kept()
+        sampling = _with_history(batch, tokens, carried.history)
+        columns = _choose(params, config, finish(params, config, x), sampling, wanted, processors)
+        drawn = _drawn(columns, wanted, len(carried.tokens))
+        return StepResults(_for_host(columns), Carried(drawn, sampling.history)), cache.kept()
     return x, cache.kept()
+
+
+def _with_history(batch: DecodeBatch, tokens: Array, carried: Array | None) -> SamplingInputs:
+    """The history i32[R, L] that this batch brings, or the carried one, with the tokens i32[R] that it computes."""
+    sampling = batch.sampling
+    if sampling.history is None:
+        return sampling
+    history = sampling.history if len(sampling.history) else carried
+    assert history is not None, "a batch without its history follows none"
+    rows = jnp.arange(len(tokens))
+    return sampling._replace(history=history.at[rows, batch.inputs.positions].set(tokens, mode="promise_in_bounds"))
 
 
 @takes_cache
 def prefill_step(
     params: Params,
     cache: KVCache,
-    latest: Array,
+    carried: Carried,
     packed: Array,
     *,
     config: ModelConfig,
@@ -188,7 +209,7 @@ def prefill_step(
 ) -> tuple[StepResults, KVCache]:
     """Compute many tokens a row and choose the next token for the rows in `sample_from`.
 
-    `packed` is a packed `PrefillBatch`, of `latest` only the length counts -> results as of `decode_step`; the new
+    `packed` is a packed `PrefillBatch`, of `carried` only the length counts -> results as of `decode_step`; the new
     cache.
     """
     batch: PrefillBatch = unpack(packed, layout)
@@ -198,7 +219,7 @@ def prefill_step(
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
     columns = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
-    results = StepResults(_for_host(columns), _latest(columns, wanted, len(latest)))
+    results = StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens))))
     if batch.inputs.next_tokens is None:
         return results, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
@@ -261,7 +282,7 @@ def _for_host(columns: Array) -> Array:
     return jax.device_put(columns, jax.memory.Space.Host)
 
 
-def _latest(columns: Array, wanted: Wanted, size: int) -> Array:
+def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
     """i32[size]: the tokens that the rows have drawn."""
     tokens = columns[:, 0] if wanted.draws_tokens else columns[:0, 0]
     return jnp.zeros(size, jnp.int32).at[: len(tokens)].set(jnp.maximum(tokens, 0))

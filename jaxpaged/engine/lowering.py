@@ -67,15 +67,15 @@ def lower_step(
     packed, layout = pack(batch)
     limits = limits or EngineConfig(model.max_position_embeddings)
     pool = jax.eval_shape(lambda: make_cache(model, cache, limits))
-    latest = np.zeros(max(limits.max_num_seqs, shape.num_rows), np.int32)
-    params, pool, latest, packed = jax.tree.map(
+    carried = steps.Carried(np.zeros(max(limits.max_num_seqs, shape.num_rows), np.int32))
+    params, pool, carried, packed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (param_shapes(model, dtype), pool, latest, packed),
+        (param_shapes(model, dtype), pool, carried, packed),
     )
     static = static_arguments(model, kernels, layout, features)
     if shape.num_tokens is not None:
-        return steps.prefill_step.lower(params, pool, latest, packed, **static)
-    return steps.decode_layers.lower(params, pool, None, latest, packed, layers=(0, model.num_layers), **static)
+        return steps.prefill_step.lower(params, pool, carried, packed, **static)
+    return steps.decode_layers.lower(params, pool, None, carried, packed, layers=(0, model.num_layers), **static)
 
 
 def static_arguments(

@@ -26,6 +26,7 @@ from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, make_cop
 from jaxpaged.host.step.cascade import Cascade, empty_cascade, measured_rule, plan_cascade
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.id_check import check_copies, check_ids, check_pages
+from jaxpaged.host.step.sampling_batch import has_kept_history, without_history
 from jaxpaged.host.step.standing_batch import BatchMaker
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import (
@@ -49,6 +50,7 @@ class PreparedStep(NamedTuple):
     layout: Layout
     features: SamplingFeatures
     copies_before: list[PageCopy]  # those that are not part of the step
+    goes_on: bool = False  # its rows are those of the step before, whose history it takes over
 
 
 class LaunchedStep(NamedTuple):
@@ -60,7 +62,7 @@ class LaunchedStep(NamedTuple):
 
 
 class StepRunner:
-    """Runs steps. State: the pool and the latest tokens, which every step replaces, and the swapped pages."""
+    """Runs steps. State: the pool and what steps carry over, which every step replaces, and the swapped pages."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class StepRunner:
         """The step of a plan, in a run whose requests ask for these features."""
         batch = self._batches.make(plan, self.buckets, features)
         batch, copies_before = self._with_copies(self._ready(batch, features), plan.copies, features)
-        return PreparedStep(*pack(batch), features, copies_before)
+        return PreparedStep(*pack(batch), features, copies_before, has_kept_history(batch))
 
     def prepare_batch(self, batch: StepBatch, features: SamplingFeatures) -> PreparedStep:
         """The step of arrays that were made elsewhere, without copies."""
@@ -106,12 +108,13 @@ class StepRunner:
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
-        arrays = self.pool, self._latest, step.packed
+        carried = self._carried if step.goes_on else self._carried._replace(history=None)
+        arrays = self.pool, carried, step.packed
         if step.layout[0] is PrefillBatch:
             results, self.pool = steps.prefill_step(self.params, *arrays, **static)
         else:
             results, self.pool = steps.decode_step(self._parts_for(step.features), *arrays, **static)
-        self._latest = results.latest
+        self._carried = results.carried
         return LaunchedStep(results, step.layout, step.features)
 
     @staticmethod
@@ -173,14 +176,14 @@ class StepRunner:
         if any(pool.is_deleted() for pool in self.pool.k):
             return True
         try:
-            jax.block_until_ready(self._latest)
+            jax.block_until_ready(self._carried)
         except jax.errors.JaxRuntimeError:
             return True
         return False
 
     def remake_pool(self) -> None:
         self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
-        self._latest = jax.device_put(np.zeros(self.limits.max_num_seqs, np.int32), self.device)
+        self._carried = steps.Carried(jax.device_put(np.zeros(self.limits.max_num_seqs, np.int32), self.device))
 
     def copy_pages(self, copies: list[PageCopy]) -> None:
         for part in make_copies(copies, self.buckets):
@@ -219,12 +222,15 @@ class StepRunner:
             self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.device)
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
-        """Run an empty batch, with and without a cascade, so that the programs for such batches are there."""
-        self.run(PreparedStep(*pack(batch), features, []))
+        """Run an empty batch, so that the programs for such batches are there: with and without a cascade, with its
+        history and with the one that the device has."""
+        forms = [batch]
         if isinstance(batch, DecodeBatch) and (cascade := self._cascade_of(features)) is not None:
-            shared = empty_cascade(batch, cascade)
-            if shared is not None:
-                self.run(PreparedStep(*pack(shared), features, []))
+            forms += [shared] if (shared := empty_cascade(batch, cascade)) is not None else []
+        for form in forms:
+            self.run(PreparedStep(*pack(form), features, []))
+            if isinstance(form, DecodeBatch) and features.needs_history and features.draws_tokens:
+                self.run(PreparedStep(*pack(without_history(form)), features, [], goes_on=True))
 
     def compile_copies(self) -> None:
         for size in self.buckets.copies:
@@ -235,11 +241,12 @@ class StepRunner:
         compiled, which several threads may do."""
         batch = self._with_copies(self._ready(self._nothing(shape, features), features), [], features)[0]
         packed, layout = pack(batch)
+        carried = self._carried._replace(history=None)
         static = static_arguments(self.model, self.kernels, layout, features)
         if layout[0] is PrefillBatch:
-            return [steps.prefill_step.lower(self.params, self.pool, self._latest, packed, **static)]
+            return [steps.prefill_step.lower(self.params, self.pool, carried, packed, **static)]
         parts = self._parts_for(features)
-        return steps.lower_decode_step(parts, self.pool, self._latest, packed, self.device, **static)
+        return steps.lower_decode_step(parts, self.pool, carried, packed, self.device, **static)
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

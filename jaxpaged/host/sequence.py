@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -47,6 +48,7 @@ class Sequence:
     stream: StopStrings | None = None
     num_pending: int = 0  # 1 while the step in flight chooses a token of it, behind those that are known
     pending_row: int = 0  # of that step's outputs
+    packed_ids: array = field(default_factory=lambda: array("i"))  # int32 of `token_ids`, as far as somebody asked
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +58,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return self.num_tokens - self.prompt_len
+
+    def pack_ids(self) -> array:
+        """`token_ids` as int32, which numpy reads as they are; of a sequence whose tokens are only added to."""
+        self.packed_ids.extend(self.token_ids[len(self.packed_ids) :])
+        return self.packed_ids
 
     @property
     def output_ids(self) -> list[int]:

@@ -231,11 +231,11 @@ def time_recompute(
     shape = Buckets.for_limits(limits, cache).shape_of(plan, features)
     packed, layout = pack(make_batch(plan, shape, cache, setup.model.vocab_size, features))
     static = static_arguments(setup.model, kernels, layout, features)
-    latest = jax.device_put(np.zeros(shape.num_rows, np.int32), setup.device)
+    carried = steps.Carried(jax.device_put(np.zeros(shape.num_rows, np.int32), setup.device))
     seconds = []
     for _ in range(1 + args.repeats):
         began = time.perf_counter()
-        results, pool = steps.prefill_step(setup.params, pool, latest, jax.device_put(packed, setup.device), **static)
+        results, pool = steps.prefill_step(setup.params, pool, carried, jax.device_put(packed, setup.device), **static)
         np.asarray(results.columns)
         seconds.append(time.perf_counter() - began)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.params.layers))

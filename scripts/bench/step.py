@@ -61,7 +61,7 @@ class Setup(NamedTuple):
 class Step(NamedTuple):
     """A decode step that can be launched again and again."""
 
-    latest: jax.Array
+    carried: steps.Carried
     packed: jax.Array
     static: dict[str, Any]
     compiled: dict[str, float]  # what compiling it took and gave
@@ -195,9 +195,9 @@ def build_step(setup: Setup, shape: StepShape, cache: CacheConfig, args: argpars
         "aliased_bytes": memory.alias_size_in_bytes,
     }
     static = static_arguments(setup.model, setup.kernels, layout, features)
-    latest = np.zeros(max(EngineOptions.max_num_seqs, shape.num_rows), np.int32)  # as `lower_step` has it
-    latest, packed = jax.device_put((latest, packed), setup.device)
-    return Step(latest, packed, static, compiled)
+    tokens = np.zeros(max(EngineOptions.max_num_seqs, shape.num_rows), np.int32)  # as `lower_step` has it
+    tokens, packed = jax.device_put((tokens, packed), setup.device)
+    return Step(steps.Carried(tokens), packed, static, compiled)
 
 
 def decode_batch(shape: StepShape, args: argparse.Namespace) -> DecodeBatch:
@@ -227,13 +227,13 @@ def random_pool(setup: Setup, cache: CacheConfig) -> PagedCache:
 def run_steps(setup: Setup, step: Step, pool: PagedCache, count: int) -> tuple[float, float, PagedCache]:
     """Seconds a step until the host is free, seconds a step until all are done, and the pool."""
     jax.block_until_ready(pool)
-    parts, latest = steps.decode_parts(setup.params, setup.model, is_async=True), step.latest
+    parts, carried = steps.decode_parts(setup.params, setup.model, is_async=True), step.carried
     began = time.perf_counter()
     for _ in range(count):
-        results, pool = steps.decode_step(parts, pool, latest, step.packed, **step.static)
-        latest = results.latest
+        results, pool = steps.decode_step(parts, pool, carried, step.packed, **step.static)
+        carried = results.carried
     launched = time.perf_counter() - began
-    jax.block_until_ready((latest, pool))
+    jax.block_until_ready((carried, pool))
     return launched / count, (time.perf_counter() - began) / count, pool
 
 

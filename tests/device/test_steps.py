@@ -28,14 +28,14 @@ def decode_batch(rows=4, width=16) -> DecodeBatch:
 def test_the_pool_is_donated_and_updated_in_place(dtype):
     cache = make_paged_cache(TOY, CacheConfig(16, 2000, dtype))
     pool_bytes = sum(pool.nbytes for pool in (*cache.k, *cache.v))
-    (packed, layout), latest = pack(decode_batch()), np.zeros(8, np.int32)
+    (packed, layout), carried = pack(decode_batch()), steps.Carried(np.zeros(8, np.int32))
     static = dict(config=TOY, kernels=REFERENCE, layout=layout)
-    whole = steps.decode_layers.lower(toy_params(), cache, None, latest, packed, layers=(0, TOY.num_layers), **static)
+    whole = steps.decode_layers.lower(toy_params(), cache, None, carried, packed, layers=(0, TOY.num_layers), **static)
     memory = whole.compile().memory_analysis()
     assert memory.alias_size_in_bytes == pool_bytes
     assert memory.temp_size_in_bytes < 0.1 * pool_bytes
     parts = steps.decode_parts(toy_params(), TOY, is_async=True)
-    _, new_cache = steps.decode_step(parts, cache, latest, packed, **static)
+    _, new_cache = steps.decode_step(parts, cache, carried, packed, **static)
     assert all(pool.is_deleted() for pool in (*cache.k, *cache.v))
     assert not any(pool.is_deleted() for pool in (*new_cache.k, *new_cache.v))
 

@@ -19,6 +19,12 @@ PARAMS = [
     SamplingParams(temperature=0, max_tokens=1),
 ]
 
+PENALISED = [
+    SamplingParams(temperature=0, max_tokens=14, repetition_penalty=1.5),
+    SamplingParams(n=3, max_tokens=9, presence_penalty=1.0, frequency_penalty=0.5, stop_token_ids=[*range(10)]),
+    SamplingParams(temperature=0, max_tokens=20),
+]
+
 
 def mixed_requests(count=15):
     return [make_group(prompt, PARAMS[i % 5], str(i), seed=i) for i, prompt in enumerate(random_prompts(count))]
@@ -96,15 +102,37 @@ def test_and_in_a_tight_pool_with_few_rows(expected):
     assert engine.stats.preemptions > 0
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(temperature=0, max_tokens=4, repetition_penalty=1.5),
-        SamplingParams(temperature=0, max_tokens=4, logits_processors=[lambda ids, count, logits: logits]),
-    ],
-)
-def test_where_a_step_needs_the_last_token_it_waits(params):
-    assert events_of(toy_engine(), [make_group([5, 6, 7], params)]) == "LFLFLFLF"
+def test_where_the_arrays_of_a_step_need_the_last_token_it_waits(engine):
+    """Which word is banned next depends on it."""
+    group = make_group([5, 6, 7], SamplingParams(temperature=0, max_tokens=4))
+    group.banned_words = ((8, 9),)
+    assert events_of(engine, [group]) == "LFLFLFLF"
+
+
+def penalised_requests():
+    return [make_group(prompt, PENALISED[i % 3], str(i), seed=i) for i, prompt in enumerate(random_prompts(9))]
+
+
+def test_the_device_keeps_the_history_that_penalties_are_made_of(engine):
+    sent = []
+    launch = engine.runner.launch
+    engine.runner.launch = lambda step: (sent.append(step.goes_on), launch(step))[1]
+    try:
+        assert results_of(engine, penalised_requests()) == results_of(
+            waiting_engine(num_pages=400, max_num_seqs=32), penalised_requests()
+        )
+    finally:
+        del engine.runner.launch
+    assert sum(sent) >= len(sent) / 2
+
+
+def test_penalised_tokens_do_not_depend_on_batch_or_preemption(engine):
+    """Histories are sent anew whenever a batch changes, in the middle of a page or of a preemption."""
+    tight = toy_engine(num_pages=2 + most_pages_of(penalised_requests(), 4), max_num_seqs=4, max_num_batched_tokens=16)
+    expected = results_of(engine, penalised_requests())
+    assert results_of(tight, penalised_requests()) == expected
+    for group in penalised_requests()[:3]:
+        assert results_of(engine, [group]) == {group.request_id: expected[group.request_id]}
 
 
 def test_beams_wait_for_the_host_which_chooses_them(engine):
@@ -156,7 +184,7 @@ def test_a_step_that_failed_on_the_device_costs_the_pool_and_no_more(engine, exp
             raise jax.errors.JaxRuntimeError("INTERNAL: the step failed")
 
     pool = engine.runner.pool
-    engine.runner._latest = Failed()
+    engine.runner._carried = Failed()
     assert results_of(engine, mixed_requests()) == expected
     assert engine.runner.pool is not pool
 

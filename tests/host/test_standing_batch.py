@@ -20,6 +20,7 @@ from jaxpaged.host.step import standing_batch
 from jaxpaged.host.step.batching import Buckets, make_batch
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.standing_batch import BatchMaker
+from jaxpaged.step_io import DecodeBatch, of_row
 
 VOCABULARY = 1000
 WAYS = [
@@ -38,9 +39,27 @@ def assert_same(one, other):
             assert_same(a, b)
         elif a is None or b is None:
             assert a is b, name
+        elif name == "history" and not len(a):
+            assert a.shape[1:] == b.shape[1:]
         else:
             np.testing.assert_array_equal(a, b, name)
             assert a.dtype == b.dtype, name
+
+
+class DeviceHistory:
+    """What a device makes of the histories that it is given, or keeps."""
+
+    def check(self, batch, plan, pool) -> None:
+        """Behind the step it has the tokens of every sample, those that the host does not know among them."""
+        if len(batch.sampling.history):
+            self.rows = batch.sampling.history.copy()
+        inputs = batch.inputs
+        tokens = [pool.latest[of_row(token)] if token < 0 else token for token in inputs.tokens.tolist()]
+        self.rows[np.arange(len(tokens)), inputs.positions] = tokens
+        for row, sample in enumerate(plan.samples):
+            length = batch.sampling.history_lens[row]
+            assert length == sample.sequence.num_tokens
+            assert self.rows[row, :length].tolist() == [pool.token_at(sample.sequence, i) for i in range(length)]
 
 
 def run_compared(scheduler, groups, is_async) -> None:
@@ -48,11 +67,14 @@ def run_compared(scheduler, groups, is_async) -> None:
     begin(scheduler, groups)
     features = SamplingFeatures.of(groups, VOCABULARY)
     buckets, cache = Buckets.for_limits(scheduler.limits, scheduler.cache), scheduler.cache
-    maker, pool = BatchMaker(cache, VOCABULARY), PoolModel(cache.page_size)
+    maker, pool, device = BatchMaker(cache, VOCABULARY), PoolModel(cache.page_size), DeviceHistory()
 
     def launch(plan):
         expected = make_batch(plan, buckets.shape_of(plan, features), cache, VOCABULARY, features)
-        assert_same(maker.make(plan, buckets, features), expected)
+        batch = maker.make(plan, buckets, features)
+        assert_same(batch, expected)
+        if features.needs_history and isinstance(batch, DecodeBatch):
+            device.check(batch, plan, pool)
         return plan, pool.run(plan)
 
     flight = None

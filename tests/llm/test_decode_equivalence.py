@@ -16,7 +16,7 @@ from jaxpaged.config import CacheConfig, RopeConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.dense_cache import DenseCache, make_dense_cache
-from jaxpaged.device.steps import decode_parts, decode_step, prefill_step
+from jaxpaged.device.steps import Carried, decode_parts, decode_step, prefill_step
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, SamplingInputs, pack
 
 STEPS = 6
@@ -55,7 +55,7 @@ def decode(config, cache, tables, page_size, prompts) -> list[list[int]]:
             np.vstack([tables, np.zeros_like(tables[:1])]), np.array([*lens, 0], np.int32),
         )  # fmt: skip
         packed, layout = pack(DecodeBatch(inputs, greedy(len(prompts) + 1)))
-        results, cache = step(parts, cache, np.zeros(8, np.int32), packed, layout=layout)
+        results, cache = step(parts, cache, Carried(np.zeros(8, np.int32)), packed, layout=layout)
         for i, prompt in enumerate(prompts):
             if live[i] and position >= len(prompt) - 1:
                 outputs[i].append(int(results.columns[i, 0]))
@@ -113,6 +113,6 @@ def test_one_prefill_computes_what_many_decode_steps_do():
     packed, layout = pack(PrefillBatch(inputs, greedy(4)))
     cache: PagedCache = poisoned(make_paged_cache(TOY, CacheConfig(4, 30, "float32")), tables)
     results, _ = prefill_step(
-        toy_params(), cache, np.zeros(8, np.int32), packed, config=TOY, kernels=REFERENCE, layout=layout
+        toy_params(), cache, Carried(np.zeros(8, np.int32)), packed, config=TOY, kernels=REFERENCE, layout=layout
     )
     assert np.asarray(results.columns)[:3, 0].tolist() == [recompute(TOY, prompt)[0] for prompt in prompts]

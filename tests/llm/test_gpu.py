@@ -70,7 +70,8 @@ def test_the_pool_is_updated_in_place(dtype):
     packed, layout = pack(DecodeBatch(inputs, SamplingInputs(np.zeros((8, 2), np.int32), zeros, zeros)))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), toy_params())
     static = dict(config=TOY, kernels=REFERENCE, layout=layout, layers=(0, TOY.num_layers))
-    memory = steps.decode_layers.lower(params, cache, None, zeros, packed, **static).compile().memory_analysis()
+    lowered = steps.decode_layers.lower(params, cache, None, steps.Carried(zeros), packed, **static)
+    memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= pool_bytes
     assert memory.temp_size_in_bytes < 0.1 * pool_bytes
 

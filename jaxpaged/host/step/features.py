@@ -85,8 +85,8 @@ class SamplingFeatures:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether the arrays of a step tell which tokens the step before it chose."""
-        return self.needs_history or self.has_banned_phrases
+        """Whether the arrays of a step depend on the tokens that the step before it chose."""
+        return self.has_banned_phrases
 
     @property
     def can_run_ahead(self) -> bool:

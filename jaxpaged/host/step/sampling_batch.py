@@ -11,7 +11,7 @@ from jaxpaged.api.request_params import LOGIT_BIAS_LIMIT
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.host.step.features import SamplingFeatures, penalties, processor_places
 from jaxpaged.host.step.step_plan import Sample
-from jaxpaged.step_io import SamplingInputs
+from jaxpaged.step_io import DecodeBatch, SamplingInputs, StepBatch
 
 #: How a beam's row is sampled from, which nobody reads.
 UNDRAWN = SamplingParams(temperature=0)
@@ -57,7 +57,7 @@ def make_sampling_inputs(
     if features.needs_history:
         inputs = _with_history(inputs, samples, num_rows, history_len)
     if features.max_edits:
-        inputs = _with_edits(inputs, samples, num_rows, num_rows * features.max_edits)
+        inputs = with_edits(inputs, samples, num_rows, features)
     if features.max_allowed:
         inputs = _with_allowed(inputs, samples, num_rows, num_rows * features.max_allowed)
     return inputs
@@ -77,6 +77,17 @@ def make_beam_rows(samples: list[Sample], num_rows: int, widths: tuple[int, int]
     return beam_rows
 
 
+def without_history(batch: DecodeBatch) -> DecodeBatch:
+    """The batch for a device that has its history from the step before."""
+    sampling = batch.sampling
+    return batch._replace(sampling=sampling._replace(history=sampling.history[:0]))
+
+
+def has_kept_history(batch: StepBatch) -> bool:
+    """Whether the device is to take over the history of the step before."""
+    return batch.sampling.history is not None and not len(batch.sampling.history)
+
+
 def _running_scores(samples: list[Sample], num_rows: int) -> np.ndarray:
     """f32[R]: sums of log-probabilities of beams that have begun; 0 for a prompt of beams, and for samples."""
     scores = np.zeros(num_rows, np.float32)
@@ -94,8 +105,9 @@ def _running_scores(samples: list[Sample], num_rows: int) -> np.ndarray:
 
 def _with_history(inputs: SamplingInputs, samples: list[Sample], num_rows: int, length: int) -> SamplingInputs:
     history = np.full((num_rows, length), -1, np.int32)
-    for i, sample in enumerate(samples):
-        history[i, : sample.sequence.num_tokens] = sample.sequence.token_ids
+    for i, (group, sequence, _) in enumerate(samples):
+        # Beams take over one another's tokens.
+        history[i, : len(sequence.token_ids)] = sequence.token_ids if group.beams else sequence.pack_ids()
     return inputs._replace(
         history=history,
         history_lens=_rows([s.sequence.num_tokens for s in samples], (num_rows,), np.int32),
@@ -103,7 +115,10 @@ def _with_history(inputs: SamplingInputs, samples: list[Sample], num_rows: int, 
     )
 
 
-def _with_edits(inputs: SamplingInputs, samples: list[Sample], num_rows: int, size: int) -> SamplingInputs:
+def with_edits(
+    inputs: SamplingInputs, samples: list[Sample], num_rows: int, features: SamplingFeatures
+) -> SamplingInputs:
+    size = num_rows * features.max_edits
     edits = [(i, *edit) for i, sample in enumerate(samples) for edit in _edits(sample)]
     rows, tokens, values = zip(*edits, strict=True) if edits else ((), (), ())
     return inputs._replace(

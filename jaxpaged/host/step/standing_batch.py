@@ -11,13 +11,14 @@ import numpy as np
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.step.batching import Buckets, make_batch
 from jaxpaged.host.step.features import SamplingFeatures
-from jaxpaged.host.step.sampling_batch import make_beam_rows, make_sampling_inputs
+from jaxpaged.host.step.sampling_batch import with_edits, without_history
 from jaxpaged.host.step.step_plan import StepPlan
-from jaxpaged.step_io import DecodeBatch, SamplingInputs, StepBatch, of_row
+from jaxpaged.step_io import DecodeBatch, StepBatch, of_row
 
 
 class BatchMaker:
-    """Makes the arrays of one plan after the other: those of `make_batch`, which they are tested against.
+    """Makes the arrays of one plan after the other: those of `make_batch`, which they are tested against, but for the
+    history of a batch that stays, which the device has.
 
     What it returns is good until it is called again.
     """
@@ -38,18 +39,17 @@ class BatchMaker:
         # Beams go on from one another's pages, and not always by a copy: where the last page is full, nothing tells.
         has_beams = any(group.beams for group, _, _ in plan.samples)
         if isinstance(batch, DecodeBatch) and not plan.is_prefill and plan.starts and not has_beams:
-            self._standing = _StandingBatch(batch, plan, self._cache.page_size, self._vocab_size, features)
+            self._standing = _StandingBatch(batch, plan, self._cache.page_size, features)
         return batch
 
 
 class _StandingBatch:
-    def __init__(self, batch: DecodeBatch, plan: StepPlan, page_size: int, vocab_size: int, features: SamplingFeatures):
+    def __init__(self, batch: DecodeBatch, plan: StepPlan, page_size: int, features: SamplingFeatures):
         self.batch = batch
         self._samples = plan.samples  # the scheduler's list, another one as soon as a sequence comes or goes
         self._num_idle_rows = plan.num_idle_rows
         self._features = features
         self._page_size = page_size
-        self._vocab_size = vocab_size
         self._rows = np.arange(plan.num_rows)
         self._rows_before = np.array([of_row(row) for row in range(plan.num_rows)], np.int32)
         self._longest = int(batch.inputs.positions.max())  # position of the longest row
@@ -80,17 +80,15 @@ class _StandingBatch:
             inputs.tokens[:count] = self._rows_before
         else:
             inputs.tokens[:count] = [sample.sequence.token_ids[-1] for sample in self._samples]
-        self.batch = self.batch._replace(sampling=self._next_sampling())
+        self._move_sampling()
 
-    def _next_sampling(self) -> SamplingInputs:
-        features, sampling = self._features, self.batch.sampling
-        if features.needs_history or features.max_edits or features.num_candidates:
-            num_rows, width = self.batch.inputs.block_tables.shape
-            length = width * self._page_size
-            sampling = make_sampling_inputs(self._samples, num_rows, length, self._vocab_size, features)
-            if features.merged_widths is not None:
-                beam_rows = make_beam_rows(self._samples, num_rows, features.merged_widths)
-                sampling = sampling._replace(beam_rows=beam_rows)
-        elif features.needs_seeds:
-            sampling.positions[: len(self._rows)] += 1
-        return sampling
+    def _move_sampling(self) -> None:
+        features, sampling, count = self._features, self.batch.sampling, len(self._rows)
+        if features.needs_seeds:
+            sampling.positions[:count] += 1
+        if features.needs_history:
+            sampling.history_lens[:count] += 1
+            self.batch = without_history(self.batch)
+        if features.max_edits:
+            sampling = with_edits(self.batch.sampling, self._samples, len(self.batch.inputs.tokens), features)
+            self.batch = self.batch._replace(sampling=sampling)
