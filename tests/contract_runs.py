@@ -332,12 +332,12 @@ class Tally:
 
 
 class Checker:
-    """One model twice: `alone` runs each request by itself, `beside` runs it in its run."""
+    """One model twice: `alone` runs each request by itself and waits for every step, `beside` runs it in its run."""
 
     def __init__(self, model: str, tokenizer_file: Path):
         self.model = model
         fixed: dict[str, Any] = dict(tokenizer=tokenizer_file, dtype="float32", max_model_len=MAX_MODEL_LEN)
-        self.alone = LLM(GOLDENS / model, **fixed, **ALONE)
+        self.alone = LLM(GOLDENS / model, **fixed, **ALONE, async_scheduling=False)
         self.beside = LLM(GOLDENS / model, **fixed, **ALONE)
         self.tally = Tally()
         _set_rows(self.alone, ALONE_ROWS)
