@@ -6,7 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config.options import FIXED_OPTIONS, OPTION_NAMES, EngineOptions, lists_options
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.loading import build_engine
+from jaxpaged.engine.profile import trace_to
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.arrivals import set_arrivals
@@ -107,6 +108,11 @@ class LLM:
         with self._owner.held("record_trace"):
             engine.recorder = recorder = TraceRecorder(engine.cache_config)
         return recorder
+
+    def profile(self, path: str | Path) -> AbstractContextManager[None]:
+        """`with llm.profile("trace.json.gz"): ...` writes what host and device do in the block, for Perfetto
+        (https://ui.perfetto.dev): of the host, the phases of each step. Taking it down costs time itself."""
+        return trace_to(Path(read_path("path", path)))
 
     @explains_names(ELSEWHERE)
     def generate(

@@ -1,6 +1,6 @@
 """The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `trace` what the page pool
-did, `compare` measures ways to keep KV memory, `simulate` replays lengths, `info` and `convert` look at and rewrite
-checkpoints.
+did, `compare` measures ways to keep KV memory, `simulate` replays lengths, `profile` shows where a step's time goes,
+`info` and `convert` look at and rewrite checkpoints.
 
 Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
 one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": "run one workload on every way to keep KV memory; table, JSON and pictures",
     "simulate": "say where KV memory would go, from lengths alone; needs no model",
     "trace": "write a page that shows what the page pool did in a run",
+    "profile": "write a trace of a run's steps for Perfetto",
     "info": "say what a checkpoint holds, without loading its weights",
     "convert": "rewrite a Hugging Face checkpoint in the native format",
 }
