@@ -11,7 +11,7 @@ import numpy as np
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.step.batching import Buckets, make_batch
 from jaxpaged.host.step.features import SamplingFeatures
-from jaxpaged.host.step.sampling_batch import make_beam_rows, make_sampling_inputs
+from jaxpaged.host.step.sampling_batch import make_sampling_inputs
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import DecodeBatch, SamplingInputs, StepBatch, of_row
 
@@ -83,14 +83,13 @@ class _StandingBatch:
         self.batch = self.batch._replace(sampling=self._next_sampling())
 
     def _next_sampling(self) -> SamplingInputs:
+        """Without beams among the samples, what a step has for beams stays as it is: padding."""
         features, sampling = self._features, self.batch.sampling
-        if features.needs_history or features.max_edits or features.num_candidates:
+        if features.needs_history or features.max_edits:
             num_rows, width = self.batch.inputs.block_tables.shape
             length = width * self._page_size
-            sampling = make_sampling_inputs(self._samples, num_rows, length, self._vocab_size, features)
-            if features.merged_widths is not None:
-                beam_rows = make_beam_rows(self._samples, num_rows, features.merged_widths)
-                sampling = sampling._replace(beam_rows=beam_rows)
-        elif features.needs_seeds:
+            anew = make_sampling_inputs(self._samples, num_rows, length, self._vocab_size, features)
+            return anew._replace(beam_rows=sampling.beam_rows)
+        if features.needs_seeds:
             sampling.positions[: len(self._rows)] += 1
         return sampling
