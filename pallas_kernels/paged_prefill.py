@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from pallas_kernels.checks import check_ids, check_options, check_pages, check_scales
 from pallas_kernels.mosaic import num_multiprocessors
 from pallas_kernels.prefill_kernel import attend
-from pallas_kernels.prefill_program import Options
+from pallas_kernels.prefill_program import PrefillOptions
 from pallas_kernels.prefill_tile import PrefillTile, check_tile, choose_tile
 from pallas_kernels.query_tiles import QUERIES, order_tiles
 
@@ -90,7 +90,7 @@ def paged_prefill(
         query_starts, query_lens, context_lens, num_tiles=num_tiles, keys=tile.keys, sliding_window=sliding_window
     )
     num_programs = min(num_programs or num_multiprocessors(), num_tiles * heads)
-    options = Options(scale, soft_cap, sliding_window, num_programs, interpret)
+    options = PrefillOptions(scale, soft_cap, sliding_window, num_programs, interpret)
     rows = jnp.stack([query_starts, query_lens, context_lens], axis=1)
     out = attend(q, k_pages, v_pages, block_tables, rows, order, tile, options)[:tokens]
     return out if scales is None else _scaled(out, scales[1], dtype)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import ACCUMULATOR, MASKED, ROW, TILE, capped_scores
 from pallas_kernels.prefill_convert import convert_tile
-from pallas_kernels.prefill_program import HALF, Program, f32, for_each_item, i32, meet, read_segment
+from pallas_kernels.prefill_program import HALF, PrefillProgram, f32, for_each_item, i32, meet, read_segment
 from pallas_kernels.query_tiles import QUERIES
 
 #: Lower than any score, much higher than MASKED times any scale: the weight of a masked key, exp2(MASKED * scale -
@@ -41,7 +41,7 @@ class State(NamedTuple):
     step: Any  # counts key tiles over all items, as the memory warps do
 
 
-def attend_items(program: Program, out_ref):
+def attend_items(program: PrefillProgram, out_ref):
     """All items of this program, one after the other."""
     for places in (program.queries, program.key_pages, program.value_pages):
         for n in range(places.count):
@@ -54,7 +54,7 @@ def attend_items(program: Program, out_ref):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _with_outs(program: Program, out_ref, attend_item):
+def _with_outs(program: PrefillProgram, out_ref, attend_item):
     """The outputs live in the accumulator of the value products, for which the interpreter has no store."""
     shape = HALF, out_ref.shape[-1]
     if program.options.interpret is None:
@@ -64,7 +64,7 @@ def _with_outs(program: Program, out_ref, attend_item):
     return attend_item(outs)
 
 
-def _attend_item(program: Program, out_ref, tile_index, first_row, last_row, head, state, outs):
+def _attend_item(program: PrefillProgram, out_ref, tile_index, first_row, last_row, head, state, outs):
     number, step = state
     query_place = lax.rem(number, i32(program.queries.count))
     queries = program.queries.tiles.at[query_place, program.warpgroup]
@@ -88,7 +88,7 @@ def _attend_item(program: Program, out_ref, tile_index, first_row, last_row, hea
     return number + 1, state.step
 
 
-def _attend_row(program: Program, item: Item, tile_index, row, first_row, state: State) -> State:
+def _attend_row(program: PrefillProgram, item: Item, tile_index, row, first_row, state: State) -> State:
     """All key tiles of one row: at the diagonal, inside, and at the start of the window."""
     segment = read_segment(program, tile_index, row, first_row)
     end = segment.end - jnp.where(row == first_row, i32(1), i32(0))  # the first step has been made
@@ -108,7 +108,9 @@ def _attend_row(program: Program, item: Item, tile_index, row, first_row, state:
     return state
 
 
-def _attend_keys(program: Program, item: Item, segment, i, state: State, *, masked: bool, is_first=False) -> State:
+def _attend_keys(
+    program: PrefillProgram, item: Item, segment, i, state: State, *, masked: bool, is_first=False
+) -> State:
     """One step: the scores of key tile i, and the values of the tile before unless there is none."""
     keys, values, converts = program.keys, program.values, program.sizes.convert_columns is not None
     highest, total, weights, step = state
@@ -141,7 +143,7 @@ def _attend_keys(program: Program, item: Item, segment, i, state: State, *, mask
     return State(highest, total, weights, step + 1)
 
 
-def _multiply(program: Program, item: Item, k_place, values):
+def _multiply(program: PrefillProgram, item: Item, k_place, values):
     """Q Kᵀ of this tile, f32[HALF, keys]; in the background P V of the tile before: `values` has P and V's place."""
 
     def multiply(scores):
@@ -153,7 +155,7 @@ def _multiply(program: Program, item: Item, k_place, values):
     return pl.run_scoped(multiply, ACCUMULATOR((HALF, program.sizes.keys), f32))
 
 
-def _add_values(program: Program, outs, weights, place):
+def _add_values(program: PrefillProgram, outs, weights, place):
     """outs += weights V, in the background. The interpreter has no weights in registers."""
     tiles = program.values.tiles
     if program.options.interpret is None:
@@ -182,13 +184,13 @@ def _add_keys(highest, total, scores, factor):
     return new_highest, total * decay + p.sum(axis=1), decay, p
 
 
-def _rescale(program: Program, outs, decay, place):
+def _rescale(program: PrefillProgram, outs, decay, place):
     done = outs[...]  # waits for the value product
     _free_values(program, place)
     outs[...] = done * lax.broadcast_in_dim(decay, done.shape, [0])
 
 
-def _clear_values(program: Program, place, i, context):
+def _clear_values(program: PrefillProgram, place, i, context):
     """Values behind the context become 0: a weight of 0 times NaN would be NaN."""
     tiles, keys = program.values.tiles, program.sizes.keys
 
@@ -204,7 +206,7 @@ def _clear_values(program: Program, place, i, context):
     meet(program)
 
 
-def _write(program: Program, item: Item, state: State, out_ref):
+def _write(program: PrefillProgram, item: Item, state: State, out_ref):
     """The values of the last tile, the division, and the output by way of where the queries were."""
     previous = _previous_place(program, state.step)
     if program.sizes.convert_columns is not None:
@@ -219,11 +221,11 @@ def _write(program: Program, item: Item, state: State, out_ref):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _free_values(program: Program, place):
+def _free_values(program: PrefillProgram, place):
     """The product over the values in this place is done; places that are filled here need no barrier to say so."""
     if program.sizes.convert_columns is None:
         plgpu.barrier_arrive(program.values.free.at[place])
 
 
-def _previous_place(program: Program, step):
+def _previous_place(program: PrefillProgram, step):
     return lax.rem(step + (program.values.count - 1), i32(program.values.count))

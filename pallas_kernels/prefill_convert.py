@@ -15,13 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import TILE
-from pallas_kernels.prefill_program import Places, Program, i32
+from pallas_kernels.prefill_program import Places, PrefillProgram, i32
 
 #: Rows of a block: the M of one wgmma, whose layout in registers the numbers pass through.
 ROWS = 64
 
 
-def convert_tile(program: Program, pages: Places, into: Places, step, end=None):
+def convert_tile(program: PrefillProgram, pages: Places, into: Places, step, end=None):
     """This warpgroup's half of the step's tile, as soon as that is there; rows from `end` on become 0."""
     page_place, place = lax.rem(step, i32(pages.count)), lax.rem(step, i32(into.count))
     plgpu.barrier_wait(pages.ready.at[page_place])

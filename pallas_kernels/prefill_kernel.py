@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic import swizzle_bytes, swizzled
 from pallas_kernels.prefill_compute import attend_items
 from pallas_kernels.prefill_load import load_pages, load_queries
-from pallas_kernels.prefill_program import HALF, Options, Places, Program, Sizes, f32
+from pallas_kernels.prefill_program import HALF, Places, PrefillOptions, PrefillProgram, PrefillSizes, f32
 from pallas_kernels.prefill_tile import PrefillTile
 
 Array = jax.Array
@@ -32,7 +32,7 @@ def attend(
     rows: Array,
     order: Array,
     tile: PrefillTile,
-    options: Options,
+    options: PrefillOptions,
 ) -> Array:
     """q [T, H, D] with T a multiple of QUERIES, rows i32[B, 3] of start, queries and context -> [T, H, D].
 
@@ -54,7 +54,7 @@ def attend(
             multiplied = [Places(tiles, None, None, count) for tiles, count in zip(converted, counts, strict=True)]
         axes, rows_of = (lax.axis_index("program"), lax.axis_index("warpgroup")), (tables_ref, rows_ref, order_ref)
         places = (queries, *multiplied, *pages)
-        program = Program._make([options, sizes, *axes, *rows_of, *places, met, interpreted_outs])
+        program = PrefillProgram._make([options, sizes, *axes, *rows_of, *places, met, interpreted_outs])
         _run(program, q_ref, k_ref, v_ref, out_ref)
 
     call = plgpu.kernel(
@@ -72,7 +72,7 @@ def attend(
     return call(q, k_pages, v_pages, block_tables, rows, order)
 
 
-def _run(program: Program, q_ref, k_ref, v_ref, out_ref):
+def _run(program: PrefillProgram, q_ref, k_ref, v_ref, out_ref):
     """Who does what: two warpgroups compute, three warps of the last load."""
 
     @pl.when(program.warpgroup < 2)
@@ -91,14 +91,14 @@ def _run(program: Program, q_ref, k_ref, v_ref, out_ref):
             pl.when(warp == 2)(lambda: load_pages(program, program.value_pages, v_ref))
 
 
-def _sizes(q: Array, k_pages: Array, order: Array, tile: PrefillTile) -> Sizes:
+def _sizes(q: Array, k_pages: Array, order: Array, tile: PrefillTile) -> PrefillSizes:
     heads, head_dim = q.shape[1:]
     page_size, kv_heads = k_pages.shape[1:3]
     page_keys = min(page_size, tile.keys)
     convert_columns = None
     if k_pages.dtype != q.dtype:  # as many as a wgmma layout and the registers take
         convert_columns = min(swizzle_bytes(head_dim, k_pages.dtype), 64)
-    return Sizes(
+    return PrefillSizes(
         heads, kv_heads, tile.keys, page_size, page_keys, tile.keys // page_keys, order.shape[0] * heads,
         convert_columns,
     )  # fmt: skip
@@ -109,9 +109,11 @@ def _loaded_places(tile: PrefillTile) -> tuple[int, int, int]:
     return tile.query_places, tile.page_places or tile.key_places, tile.page_places or tile.value_places
 
 
-def _shared_memory(q: Array, k_pages: Array, tile: PrefillTile, sizes: Sizes, options: Options) -> tuple[Any, ...]:
+def _shared_memory(
+    q: Array, k_pages: Array, tile: PrefillTile, sizes: PrefillSizes, options: PrefillOptions
+) -> tuple[Any, ...]:
     """Queries, keys and values as they arrive, each with its barriers; tiles that are converted; and the rest of a
-    `Program`."""
+    `PrefillProgram`."""
     head_dim = q.shape[2]
     swizzle = sizes.convert_columns or swizzle_bytes(head_dim, k_pages.dtype)
     of_queries = swizzled(swizzle_bytes(head_dim, q.dtype), q.dtype)

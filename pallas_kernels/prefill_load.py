@@ -6,11 +6,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.prefill_program import HALF, Places, Program, drain, for_each_item, i32, read_segment
+from pallas_kernels.prefill_program import HALF, Places, PrefillProgram, drain, for_each_item, i32, read_segment
 from pallas_kernels.query_tiles import QUERIES
 
 
-def load_queries(program: Program, q_ref):
+def load_queries(program: PrefillProgram, q_ref):
     """One warp: the queries of all items in order, each as soon as there is a free place."""
     places = program.queries
 
@@ -26,7 +26,7 @@ def load_queries(program: Program, q_ref):
     drain(places, for_each_item(program, load_item, i32(0)))
 
 
-def load_pages(program: Program, places: Places, pages_ref):
+def load_pages(program: PrefillProgram, places: Places, pages_ref):
     """Another warp: the same for the keys of all items, or for their values."""
     heads, kv_heads = program.sizes.heads, program.sizes.kv_heads
 
@@ -48,7 +48,7 @@ def load_pages(program: Program, places: Places, pages_ref):
     drain(places, for_each_item(program, load_item, i32(0)))
 
 
-def _load_tile(program: Program, places: Places, place, pages_ref, kv_head, row, i):
+def _load_tile(program: PrefillProgram, places: Places, place, pages_ref, kv_head, row, i):
     """Ask for the pages of key tile i."""
     _, _, keys, page_size, page_keys, copies, *_ = program.sizes
     position = i * keys

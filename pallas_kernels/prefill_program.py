@@ -20,7 +20,7 @@ i32, f32 = jnp.int32, jnp.float32
 HALF = QUERIES // 2
 
 
-class Options(NamedTuple):
+class PrefillOptions(NamedTuple):
     """What the compiler must know besides shapes."""
 
     scale: float
@@ -30,7 +30,7 @@ class Options(NamedTuple):
     interpret: Any
 
 
-class Sizes(NamedTuple):
+class PrefillSizes(NamedTuple):
     """What follows from the shapes and the tile."""
 
     heads: int
@@ -55,11 +55,11 @@ class Places(NamedTuple):
     count: int
 
 
-class Program(NamedTuple):
+class PrefillProgram(NamedTuple):
     """One program: every `num_programs`-th item, an item being one query tile of one head."""
 
-    options: Options
-    sizes: Sizes
+    options: PrefillOptions
+    sizes: PrefillSizes
     index: Any  # of the program
     warpgroup: Any
     tables: Any  # i32[B, P]
@@ -74,7 +74,7 @@ class Program(NamedTuple):
     interpreted_outs: tuple[Any, ...]  # f32[2, HALF, D], for the interpreter alone
 
 
-def for_each_item(program: Program, visit, state):
+def for_each_item(program: PrefillProgram, visit, state):
     """state = visit(query tile, its first row, its last row, head, state) for what this program is to do."""
     num_programs, num_items = program.options.num_programs, program.sizes.num_items
     heads, order = program.sizes.heads, program.order
@@ -92,7 +92,7 @@ def for_each_item(program: Program, visit, state):
     return lax.fori_loop(i32(0), turns, visit_turn, state)
 
 
-def read_segment(program: Program, tile_index, row, first_row):
+def read_segment(program: PrefillProgram, tile_index, row, first_row):
     """The key tiles that a row's tokens of a query tile read (query_tiles.py)."""
     # A query tile's first segment has at least one key tile, so that there always is a first step.
     at_least = jnp.where(row == first_row, i32(1), i32(0))
@@ -103,7 +103,7 @@ def read_segment(program: Program, tile_index, row, first_row):
     )  # fmt: skip
 
 
-def meet(program: Program):
+def meet(program: PrefillProgram):
     """The compute warpgroups wait for each other; what either wrote to shared memory and committed is there for both.
 
     Both arrive: with one, it could come here twice before the other has waited once.

@@ -55,8 +55,10 @@ VLLM_OPTIONS = {
     "hf_overrides": "edit the directory's config.json instead",
     "disable_log_stats": "what a run did is in llm.last_run, and nothing is logged at intervals, so leave it out",
 }
-#: The same, and of options that had another name before.
-OTHER_OPTIONS = {**VLLM_OPTIONS, "shared_prefixes": "it is called cascade_attention now"}
+#: Options that had another name before.
+RENAMED_OPTIONS = {"shared_prefixes": "cascade_attention"}
+#: What vLLM's arguments and those of before are here.
+OTHER_OPTIONS = {**VLLM_OPTIONS, **{old: f"it is called {new} now" for old, new in RENAMED_OPTIONS.items()}}
 #: What vLLM's arguments of `generate` and its kind are here.
 VLLM_REQUESTS = {
     "use_tqdm": "here it is progress",

@@ -54,7 +54,19 @@ class CommandParser(Parser):
         module.add_arguments(self)
         self.epilog = getattr(module, "EPILOG", None)
         self.set_defaults(run=module.run)
-        return super().parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
+        for flag in unknown:
+            self._refuse_renamed(flag.partition("=")[0])
+        return parsed, unknown
+
+    def _refuse_renamed(self, flag: str) -> None:
+        """UsageError that says what a flag of before is called now, where this command has that one."""
+        from jaxpaged.api.names import RENAMED_OPTIONS
+
+        for old, new in RENAMED_OPTIONS.items():
+            old_flag, new_flag = ("--" + name.replace("_", "-") for name in (old, new))
+            if flag == old_flag and new_flag in self._option_string_actions:
+                self.error(f"{old_flag} is called {new_flag} now")
 
 
 def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = None) -> int:

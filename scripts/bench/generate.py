@@ -31,35 +31,31 @@ from generation_workloads import GenerationWorkload, make_workload
 
 import jaxpaged
 from jaxpaged import LLM, SamplingParams
+from jaxpaged.checkpoint import open_checkpoint
+from jaxpaged.config import EngineOptions
 from jaxpaged.engine.preemption import flops_per_token
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args, workloads = parse_args(argv)
     peers = {name: run_peer(name, args) for name in args.peers}
     card = measure_card(args.repeats)
     began = time.perf_counter()
-    llm = LLM(
-        args.model, load_format=args.load_format, dtype=args.dtype, max_num_seqs=args.max_num_seqs,
-        num_pages=args.num_pages, max_model_len=args.max_model_len, page_size=args.page_size,
-        attention=args.attention, memory_utilization=args.memory_utilization,
-        async_scheduling=not args.no_async_scheduling,
-    )  # fmt: skip
+    llm = LLM(args.model, **options_of(args))
     load_seconds = round(time.perf_counter() - began, 1)
     print(f"{args.model} on {card.device}: copy {card.copy_gb_per_s:,.0f} GB/s, matrix products "
-          f"{card.matmul_tflop_per_s:,.0f} TFLOP/s; loaded in {load_seconds} s, "
+          f"{card.matmul_tflop_per_s:,.3g} TFLOP/s; loaded in {load_seconds} s, "
           f"{llm.engine.cache_config.num_usable_tokens:,} tokens of KV")  # fmt: skip
     print(f"{'workload':>18} {'tokens/s':>10} {'first s':>8} {'s':>8} {'steps':>7} {'device':>7} {'floor':>6}"
           + "".join(f"{name:>14} {'ratio':>6}" for name in args.peers))  # fmt: skip
     results = []
-    for name in args.workloads:
-        workload = make_workload(name, llm.engine.model.vocab_size, args.seed, args.max_model_len)
+    for workload in workloads:
         result = measure(llm, workload, card, args.repeats)
-        row = (f"{name:>18} {result['tokens_per_second']:10,.0f} {result['first_seconds']:8.1f} "
+        row = (f"{workload.name:>18} {result['tokens_per_second']:10,.0f} {result['first_seconds']:8.1f} "
                f"{result['seconds']:8.3f} {result['steps']:7} {result['device_share']:7.1%} "
                f"{result['floor_share']:6.1%}")  # fmt: skip
         for peer in args.peers:
-            if (theirs := peers[peer].get(name)) is not None:
+            if (theirs := peers[peer].get(workload.name)) is not None:
                 result[peer] = theirs
                 ratio = result[f"over_{peer}"] = round(result["tokens_per_second"] / theirs["tokens_per_second"], 3)
                 row += f"{theirs['tokens_per_second']:14,.0f} {ratio:6.2f}"
@@ -121,7 +117,8 @@ def floor_seconds(llm: LLM, workload: GenerationWorkload, num_decode_steps: int,
     return num_bytes / (card.copy_gb_per_s * 1e9) + num_flops / (card.matmul_tflop_per_s * 1e12)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[GenerationWorkload]]:
+    """The flags, and the workloads that they name; what cannot run is one line, before any peer is started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_flags(parser)
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="(default: those that are installed, on a GPU)")
@@ -136,7 +133,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
         has_gpu = importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin")
         args.peers = installed_peers() if has_gpu else []
-    return args
+    try:
+        return args, read_workloads(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "load_format", "dtype", "max_num_seqs", "num_pages", "max_model_len", "page_size", "attention",
+        "memory_utilization",
+    )  # fmt: skip
+    return {**{name: getattr(args, name) for name in names}, "async_scheduling": not args.no_async_scheduling}
+
+
+def read_workloads(args: argparse.Namespace) -> list[GenerationWorkload]:
+    """Of the model's vocabulary. `args.max_model_len` becomes the model's where that is shorter."""
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: a run to compile is not timed, so at least 1")
+    model = open_checkpoint(args.model).config
+    args.max_model_len = min(args.max_model_len, model.max_position_embeddings)
+    EngineOptions(**options_of(args))
+    return [make_workload(name, model.vocab_size, args.seed, args.max_model_len) for name in args.workloads]
 
 
 if __name__ == "__main__":

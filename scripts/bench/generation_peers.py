@@ -123,7 +123,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-format", default="dummy", help="dummy (default): random weights")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-num-seqs", type=int, default=512)
-    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--max-model-len", type=int, default=4096, help="(default 4096, or as many as the model has)")
     parser.add_argument("--memory-utilization", type=float, default=0.85)
 
 

@@ -19,6 +19,8 @@ DEFAULT = ("chat384", "256x128+512", "32x2048+128", "1x128+256", "48x512+192x8")
 #: Token ids below are left out: control tokens in most vocabularies.
 FIRST_TOKEN = 10
 CHAT_LIMIT = 1024
+#: Requests, samples of each, and tokens that a name may ask for.
+MOST = 1_000_000
 
 
 class GenerationWorkload(NamedTuple):
@@ -31,31 +33,27 @@ class GenerationWorkload(NamedTuple):
     def num_generated(self) -> int:
         return self.num_samples * sum(self.output_lens)
 
-    @property
-    def longest(self) -> int:
-        return max(len(prompt) + new for prompt, new in zip(self.prompts, self.output_lens, strict=True))
-
 
 def make_workload(name: str, vocab_size: int, seed: int, longest: int) -> GenerationWorkload:
-    """ValueError where the name says no lengths, or one of more than `longest` tokens."""
+    """ValueError where the name says no lengths, or a request of more than `longest` tokens."""
     rng = np.random.default_rng(seed)
-    if chat := re.fullmatch(r"chat(\d+)", name):
-        count = int(chat[1])
+    lengths = re.fullmatch(r"chat([0-9]+)|([0-9]+)x([0-9]+)\+([0-9]+)(?:x([0-9]+))?", name)
+    if lengths is None:
+        raise ValueError(f"{name}: no workload; write one as 256x128+512, 48x512+192x8 or chat384")
+    numbers = [int(one) for one in lengths.groups() if one is not None]
+    if not 1 <= min(numbers) <= max(numbers) <= MOST:
+        raise ValueError(f"{name}: counts and lengths are numbers from 1 to {MOST:,}")
+    count, num_samples = numbers[0], int(lengths[5] or 1)
+    if lengths[1]:
         most = min(CHAT_LIMIT, longest // 2)
         prompt_lens, output_lens = _log_normal(rng, 200, 0.9, most, count), _log_normal(rng, 280, 0.7, most, count)
-        num_samples = 1
-    elif lengths := re.fullmatch(r"(\d+)x(\d+)\+(\d+)(?:x(\d+))?", name):
-        count, prompt_len, output_len = (int(one) for one in lengths.groups()[:3])
-        prompt_lens, output_lens, num_samples = [prompt_len] * count, [output_len] * count, int(lengths[4] or 1)
     else:
-        raise ValueError(f"{name}: not a workload; write one as 256x128+512, 48x512+192x8 or chat384")
-    if min(count, num_samples, *prompt_lens, *output_lens) < 1:
-        raise ValueError(f"{name}: counts and lengths are at least 1")
+        prompt_lens, output_lens = [numbers[1]] * count, [numbers[2]] * count
+    asked = max(map(sum, zip(prompt_lens, output_lens, strict=True)))
+    if asked > longest:
+        raise ValueError(f"{name}: a request of {asked:,} tokens, but the model or --max-model-len has {longest:,}")
     prompts = [rng.integers(FIRST_TOKEN, vocab_size, length).tolist() for length in prompt_lens]
-    workload = GenerationWorkload(name, prompts, list(output_lens), num_samples)
-    if workload.longest > longest:
-        raise ValueError(f"{name}: a request of {workload.longest} tokens, but --max-model-len is {longest}")
-    return workload
+    return GenerationWorkload(name, prompts, output_lens, num_samples)
 
 
 def _log_normal(rng: np.random.Generator, mean: float, sigma: float, most: int, count: int) -> list[int]:

@@ -15,6 +15,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +34,8 @@ from jaxpaged.host.step.standing_batch import BatchMaker
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import GroupCandidates, RowCandidates, StepOutputs, TokenLogprobs, pack
 
+R = TypeVar("R")
+
 VOCAB_SIZE = 32_000
 PARTS = ("foresee", "schedule", "account", "batching", "commit", "all")
 
@@ -45,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beam-width", type=int, default=0, help="beam searches of this width instead of samples")
     parser.add_argument("--page-size", type=int, default=16)
     args = parser.parse_args(argv)
+    if (error := check(args)) is not None:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     medians = {name: round(statistics.median(times) * 1e6, 1) for name, times in measure(args).items()}
     for name, micros in medians.items():
         print(f"{name:>16} {micros:8.1f} us a step")
@@ -52,67 +58,79 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check(args: argparse.Namespace) -> str | None:
+    """Why these sizes cannot be measured."""
+    per_request = args.beam_width or args.samples_per_request
+    if min(args.sequences, args.context, args.samples_per_request, args.page_size) < 1 or args.beam_width < 0:
+        return "counts and lengths are at least 1"
+    if args.steps < 3:
+        return f"--steps {args.steps}: the first and the last step are not measured, so at least 3"
+    if args.sequences % per_request:
+        return f"--sequences {args.sequences} are no whole number of requests with {per_request} each"
+    return None
+
+
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each part of every decode step, in the engine's order (engine/step_loop.py); and their sum."""
-    max_len = args.context + args.steps + 2
-    pages = args.sequences * -(-max_len // args.page_size) + 2
-    cache = CacheConfig(args.page_size, pages)
-    limits = EngineConfig(max_len, max_num_seqs=args.sequences, max_num_batched_tokens=8192, watermark=0.0)
-    scheduler, buckets = Scheduler(cache, limits), Buckets.for_limits(limits, cache)
-    batches = BatchMaker(cache, VOCAB_SIZE)
     rng = np.random.default_rng(0)
-    per_request = args.beam_width or args.samples_per_request
-    groups = [
-        _request(i, rng.integers(0, VOCAB_SIZE, args.context).tolist(), args)
-        for i in range(args.sequences // per_request)
-    ]
-    for group in groups:
-        scheduler.add(group)
-    features = SamplingFeatures.of(groups, VOCAB_SIZE)
-    stats = RunStats.for_cache(cache)
+    scheduler, features = _queue(args, rng)
+    planner = _Planner(scheduler, features)
     times: dict[str, list[float]] = {name: [] for name in PARTS}
     plan = scheduler.schedule()
     while plan is not None:
         outputs = _outputs(plan, features, rng)
-        t0 = time.perf_counter()
-        is_ahead = scheduler.can_foresee(plan)
+        is_ahead, following, parts, foreseen = scheduler.can_foresee(plan), None, (), 0.0
         if is_ahead:
-            scheduler.foresee(plan)
-        t1 = time.perf_counter()
-        following = scheduler.schedule(is_ahead) if is_ahead else None
-        t2 = time.perf_counter()
-        if following is not None:
-            prepared = _prepare(following, scheduler, stats, batches, buckets, features)
-        t3 = time.perf_counter()
-        scheduler.commit(plan, outputs)
-        t4 = time.perf_counter()
+            _, foreseen = _timed(scheduler.foresee, plan)
+            following, parts = planner.plan(is_ahead)
+        _, committed = _timed(scheduler.commit, plan, outputs)
         if not is_ahead:
-            following = scheduler.schedule()
-            if following is not None:
-                t2 = time.perf_counter() - t4 + t1
-                prepared = _prepare(following, scheduler, stats, batches, buckets, features)
+            following, parts = planner.plan(is_ahead)
         if following is not None and not plan.is_prefill and following.num_rows == args.sequences:
-            parts = (t1 - t0, t2 - t1, *prepared, t4 - t3)
+            parts = (foreseen, *parts, committed)
             for name, seconds in zip(PARTS, (*parts, sum(parts)), strict=True):
                 times[name].append(seconds)
         plan = following
     return times
 
 
-def _prepare(
-    plan: StepPlan,
-    scheduler: Scheduler,
-    stats: RunStats,
-    batches: BatchMaker,
-    buckets: Buckets,
-    features: SamplingFeatures,
-) -> tuple[float, float]:
-    """Seconds of the account, and of the arrays."""
-    t0 = time.perf_counter()
-    stats.record(plan, scheduler)
-    t1 = time.perf_counter()
-    pack(batches.make(plan, buckets, features))
-    return t1 - t0, time.perf_counter() - t1
+def _queue(args: argparse.Namespace, rng: np.random.Generator) -> tuple[Scheduler, SamplingFeatures]:
+    """A scheduler in whose pool all sequences run together, with the requests in its queue."""
+    max_len = args.context + args.steps + 2
+    cache = CacheConfig(args.page_size, args.sequences * -(-max_len // args.page_size) + 2)
+    limits = EngineConfig(max_len, max_num_seqs=args.sequences, max_num_batched_tokens=8192, watermark=0.0)
+    scheduler = Scheduler(cache, limits)
+    num_requests = args.sequences // (args.beam_width or args.samples_per_request)
+    groups = [_request(i, rng.integers(0, VOCAB_SIZE, args.context).tolist(), args) for i in range(num_requests)]
+    for group in groups:
+        scheduler.add(group)
+    return scheduler, SamplingFeatures.of(groups, VOCAB_SIZE)
+
+
+class _Planner:
+    """Plans steps and makes their arrays."""
+
+    def __init__(self, scheduler: Scheduler, features: SamplingFeatures):
+        self._scheduler = scheduler
+        self._features = features
+        self._stats = RunStats.for_cache(scheduler.cache)
+        self._buckets = Buckets.for_limits(scheduler.limits, scheduler.cache)
+        self._batches = BatchMaker(scheduler.cache, VOCAB_SIZE)
+
+    def plan(self, is_ahead: bool) -> tuple[StepPlan | None, tuple[float, ...]]:
+        """The next step, and the seconds of its plan, its account and its arrays."""
+        plan, scheduled = _timed(self._scheduler.schedule, is_ahead)
+        if plan is None:
+            return None, ()
+        _, accounted = _timed(self._stats.record, plan, self._scheduler)
+        _, made = _timed(lambda: pack(self._batches.make(plan, self._buckets, self._features)))
+        return plan, (scheduled, accounted, made)
+
+
+def _timed(function: Callable[..., R], *args: Any) -> tuple[R, float]:
+    began = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - began
 
 
 def _request(index: int, prompt: list[int], args: argparse.Namespace) -> SequenceGroup:

@@ -27,7 +27,7 @@ import numpy as np
 import jaxpaged
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config import CacheConfig, EngineOptions, ModelConfig
-from jaxpaged.config.choices import ATTENTIONS
+from jaxpaged.config.choices import ATTENTIONS, DTYPES
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels, resolve_attention
 from jaxpaged.device.cache import PagedCache, make_paged_cache
@@ -240,15 +240,23 @@ def run_steps(setup: Setup, step: Step, pool: PagedCache, count: int) -> tuple[f
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default="scripts/shapes/llama-3.1-8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--context", type=int, default=540, help="tokens that each row reads, the new one included")
+    parser.add_argument("--rows", type=count, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--context", type=count, default=540, help="tokens that each row reads, the new one included")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
-    parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--page-size", type=count, default=16)
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--steps", type=int, default=50, help="launched one after the other for one time")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=count, default=50, help="launched one after the other for one time")
+    parser.add_argument("--repeats", type=count, default=5)
     return parser.parse_args(argv)
+
+
+def count(text: str) -> int:
+    """Of at least 1, or argparse says that it is none."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 if __name__ == "__main__":

@@ -228,6 +228,13 @@ def test_an_unknown_choice_is_refused_before_the_model_is_loaded(model, capfd):
     assert "--kv-cache: 'dense-slots' is called 'dense' now" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--shared-prefixes", "--shared-prefixes=1"])
+def test_a_flag_of_before_is_answered_with_its_name_of_today(model, capfd, flag):
+    assert main(["generate", model, "--prompt", "a", flag], make_llm=None) == 2
+    said = "jaxpaged: --shared-prefixes is called --cascade-attention now (see jaxpaged generate --help)\n"
+    assert capfd.readouterr().err == said
+
+
 def test_flags_reach_the_parameters_and_the_model(model, capfd):
     seen = {}
 

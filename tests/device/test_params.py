@@ -19,6 +19,7 @@ OPT = dataclasses.replace(
     TOY, family="opt", rope=None, norm="layer", gated_mlp=False, activation="relu", qkv_bias=True, mlp_bias=True,
     attention_out_bias=True, learned_position_offset=2, num_kv_heads=4, embedding_size=16, num_layers=1,
 )  # fmt: skip
+CPU = jax.devices("cpu")[0]
 UNTIED = dataclasses.replace(TOY, tie_word_embeddings=False, num_layers=12)
 
 
@@ -34,8 +35,7 @@ def checksum(params: Params) -> str:
 )
 def test_random_weights_are_those_of_the_dictionaries_before(config, expected):
     """The checksums were taken on a CPU when the parameters were nested dictionaries."""
-    cpu = jax.devices("cpu")[0]
-    assert checksum(random_params(config, "bfloat16", (1 << 40) + 3, cpu)) == expected
+    assert checksum(random_params(config, "bfloat16", (1 << 40) + 3, CPU)) == expected
 
 
 def test_a_random_leaf_is_numbered_by_its_name():
@@ -90,6 +90,6 @@ def test_parts_fill_the_last_axis_and_every_axis_has_a_name(config):
 
 
 def test_a_norm_with_an_offset_begins_as_the_identity():
-    params = random_params(GEMMA, "float32", seed=0)
+    params = random_params(GEMMA, "bfloat16", 0, CPU)
     assert not params.layers[0].post_mlp_norm.weight.any() and not params.layers[0].query_norm.weight.any()
-    assert (random_params(OPT, "float32", seed=0).final_norm.weight == 1).all()
+    assert (random_params(OPT, "bfloat16", 0, CPU).final_norm.weight == 1).all()

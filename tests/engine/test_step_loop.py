@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 from scripted_device import most_pages_of
@@ -30,9 +32,20 @@ def mixed_requests(count=15):
     return [make_group(prompt, PARAMS[i % 5], str(i), seed=i) for i, prompt in enumerate(random_prompts(count))]
 
 
-def waiting_engine(**sizes):
+def some_engine(is_async):
+    """All of one size, so that they run the same programs."""
+    return toy_engine(num_pages=400, async_scheduling=is_async)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return some_engine(is_async=True)
+
+
+@pytest.fixture(scope="module")
+def waiting_engine():
     """One that learns what each step chose before it plans the next."""
-    return toy_engine(async_scheduling=False, **sizes)
+    return some_engine(is_async=False)
 
 
 def results_of(engine, groups):
@@ -70,13 +83,8 @@ def events_of(engine, groups):
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return toy_engine(num_pages=400, max_num_seqs=32)
-
-
-@pytest.fixture(scope="module")
-def expected():
-    return results_of(waiting_engine(num_pages=400, max_num_seqs=32), mixed_requests())
+def expected(waiting_engine):
+    return results_of(waiting_engine, mixed_requests())
 
 
 def test_a_step_is_launched_before_the_last_one_is_fetched(engine):
@@ -84,9 +92,9 @@ def test_a_step_is_launched_before_the_last_one_is_fetched(engine):
     assert events_of(engine, groups) == "LLFLFLFF"
 
 
-def test_without_async_scheduling_every_step_is_fetched_first():
+def test_without_async_scheduling_every_step_is_fetched_first(waiting_engine):
     groups = [make_group([5, 6, 7], SamplingParams(temperature=0, max_tokens=4))]
-    assert events_of(waiting_engine(), groups) == "LFLFLFLF"
+    assert events_of(waiting_engine, groups) == "LFLFLFLF"
 
 
 def test_what_a_request_gets_is_the_same(engine, expected):
@@ -97,7 +105,10 @@ def test_what_a_request_gets_is_the_same(engine, expected):
 
 
 def test_and_in_a_tight_pool_with_few_rows(expected):
-    engine = toy_engine(num_pages=2 + most_pages_of(mixed_requests(), 4), max_num_seqs=9, max_num_batched_tokens=16)
+    engine = some_engine(is_async=True)
+    num_pages = 2 + most_pages_of(mixed_requests(), 4)
+    engine.cache_config = dataclasses.replace(engine.cache_config, num_pages=num_pages)  # a part of the runner's pool
+    engine.limits = dataclasses.replace(engine.limits, max_num_seqs=9, max_num_batched_tokens=16)
     assert results_of(engine, mixed_requests()) == expected
     assert engine.stats.preemptions > 0
 
@@ -119,7 +130,7 @@ def test_the_device_keeps_the_history_that_penalties_are_made_of(engine):
     engine.runner.launch = lambda step: (sent.append(step.goes_on), launch(step))[1]
     try:
         assert results_of(engine, penalised_requests()) == results_of(
-            waiting_engine(num_pages=400, max_num_seqs=32), penalised_requests()
+            waiting_engine(), penalised_requests()
         )
     finally:
         del engine.runner.launch

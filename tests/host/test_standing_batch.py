@@ -104,10 +104,7 @@ def test_in_every_step_of_any_run(requests, way, page_size, spare, max_num_seqs,
     run_compared(make_scheduler(pages, page_size, max_num_seqs), groups, is_async)
 
 
-def test_in_every_step_of_searches_whose_beams_take_the_places_of_others():
-    """Where the last pages are full a beam goes on from another's without a copy, so that nothing else shows it."""
-    scheduler = make_scheduler(64, page_size=2)
-    groups = [make_search(3, max_tokens=9, width=3), make_group(4, 9), make_search(6, max_tokens=8, width=4)]
+def run_searches_compared(scheduler, groups) -> SamplingFeatures:
     features = SamplingFeatures.of(groups, VOCABULARY)
     buckets, cache = Buckets.for_limits(scheduler.limits, scheduler.cache), scheduler.cache
     maker = BatchMaker(cache, VOCABULARY)
@@ -117,6 +114,21 @@ def test_in_every_step_of_searches_whose_beams_take_the_places_of_others():
         assert_same(maker.make(plan, buckets, features), expected)
 
     run_searches(scheduler, groups, compare)
+    return features
+
+
+def test_in_every_step_of_searches_whose_beams_take_the_places_of_others():
+    """Where the last pages are full a beam goes on from another's without a copy, so that nothing else shows it."""
+    groups = [make_search(3, max_tokens=9, width=3), make_group(4, 9), make_search(6, max_tokens=8, width=4)]
+    run_searches_compared(make_scheduler(64, page_size=2), groups)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("width", [3, 16])
+def test_in_every_step_of_samples_that_go_on_when_the_searches_are_over(width, way):
+    groups = [make_search(3, max_tokens=3, width=width), make_group(4, 12, **way)]
+    features = run_searches_compared(make_scheduler(128, page_size=4, max_num_seqs=20), groups)
+    assert (features.merged_widths is None) == (width == 3)
 
 
 @pytest.mark.parametrize("is_async", [True, False])

@@ -83,6 +83,7 @@ class _StandingBatch:
         self._move_sampling()
 
     def _move_sampling(self) -> None:
+        """Without beams among the samples, what a step has for beams stays as it is: padding."""
         features, sampling, count = self._features, self.batch.sampling, len(self._rows)
         if features.needs_seeds:
             sampling.positions[:count] += 1
