@@ -80,7 +80,7 @@ class RunRecord:
         schedule = max(0.0, times.planned - began)
         self.stats.add_seconds(schedule, max(0.0, busy_until - busy_from), ended - began)
         self.stats.add_times(max(times.began, self._last_ended), ended)
-        swapped, launched = times.moved - times.packed, max(times.moved, self._last_ended)
+        swapped, launched = times.moved - times.packed, max(times.moved, began)
         self.stats.add_preemption_seconds(plan, swapped, max(0.0, times.arrived - launched))
         self._accounted = self._last_ended = ended
 

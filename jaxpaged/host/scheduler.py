@@ -293,10 +293,11 @@ class Scheduler:
             done, is_changed = advance_groups(list(searches.items()), outputs, self.policy)
             ended += done
         for group in failed:
+            if group.unfinished:  # else it has ended already, or was foreseen to
+                ended.append(group)
             fail(group, self.policy)
             self._prefill.drop(group)  # samples that came back from a preemption
-            ended.append(group)
-        left = plan.leaving + self._leave([group for group in ended if group not in plan.leaving])
+        left = plan.leaving + self._leave(ended)
         for group in searches:
             if group not in ended:
                 self.policy.settle(group)

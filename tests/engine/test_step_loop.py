@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from types import SimpleNamespace
 
 import jax
 import pytest
+import scripted_device
 from scripted_device import most_pages_of
 from toy import beam_group, make_group, random_prompts, run_tokens, toy_engine
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.engine.record import RunRecord
+from jaxpaged.engine.step_loop import StepLoop
 from jaxpaged.host.account.trace import TraceRecorder
+from jaxpaged.host.step.features import SamplingFeatures
 
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=18, stop_token_ids=[*range(40)], logprobs=2),
@@ -124,14 +130,12 @@ def penalised_requests():
     return [make_group(prompt, PENALISED[i % 3], str(i), seed=i) for i, prompt in enumerate(random_prompts(9))]
 
 
-def test_the_device_keeps_the_history_that_penalties_are_made_of(engine):
+def test_the_device_keeps_the_history_that_penalties_are_made_of(engine, waiting_engine):
     sent = []
     launch = engine.runner.launch
     engine.runner.launch = lambda step: (sent.append(step.goes_on), launch(step))[1]
     try:
-        assert results_of(engine, penalised_requests()) == results_of(
-            waiting_engine(), penalised_requests()
-        )
+        assert results_of(engine, penalised_requests()) == results_of(waiting_engine, penalised_requests())
     finally:
         del engine.runner.launch
     assert sum(sent) >= len(sent) / 2
@@ -208,3 +212,28 @@ def test_times_of_overlapping_steps_do_not_overlap_and_add_up(engine):
     parts = stats.seconds
     assert parts["schedule"] + parts["device"] + parts["host"] == pytest.approx(parts["total"])
     assert min(parts.values()) >= 0
+
+
+class ScriptedRunner:
+    def __init__(self, pool):
+        self.launch, self.fetch = lambda step: pool.run(step.plan), lambda outputs: outputs
+
+    def prepare(self, plan, features):
+        return SimpleNamespace(plan=plan, copies_before=[])  # PoolModel makes the copies of a plan itself
+
+    def copy_pages(self, copies):
+        assert not copies
+
+
+def test_what_the_caller_does_while_a_step_runs_is_no_time_of_the_engine():
+    scheduler = scripted_device.make_scheduler(num_pages=11)
+    for _ in range(2):
+        scheduler.add(scripted_device.make_group(4, 12))
+    record = RunRecord(scheduler.cache)
+    runner = ScriptedRunner(scripted_device.PoolModel(scheduler.cache.page_size))
+    loop = StepLoop(runner, scheduler, SamplingFeatures(), record, is_async=True)
+    while loop.has_work:
+        loop.step()
+        time.sleep(0.02)
+    assert record.stats.recomputed_tokens > 0
+    assert 0 < record.stats.seconds["recompute"] < record.stats.seconds["device"]

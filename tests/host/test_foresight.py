@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from scripted_device import make_group, make_scheduler, most_pages_of, run_ahead
 
 from jaxpaged.config import PreemptionConfig
 from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.step_io import BAD_LOGITS, StepOutputs, TokenLogprobs
 
 
 def test_who_ends_by_length_has_no_row_behind_its_end():
@@ -78,6 +80,22 @@ def test_tokens_are_those_of_a_host_that_waits(requests, page_size, spare, budge
         for one, two in zip(group.sequences, other.sequences, strict=True):
             assert (one.finish_reason, one.stop_reason) == (two.finish_reason, two.stop_reason)
             assert one.cumulative_logprob == two.cumulative_logprob and one.num_pending == 0
+
+
+@pytest.mark.parametrize("system", ["paged", "contiguous-pow2", "dense-static"])
+def test_who_fails_in_the_step_that_was_to_be_its_last_leaves_once(system):
+    plain = make_scheduler(200)
+    scheduler = Scheduler(plain.cache, dataclasses.replace(plain.limits, kv_cache=system))
+    scheduler.add(failing := make_group(3, 1))
+    scheduler.add(other := make_group(3, 2))
+    left = []
+    for tokens in ([BAD_LOGITS, 7], [8]):
+        plan = scheduler.schedule()
+        scheduler.foresee(plan)
+        left += scheduler.commit(plan, StepOutputs(np.array(tokens), TokenLogprobs(np.zeros(len(tokens)))))
+        scheduler.check_invariants()
+    assert left == [failing, other] and not scheduler.has_work
+    assert failing.error is not None and failing.sequences[0].finish_reason == "error"
 
 
 @pytest.mark.parametrize("system", ["contiguous-pow2", "dense", "dense-static", "dense-static-global"])

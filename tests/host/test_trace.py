@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+from scripted_device import PoolModel, make_group
 from trace_replay import Replay, make_scheduler, record_random_load
 
 from jaxpaged.config import PreemptionConfig
+from jaxpaged.host.account.trace import TraceRecorder
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceStatus
 
 WAYS = {
@@ -112,3 +116,17 @@ def test_every_page_that_becomes_free_is_said_to():
         assert freed == sorted(before - held)
         before = held
     assert not before
+
+
+def test_who_waits_for_the_end_of_a_static_batch_has_finished_in_the_trace():
+    plain = make_scheduler(num_pages=200, page_size=4, preemption=WAYS["recompute"])
+    scheduler = Scheduler(plain.cache, dataclasses.replace(plain.limits, kv_cache="dense-static"))
+    scheduler.add(make_group(3, 1))
+    scheduler.add(make_group(3, 3))
+    recorder, pool = TraceRecorder(scheduler.cache), PoolModel(4)
+    while (plan := scheduler.schedule()) is not None:
+        recorder.planned(plan, scheduler)
+        scheduler.commit(plan, pool.run(plan))
+        recorder.committed(scheduler)
+    ends = [(frame["step"], *event[1:]) for frame in recorder.frames for event in frame["events"] if "finish" in event]
+    assert ends == [(1, 0, "length"), (3, 1, "length")]

@@ -165,6 +165,8 @@ class TraceRecorder:
     def _note_status(self, frame: Frame, group: SequenceGroup) -> bool:
         """Admission, preemption or return of a group; whether it returned."""
         seen = [self._live[sequence] for sequence in group.unfinished if sequence in self._live]
+        if not seen:  # all of it has ended, and waits for the end of its batch
+            return False
         before, now = seen[0].status, group.unfinished[0].status
         if before is now:
             return False
