@@ -266,32 +266,13 @@ class Scheduler:
 
         A group of which some sample has no token (step_io.py has the codes) ends as a whole.
         """
-        tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
-        ended: list[SequenceGroup] = []
-        failed: dict[SequenceGroup, int] = {}
-        searches: dict[SequenceGroup, int] = {}  # and their first rows
-        for i, (group, sequence, _) in enumerate(plan.samples):
-            if group.beams:
-                searches.setdefault(group, i)
-                continue
-            if sequence.finish_reason is not None:  # it had ended, as the step before has told
-                plan.num_trimmed += 1
-                continue
-            sequence.num_pending = 0
-            token_id, logprob = tokens[i], logprobs[i]
-            if token_id < 0 or group.failure:
-                failed[group] = group.failure = group.failure or token_id
-            if token_id < 0:
-                continue
-            sequence.token_ids.append(token_id)
-            sequence.cumulative_logprob += logprob
-            if apply_stop(group, sequence) and sequence.status is not SequenceStatus.FINISHED:
-                self._end(group, sequence)
-                ended.append(group)
+        ended, failed = self._take_tokens(plan, outputs)
+        searches = {} if outputs.candidates is None else _first_rows(plan)
         if searches:
-            assert outputs.candidates is not None, "beams ran, but no candidates came"
             done, is_changed = advance_groups(list(searches.items()), outputs, self.policy)
             ended += done
+            if is_changed:
+                self._batch = None
         for group in failed:
             if group.unfinished:  # else it has ended already, or was foreseen to
                 ended.append(group)
@@ -301,9 +282,33 @@ class Scheduler:
         for group in searches:
             if group not in ended:
                 self.policy.settle(group)
-        if searches and is_changed:
-            self._batch = None
         return left
+
+    def _take_tokens(self, plan: StepPlan, outputs: StepOutputs) -> tuple[list[SequenceGroup], list[SequenceGroup]]:
+        """The samples' new tokens; returns the groups of which some sample has ended by its token or text, or by a
+        length that nobody had foreseen, and those of which some has no token."""
+        tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
+        ended: list[SequenceGroup] = []
+        failed: dict[SequenceGroup, None] = {}
+        for i, (group, sequence, _) in enumerate(plan.samples):
+            if group.beams:
+                assert outputs.candidates is not None, "beams ran, but no candidates came"
+                continue
+            if sequence.finish_reason is not None:  # it had ended, as the step before has told
+                plan.num_trimmed += 1
+                continue
+            sequence.num_pending = 0
+            token_id = tokens[i]
+            if token_id < 0 or group.failure:
+                group.failure, failed[group] = group.failure or token_id, None
+            if token_id < 0:
+                continue
+            sequence.token_ids.append(token_id)
+            sequence.cumulative_logprob += logprobs[i]
+            if apply_stop(group, sequence) and sequence.status is not SequenceStatus.FINISHED:
+                self._end(group, sequence)
+                ended.append(group)
+        return ended, list(failed)
 
     def _end(self, group: SequenceGroup, sequence: Sequence) -> None:
         """A sample has all its tokens, or will have them with the step in flight; its memory is given back."""
@@ -337,3 +342,12 @@ class Scheduler:
                 assert sequence.status is SequenceStatus.RUNNING or not sequence.table.pages
                 held.append(sequence.table)
         self.policy.check_invariants(held)
+
+
+def _first_rows(plan: StepPlan) -> dict[SequenceGroup, int]:
+    """Of each beam search in the step the row of its first beam, in the order of rows."""
+    rows: dict[SequenceGroup, int] = {}
+    for row, (group, _, _) in enumerate(plan.samples):
+        if group.beams:
+            rows.setdefault(group, row)
+    return rows
