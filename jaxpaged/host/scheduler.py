@@ -266,10 +266,32 @@ class Scheduler:
 
         A group of which some sample has no token (step_io.py has the codes) ends as a whole.
         """
+        ended, failed, searches = self._append_tokens(plan, outputs)
+        if searches:
+            assert outputs.candidates is not None, "beams ran, but no candidates came"
+            done, is_changed = advance_groups(list(searches.items()), outputs, self.policy)
+            ended += done
+            if is_changed:
+                self._batch = None
+        for group in failed:
+            fail(group, self.policy)
+            self._prefill.drop(group)  # samples that came back from a preemption
+            ended.append(group)
+        left = plan.leaving + self._leave([group for group in ended if group not in plan.leaving])
+        for group in searches:
+            if group not in ended:
+                self.policy.settle(group)
+        return left
+
+    def _append_tokens(
+        self, plan: StepPlan, outputs: StepOutputs
+    ) -> tuple[list[SequenceGroup], list[SequenceGroup], dict[SequenceGroup, int]]:
+        """Every sample gets its token: the groups of which some ended, those that failed, and the searches, which get
+        theirs otherwise, with their first rows."""
         tokens, logprobs = outputs.tokens.tolist(), outputs.token_logprobs.logprobs.tolist()
         ended: list[SequenceGroup] = []
-        failed: dict[SequenceGroup, int] = {}
-        searches: dict[SequenceGroup, int] = {}  # and their first rows
+        failed: dict[SequenceGroup, None] = {}
+        searches: dict[SequenceGroup, int] = {}
         for i, (group, sequence, _) in enumerate(plan.samples):
             if group.beams:
                 searches.setdefault(group, i)
@@ -280,7 +302,8 @@ class Scheduler:
             sequence.num_pending = 0
             token_id, logprob = tokens[i], logprobs[i]
             if token_id < 0 or group.failure:
-                failed[group] = group.failure = group.failure or token_id
+                group.failure = group.failure or token_id
+                failed[group] = None
             if token_id < 0:
                 continue
             sequence.token_ids.append(token_id)
@@ -288,21 +311,7 @@ class Scheduler:
             if apply_stop(group, sequence) and sequence.status is not SequenceStatus.FINISHED:
                 self._end(group, sequence)
                 ended.append(group)
-        if searches:
-            assert outputs.candidates is not None, "beams ran, but no candidates came"
-            done, is_changed = advance_groups(list(searches.items()), outputs, self.policy)
-            ended += done
-        for group in failed:
-            fail(group, self.policy)
-            self._prefill.drop(group)  # samples that came back from a preemption
-            ended.append(group)
-        left = plan.leaving + self._leave([group for group in ended if group not in plan.leaving])
-        for group in searches:
-            if group not in ended:
-                self.policy.settle(group)
-        if searches and is_changed:
-            self._batch = None
-        return left
+        return ended, list(failed), searches
 
     def _end(self, group: SequenceGroup, sequence: Sequence) -> None:
         """A sample has all its tokens, or will have them with the step in flight; its memory is given back."""
