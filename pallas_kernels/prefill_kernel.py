@@ -45,15 +45,8 @@ def attend(
 
     def kernel(q_ref, k_ref, v_ref, tables_ref, rows_ref, order_ref, out_ref, *scratch):
         loaded, converted, met, interpreted_outs = scratch_tree.unflatten(scratch)
-        queries, *pages = (
-            Places._make([*parts, count]) for parts, count in zip(loaded, _loaded_places(tile), strict=True)
-        )
-        multiplied = pages
-        if converted:
-            counts = (tile.key_places, tile.value_places)
-            multiplied = [Places(tiles, None, None, count) for tiles, count in zip(converted, counts, strict=True)]
         axes, rows_of = (lax.axis_index("program"), lax.axis_index("warpgroup")), (tables_ref, rows_ref, order_ref)
-        places = (queries, *multiplied, *pages)
+        places = _places_of(loaded, converted, tile)
         program = PrefillProgram._make([options, sizes, *axes, *rows_of, *places, met, interpreted_outs])
         _run(program, q_ref, k_ref, v_ref, out_ref)
 
@@ -70,6 +63,16 @@ def attend(
         kernel_name="paged_prefill",
     )
     return call(q, k_pages, v_pages, block_tables, rows, order)
+
+
+def _places_of(loaded: Any, converted: Any, tile: PrefillTile) -> tuple[Places, ...]:
+    """For queries, for keys and values as they are multiplied, and for both as they are loaded."""
+    queries, *pages = (Places._make([*parts, count]) for parts, count in zip(loaded, _loaded_places(tile), strict=True))
+    if not converted:
+        return queries, *pages, *pages
+    counts = (tile.key_places, tile.value_places)
+    multiplied = [Places(tiles, None, None, count) for tiles, count in zip(converted, counts, strict=True)]
+    return queries, *multiplied, *pages
 
 
 def _run(program: PrefillProgram, q_ref, k_ref, v_ref, out_ref):
