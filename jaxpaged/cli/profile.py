@@ -64,7 +64,7 @@ def phase_seconds(trace: Path) -> dict[str, float]:
     """Seconds of the host in each phase, over all steps of a trace."""
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
-    seconds = dict.fromkeys(PHASES, 0.0)
+    seconds: dict[str, float] = {name: 0.0 for name in PHASES}
     for event in events:
         if event.get("name") in seconds and event.get("ph") == "X":
             seconds[event["name"]] += event["dur"] / 1e6

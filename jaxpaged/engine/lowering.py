@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device import steps
@@ -67,7 +67,8 @@ def lower_step(
     packed, layout = pack(batch)
     limits = limits or EngineConfig(model.max_position_embeddings)
     pool = jax.eval_shape(lambda: make_cache(model, cache, limits))
-    carried = steps.Carried(np.zeros(max(limits.max_num_seqs, shape.num_rows), np.int32))
+    num_tokens = max(limits.max_num_seqs, shape.num_rows)
+    carried = jax.eval_shape(lambda: steps.Carried(jnp.zeros(num_tokens, jnp.int32)))
     params, pool, carried, packed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         (param_shapes(model, dtype), pool, carried, packed),
