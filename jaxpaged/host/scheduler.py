@@ -314,6 +314,8 @@ class Scheduler:
         """A sample has all its tokens, or will have them with the step in flight; its memory is given back."""
         group.record_pages()
         sequence.status = SequenceStatus.FINISHED
+        # A row in flight has taken a slot behind that of the last token, which hindsight is not to count.
+        sequence.table.num_slots = min(sequence.table.num_slots, sequence.num_tokens - 1)
         self.policy.release(sequence.table)
 
     def _leave(self, ended: list[SequenceGroup]) -> list[SequenceGroup]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_device import make_group, make_scheduler, most_pages_of, run_ahead, run_all
+from scripted_device import PoolModel, make_group, make_scheduler, most_pages_of, run_ahead, run_all
 
 from jaxpaged.config import PreemptionConfig
+from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.step_io import BAD_LOGITS, StepOutputs, TokenLogprobs
 
@@ -96,6 +97,29 @@ def test_who_fails_in_the_step_that_was_to_be_its_last_leaves_once(system):
         scheduler.check_invariants()
     assert left == [failing, other] and not scheduler.has_work
     assert failing.error is not None and failing.sequences[0].finish_reason == "error"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_row_that_is_trimmed_fills_no_slot_in_hindsight(is_async):
+    plain = make_scheduler(200)
+    scheduler = Scheduler(plain.cache, dataclasses.replace(plain.limits, kv_cache="contiguous-pow2"))
+    scheduler.add(make_group(2, 16, stop_token_ids=[5]))
+    stats, pool = RunStats.for_cache(scheduler.cache), PoolModel(2)
+
+    def launch():
+        if (plan := scheduler.schedule(is_ahead=is_async)) is None:
+            return None
+        stats.record(plan, scheduler)
+        return plan, pool.run(plan)
+
+    step = launch()
+    while step is not None:
+        if is_async:
+            scheduler.foresee(step[0])
+        following = launch() if is_async else None
+        scheduler.commit(*step)
+        step = following or launch()
+    assert set((stats.memory.used + stats.memory.reserved).tolist()) == {5}  # two of the prompt, 3, 4, and 5 that ends
 
 
 @pytest.mark.parametrize("system", ["contiguous-pow2", "dense", "dense-static", "dense-static-global"])
