@@ -72,7 +72,7 @@ class RunRecord:
         """The step is over; where it `is_followed`, the device went on with the next one."""
         if self._trace is not None:
             self._trace.committed(scheduler)
-        self.stats.num_generated_tokens -= plan.num_trimmed
+        self.stats.add_tokens(plan)
         _note_times(plan, finished, times)
         ended = self.seconds
         began = max(times.began, self._accounted)

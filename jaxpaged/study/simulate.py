@@ -133,6 +133,7 @@ class Simulation:
                 self.now = float(self.workload.arrivals[self._num_queued])
                 continue
             stats.record(plan, scheduler, num_unqueued)
+            stats.add_tokens(plan)
             self._take_time(plan)
             finished = scheduler.commit(plan, self._run(plan))
             self._note_times(plan, finished)

@@ -225,6 +225,18 @@ class ScriptedRunner:
         assert not copies
 
 
+def test_tokens_are_counted_when_they_have_come():
+    scheduler = scripted_device.make_scheduler(num_pages=64)
+    scheduler.add(group := scripted_device.make_group(4, 12, n=3))
+    record = RunRecord(scheduler.cache)
+    runner = ScriptedRunner(scripted_device.PoolModel(scheduler.cache.page_size))
+    loop = StepLoop(runner, scheduler, SamplingFeatures(), record, is_async=True)
+    for count in (1, 2, 3):
+        loop.step()
+        assert [len(sequence.output_ids) for sequence in group.sequences] == [count] * 3
+        assert record.stats.num_generated_tokens == 3 * count
+
+
 def test_what_the_caller_does_while_a_step_runs_is_no_time_of_the_engine():
     scheduler = scripted_device.make_scheduler(num_pages=11)
     for _ in range(2):

@@ -86,7 +86,10 @@ class RunStats:
 
     @property
     def step_times(self) -> np.ndarray:
-        """When each step began and ended, in seconds since the run began, f64[2, steps]; by a simulation's clock."""
+        """When each step began and ended, in seconds since the run began, f64[2, steps]; by a simulation's clock.
+
+        Of those that have ended: while a run goes on, and where it was left, one more may be on its way.
+        """
         return np.array(self._times, np.float64)
 
     @property
@@ -143,7 +146,10 @@ class RunStats:
         self.recomputed_tokens += plan.num_recomputed
         self.swap_overflows += plan.num_swap_overflows
         self.page_copies += len(plan.copies)
-        self.num_generated_tokens += len(plan.samples)
+
+    def add_tokens(self, plan: StepPlan) -> None:
+        """What the step of `plan` chose has come."""
+        self.num_generated_tokens += len(plan.samples) - plan.num_trimmed
 
     def record_ahead(self, num_steps: int, num_rows: int, new_pages: np.ndarray, is_paged: bool) -> None:
         """Take down `num_steps` more decode steps like the last, in which `num_rows` sequences only grow.
