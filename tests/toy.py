@@ -64,6 +64,15 @@ def toy_engine(
     return Engine(StepRunner(toy_params(), TOY, cache, limits, kernels, jax.devices()[0]))
 
 
+def few_programs(engine: Engine) -> Engine:
+    """Its steps padded to the largest sizes alone: for tests of other things than sizes, which compile little then."""
+    buckets = engine.runner.buckets
+    lists = ("decode_rows", "prefill_rows", "prefill_tokens")
+    largest = {name: getattr(buckets, name)[-1:] for name in lists}
+    engine.runner.buckets = dataclasses.replace(buckets, **largest)
+    return engine
+
+
 #: Every page that two rows have in common is read once.
 ALWAYS = CascadeRule(min_saved_tokens=0, min_run_pages=1)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import all_but_slow
-from toy import TOY, make_group, random_prompts, run_tokens, toy_engine, toy_params
+from toy import TOY, few_programs, make_group, random_prompts, run_tokens, toy_engine, toy_params
 
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import CacheConfig
@@ -50,8 +50,8 @@ def test_copies_are_carried_out_in_every_layer():
 
 def test_a_step_begins_with_its_copies(monkeypatch):
     """In a run with samples every decode step takes its list of copies along, and nothing is launched to copy."""
-    expected = run_tokens(toy_engine(), workload(seed=1))
-    engine = toy_engine(kernels=REFERENCE._replace(copies_in_steps=True))
+    expected = run_tokens(few_programs(toy_engine()), workload(seed=1))
+    engine = few_programs(toy_engine(kernels=REFERENCE._replace(copies_in_steps=True)))
     monkeypatch.setattr(engine.runner, "copy_arrays", lambda copies: pytest.fail("copies were launched alone"))
     assert run_tokens(engine, workload(seed=1)) == expected
     assert engine.stats.page_copies > 0
@@ -60,8 +60,8 @@ def test_a_step_begins_with_its_copies(monkeypatch):
 def test_more_copies_than_rows_are_made_before_the_step():
     """Sequences in chunks are copied whole when they fork, which is more than the step's list holds."""
     kernels = REFERENCE._replace(copies_in_steps=True)
-    expected = run_tokens(toy_engine(num_pages=400), workload(seed=1))
-    engine = toy_engine(num_pages=400, kv_cache="contiguous-max", kernels=kernels)
+    expected = run_tokens(few_programs(toy_engine(num_pages=400)), workload(seed=1))
+    engine = few_programs(toy_engine(num_pages=400, kv_cache="contiguous-max", kernels=kernels))
     launched = []
     runner = engine.runner
     runner.copy_arrays, copy = lambda copies: launched.append(copy(copies)), runner.copy_arrays
@@ -73,7 +73,7 @@ def test_more_copies_than_rows_are_made_before_the_step():
 def test_a_deep_model_that_is_waited_for_decodes_in_two_programs(monkeypatch, kv_cache):
     """With the same tokens, and copies in both parts of the pool."""
     kernels = REFERENCE._replace(copies_in_steps=True)
-    expected = run_tokens(toy_engine(num_pages=400, kv_cache=kv_cache), workload(seed=1))
+    expected = run_tokens(few_programs(toy_engine(num_pages=400, kv_cache=kv_cache)), workload(seed=1))
     monkeypatch.setattr(steps, "DEEP", TOY.num_layers)
     monkeypatch.setattr(steps, "FIRST_SHARE", 0.5)
     launched, decode_layers = set(), steps.decode_layers
@@ -83,7 +83,7 @@ def test_a_deep_model_that_is_waited_for_decodes_in_two_programs(monkeypatch, kv
         return decode_layers(*args, layers=layers, **static)
 
     monkeypatch.setattr(steps, "decode_layers", launch)
-    engine = toy_engine(num_pages=400, kv_cache=kv_cache, kernels=kernels, async_scheduling=False)
+    engine = few_programs(toy_engine(num_pages=400, kv_cache=kv_cache, kernels=kernels, async_scheduling=False))
     assert run_tokens(engine, workload(seed=1)) == expected
     assert launched == {(0, 1), (1, 2)}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import all_but_slow
 from scripted_device import most_pages_of
-from toy import TOY, make_group, random_prompts, run_tokens, toy_engine
+from toy import TOY, few_programs, make_group, random_prompts, run_tokens, toy_engine
 
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.host.step.features import SamplingFeatures
@@ -28,7 +28,7 @@ def mixed_requests(count=12, seed=0):
 @pytest.fixture(scope="module")
 def large():
     """A pool in which nothing is ever preempted."""
-    return toy_engine(num_pages=400, max_num_seqs=32, max_num_batched_tokens=512)
+    return few_programs(toy_engine(num_pages=400, max_num_seqs=32, max_num_batched_tokens=512))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,14 @@ def test_a_sample_is_the_same_alone(large, expected, i):
 
 @pytest.mark.parametrize("page_size", all_but_slow([1, 5, 16], 16))
 def test_the_page_size_changes_no_token(expected, page_size):
-    assert run_tokens(toy_engine(num_pages=1 + 1600 // page_size, page_size=page_size), mixed_requests()) == expected
+    assert (
+        run_tokens(few_programs(toy_engine(num_pages=1 + 1600 // page_size, page_size=page_size)), mixed_requests())
+        == expected
+    )
 
 
 def test_order_batch_and_chunks_change_no_token(expected):
-    engine = toy_engine(max_num_seqs=5, max_num_batched_tokens=16)
+    engine = few_programs(toy_engine(max_num_seqs=5, max_num_batched_tokens=16))
     assert run_tokens(engine, mixed_requests()[::-1]) == expected
 
 
@@ -60,7 +63,7 @@ def test_preemption_changes_no_token(expected, spare_pages):
     """With a pool that just holds the largest group, every request finishes with the tokens of an endless pool."""
     groups = mixed_requests()
     largest = most_pages_of(groups, page_size=4)
-    engine = toy_engine(num_pages=1 + largest + spare_pages, page_size=4)
+    engine = few_programs(toy_engine(num_pages=1 + largest + spare_pages, page_size=4))
     assert run_tokens(engine, groups) == expected
     assert engine.stats.preemptions > 0
     assert engine.stats.recomputed_tokens > 0
@@ -93,7 +96,7 @@ def test_logprobs_of_prompt_and_output_survive_chunks_and_preemption():
 
     def run(**engine_options):
         groups = [make_group(prompt, params, str(i), seed=i) for i, prompt in enumerate(prompts)]
-        engine = toy_engine(**engine_options)
+        engine = few_programs(toy_engine(**engine_options))
         run_tokens(engine, groups)
         return engine, groups
 
