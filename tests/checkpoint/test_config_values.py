@@ -289,7 +289,7 @@ NATIVE_CHANGES = st.sampled_from(FAMILIES).flatmap(
 
 
 @given(CHANGES, NATIVE_CHANGES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_changed_value_is_read_or_refused_by_name(change, native_change):
     check_hugging_face(*change)
     check_native(*native_change)

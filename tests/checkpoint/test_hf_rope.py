@@ -179,7 +179,7 @@ SETTINGS = st.dictionaries(st.sampled_from(NAMES), st.sampled_from([None, 1, 4.0
 
 
 @given(SETTINGS, st.sampled_from(["rope_scaling", "rope_parameters"]), st.sampled_from([*UNIFORM, "gemma3"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_settings_that_ask_for_scaling_are_never_read_as_none(given_settings, place, family):
     try:
         rope = parse_config(config_values(family, **{place: given_settings})).rope

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import all_but_slow
 from scripted_device import most_pages_of
-from toy import TOY, beam_group, make_group, random_prompts, run_checked, toy_engine
+from toy import TOY, beam_group, few_programs, make_group, random_prompts, run_checked, toy_engine
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
@@ -45,12 +45,12 @@ def mixed_load(count=40) -> list:
 
 def tight_engine(way: PreemptionConfig):
     largest = most_pages_of(mixed_load(), page_size=4)
-    return toy_engine(num_pages=1 + largest, max_num_seqs=64, preemption=way)
+    return few_programs(toy_engine(num_pages=1 + largest, max_num_seqs=64, preemption=way))
 
 
 @pytest.fixture(scope="module")
 def expected():
-    engine = toy_engine(num_pages=4000, max_num_seqs=64)
+    engine = few_programs(toy_engine(num_pages=4000, max_num_seqs=64))
     results = run_checked(engine, mixed_load())
     assert engine.stats.preemptions == 0 and len(results) == 40
     return results

@@ -146,7 +146,7 @@ def test_groups_that_are_done_may_stay_in_the_batch_and_keep_their_pool():
         assert [score for _, score in search.found()] == expected
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(
     st.tuples(
         st.integers(1, 9), st.sampled_from([False, True, "never"]), st.sampled_from([-2.0, -1.0, 0.0, 0.7, 1.0, 3.0]),

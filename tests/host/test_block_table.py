@@ -225,7 +225,7 @@ class TablesAgainstAModel(RuleBasedStateMachine):
 
 
 TestTablesAgainstAModel = TablesAgainstAModel.TestCase
-TestTablesAgainstAModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTablesAgainstAModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 FIND_ONE = settings(max_examples=500, database=None, deadline=None, phases=[Phase.generate])

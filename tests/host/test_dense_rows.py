@@ -82,7 +82,7 @@ def test_the_rows_of_ended_sequences_are_internal_fragmentation_until_the_batch_
 requests = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(1, 3)), min_size=1, max_size=8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from([*DENSE_CACHES, "none"]), requests, st.integers(1, 5), st.integers(0, 12), st.integers(1, 40))
 def test_every_request_finishes_with_its_own_tokens_and_every_slot_is_accounted_for(
     kv_cache, requests, page_size, spare, budget

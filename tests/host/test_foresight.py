@@ -65,7 +65,7 @@ requests = st.lists(
 )  # prompt_len, max_tokens, n, tokens before the one that ends the first sample  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(requests, st.integers(1, 5), st.integers(0, 6), st.integers(1, 40), st.integers(4, 10), st.booleans())
 def test_tokens_are_those_of_a_host_that_waits(requests, page_size, spare, budget, max_num_seqs, swaps):
     groups = [

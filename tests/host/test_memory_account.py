@@ -81,7 +81,7 @@ requests = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integer
 SWAP = PreemptionConfig("swap", swap_pages=1000)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(KV_CACHES), requests, st.integers(1, 5), st.integers(0, 12), st.integers(1, 40),
     st.sampled_from([SWAP, PreemptionConfig()]),

@@ -47,7 +47,7 @@ def test_the_smallest_chunk_is_halved_and_halves_join_again():
     assert buddy.largest_free == 16
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 80), st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=60))
 def test_chunks_partition_the_pool_after_any_program(num_usable, program):
     buddy = BuddyAllocator(num_usable + 1, 16, max_chunk=16)
@@ -115,7 +115,7 @@ def test_a_request_that_no_chunk_holds_is_refused_with_the_numbers():
 requests = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4)), min_size=1, max_size=8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(CONTIGUOUS), requests, st.integers(1, 5), st.integers(0, 40), st.integers(1, 40))
 def test_every_request_finishes_with_the_tokens_of_an_endless_pool(kv_cache, requests, page_size, spare, budget):
     """`run_all` holds the reserved tables to a model of the pool, which sees a fork that was not copied in time."""

@@ -93,7 +93,7 @@ requests = st.lists(
 )  # prompt_len, max_tokens, n, whether the first sample ends by a token
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(requests, st.sampled_from(WAYS), st.integers(1, 5), st.integers(0, 6), st.integers(3, 9), st.booleans())
 def test_in_every_step_of_any_run(requests, way, page_size, spare, max_num_seqs, is_async):
     groups = [

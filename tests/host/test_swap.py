@@ -52,7 +52,7 @@ def test_a_shared_page_goes_once_and_comes_back_shared():
 actions = st.lists(st.tuples(st.sampled_from("aft"), st.integers(0, 9), st.integers(0, 7)), max_size=30)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(actions, st.integers(1, 4), st.integers(0, 20))
 def test_tables_contents_and_sharing_survive_a_swap(actions, page_size, num_taken):
     """After any program of append, fork and truncate, and other pages than before."""
@@ -170,7 +170,7 @@ ways = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(requests, st.integers(1, 5), st.integers(0, 6), st.integers(1, 40), ways)
 def test_every_group_ends_as_in_an_endless_pool_whatever_is_swapped(requests, page_size, spare, budget, way):
     """Every sequence reads back its own tokens in every step (PoolModel checks), and nothing leaks."""

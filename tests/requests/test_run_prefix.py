@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_device import make_group as scripted_group
 from scripted_device import make_scheduler, make_search, most_pages_of, run_all, run_searches
-from toy import TOY, beam_group, make_group, run_checked, toy_engine
+from toy import TOY, beam_group, few_programs, make_group, run_checked, toy_engine
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
@@ -209,7 +209,7 @@ def load(prefix_len, is_shared=True) -> list:
 @pytest.fixture(scope="module")
 def expected():
     """By length of the prefix: what requests give that compute their whole prompts, and how many tokens that takes."""
-    engine = toy_engine(num_pages=1000)
+    engine = few_programs(toy_engine(num_pages=1000))
     return {
         length: (run_checked(engine, load(length, is_shared=False)), engine.stats.batch_tokens.sum())
         for length in (1, 3, 8, 10, 30)
@@ -218,7 +218,7 @@ def expected():
 
 @pytest.mark.parametrize("prefix_len", [1, 3, 8, 10, 30])
 def test_a_shared_prefix_changes_no_token(expected, prefix_len):
-    engine = toy_engine(num_pages=1000)
+    engine = few_programs(toy_engine(num_pages=1000))
     tokens, num_computed = expected[prefix_len]
     assert run_checked(engine, groups := load(prefix_len)) == tokens
     assert engine.stats.num_prompt_tokens == sum(prefix_len + len(suffix) for suffix in SUFFIXES)
@@ -230,14 +230,14 @@ def test_a_shared_prefix_changes_no_token(expected, prefix_len):
 @pytest.mark.slow  # the contract's runs have prefixes and pages of all sizes
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_the_page_size_changes_no_token(expected, page_size):
-    engine = toy_engine(num_pages=2000 // page_size, page_size=page_size)
+    engine = few_programs(toy_engine(num_pages=2000 // page_size, page_size=page_size))
     assert run_checked(engine, load(10)) == expected[10][0]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_preemption_changes_no_token(expected, way):
     largest = most_pages_of(load(10), page_size=4)
-    engine = toy_engine(num_pages=1 + largest, preemption=WAYS[way])
+    engine = few_programs(toy_engine(num_pages=1 + largest, preemption=WAYS[way]))
     assert run_checked(engine, load(10)) == expected[10][0]
     stats = engine.stats
     assert stats.preemptions > 0 and stats.pages_used.min() >= 3 and stats.pages_used.max() <= largest
@@ -245,7 +245,7 @@ def test_preemption_changes_no_token(expected, way):
 
 
 def test_the_prefix_is_there_before_the_first_request_comes(expected):
-    engine = toy_engine(num_pages=1000)
+    engine = few_programs(toy_engine(num_pages=1000))
     groups = load(8)
     for group in groups:
         group.arrival_time = 0.05
@@ -254,7 +254,7 @@ def test_the_prefix_is_there_before_the_first_request_comes(expected):
 
 
 def test_leaving_early_lets_go_of_the_prefix(expected):
-    engine = toy_engine(num_pages=1000)
+    engine = few_programs(toy_engine(num_pages=1000))
     results = engine.run(load(10))
     next(results)
     results.close()

@@ -9,7 +9,7 @@ import pytest
 from helpers import all_but_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import TOY, beam_group, make_group, toy_engine
+from toy import TOY, beam_group, few_programs, make_group, toy_engine
 
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.config import DENSE_CACHES, KV_CACHES, CacheConfig, EngineConfig, PreemptionConfig
@@ -48,6 +48,7 @@ def run_engine(workload, limits: EngineConfig, cache: CacheConfig, params_of, be
         cache.num_pages, cache.page_size, limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len,
         limits.preemption, limits.kv_cache,
     )  # fmt: skip
+    few_programs(engine)
     rng = np.random.default_rng(9)
     groups = []
     prefix = rng.integers(0, TOY.vocab_size, prefix_len).tolist()
@@ -127,7 +128,7 @@ def test_they_agree_for_samples_and_beams_given_what_the_device_chose(kv_cache):
         assert stats.page_copies > 0 or kv_cache == "none"
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(KV_CACHES), st.sampled_from([SWAP, PreemptionConfig()]), st.integers(0, 1000), st.integers(1, 3),
     st.integers(1, 5), st.integers(0, 30), st.sampled_from([0, 40, 400]), st.sampled_from([0.0, 0.05]),

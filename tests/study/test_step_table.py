@@ -99,7 +99,7 @@ def test_copies_and_swaps_take_their_time(table):
     assert seconds[1000.0] - seconds[0.0] > 1000 * stats.preemptions
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SYSTEMS), st.sampled_from([SWAP, PreemptionConfig()]), st.integers(0, 1000), st.integers(1, 2),
     st.integers(0, 30), st.sampled_from([0.0, 0.05, 0.5, 5.0]),

@@ -164,7 +164,7 @@ def test_stop_strings_are_found_where_they_are_complete(tokenizers, kind, text, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(text=texts | st.text(max_size=30), cut=st.integers(0, 200), start=st.integers(0, 50), length=st.integers(1, 4))
 def test_thousands_of_cuts(tokenizers, kind, text, cut, start, length):
     text = with_known_characters(kind, text)

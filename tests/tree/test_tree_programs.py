@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from beam_reference import log_softmax, toy_model
-from helpers import full_logits
+from helpers import all_but_slow, full_logits
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from toy import TOY, cascade_engine, toy_params
@@ -122,7 +122,7 @@ def test_long_programs_on_the_engine_equal_recomputation(program):
     run_state_machine_as_test(program, settings=settings(max_examples=40, stateful_step_count=40, **SETTINGS))
 
 
-@pytest.mark.parametrize("program", [ToyProgram, EngineProgram])
+@pytest.mark.parametrize("program", all_but_slow([ToyProgram, EngineProgram], ToyProgram))
 def test_a_missing_copy_on_write_is_found(program, monkeypatch):
     """With the copies planted out, some node reads what another wrote: the programs can fail."""
 
