@@ -105,6 +105,7 @@ def test_the_prompt_is_prefilled_once_and_its_pages_are_shared(llm):
     assert output.kv.pages_at_peak <= 10 + 8
 
 
+@pytest.mark.slow
 def test_after_warm_up_a_search_compiles_nothing(llm):
     params = BeamSearchParams(beam_width=3, max_tokens=5)
     llm.warm_up(params)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import greedy_tokens
+from helpers import all_but_slow, greedy_tokens
 from toy import TOY, random_prompts, toy_params
 
 from jaxpaged.config import CacheConfig, RopeConfig
@@ -77,7 +77,7 @@ def poisoned_rows(cache):
     return jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), cache)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", all_but_slow(CONFIGS, "windows and soft caps"))
 def test_dense_paged_and_recomputation_agree(name):
     config = CONFIGS[name]
     prompts = random_prompts(4, low=1, high=19, seed=3)

@@ -335,6 +335,7 @@ def test_a_tree_search_that_is_broken_off_leaves_no_node_behind(tree, root):
 # All of them on a network
 
 
+@pytest.mark.slow
 def test_searches_run_on_a_model_and_their_log_probabilities_are_its_own():
     engine = toy_engine(num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64)
     prompt = [5, 17, 3, 88, 41, 9]

@@ -268,6 +268,7 @@ def test_calls_are_cut_to_the_limits_and_as_few_steps_as_they_allow(engine, tree
     assert [int((batch.inputs.context_lens > 0).sum()) for batch in batches] == [4, 4, 2]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up():
     engine = toy_engine(num_pages=34, page_size=4, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
     with Tree(EngineSteps(engine)) as tree:
