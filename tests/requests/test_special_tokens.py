@@ -39,6 +39,7 @@ def llm(tmp_path_factory):
     return LLM(directory, tokenizer=Surrounding(), page_size=4, num_pages=40, max_num_seqs=4, max_model_len=32)
 
 
+@pytest.mark.slow
 def test_every_call_leaves_them_out_where_it_is_told_to(llm):
     for call in (llm.generate, llm.generate_iter, lambda prompts, **keys: llm.beam_search(prompts, SEARCH, **keys)):
         (added,), (plain,) = call(["ab"]), call(["ab"], add_special_tokens=False)

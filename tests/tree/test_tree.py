@@ -400,6 +400,7 @@ def test_a_tree_that_is_dropped_gives_the_pool_back(llm):
     llm.tree().close()
 
 
+@pytest.mark.slow
 def test_the_engine_runs_as_before_beside_the_use_of_trees():
     prompts = random_prompts(4, 3, 12, seed=5)
 
