@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from typing import Any
 
 import jax
 from device_timing import Card, measure_card
-from generation_peers import PEERS, add_shared_flags, installed_peers, run_peer
+from generation_peers import PEERS, add_shared_flags, installed_peers, median_of, run_peer
 from generation_workloads import GenerationWorkload, make_workload
 
 import jaxpaged
@@ -82,7 +81,7 @@ def measure(llm: LLM, workload: GenerationWorkload, card: Card, repeats: int) ->
         llm.generate(workload.prompts, params, progress=False)
         runs.append((time.perf_counter() - began, llm.last_run))
     first, *others = runs
-    median = statistics.median_low([seconds for seconds, _ in others])
+    median = median_of([seconds for seconds, _ in others])
     stats = next(stats for seconds, stats in others if seconds == median)
     return {
         "workload": workload.name,

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -88,13 +89,18 @@ def run_transformers(args: argparse.Namespace, workloads: list[GenerationWorkloa
         report(workload, generate, args)
 
 
+def median_of(seconds: list[float]) -> float:
+    """Of all who are compared alike: a run that was, and of two runs the slower."""
+    return statistics.median_high(seconds)
+
+
 def report(workload: GenerationWorkload, generate: Any, args: argparse.Namespace) -> None:
     seconds = []
     for _ in range(1 + args.repeats):
         began = time.perf_counter()
         generate()
         seconds.append(time.perf_counter() - began)
-    median = sorted(seconds[1:])[len(seconds[1:]) // 2]
+    median = median_of(seconds[1:])
     result = {
         "workload": workload.name, "tokens_per_second": round(workload.num_generated / median, 1),
         "first_seconds": round(seconds[0], 2), "seconds": round(median, 4),
