@@ -21,6 +21,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_candidates import beam_columns
 from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
+from jaxpaged.device.heads import Heads
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
@@ -174,7 +175,7 @@ def decode_layers(
     if x is None:
         x = embed(params, config, tokens, inputs.positions)
     attend = _attend(inputs, config, kernels, layers[0])
-    x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, layers[0])
+    x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, kernels.add_norm, layers[0])
     if layers[1] == config.num_layers:
         sampling = _with_history(batch, tokens, carried.history)
         columns = _choose(params, config, finish(params, config, x), sampling, wanted, processors)
@@ -215,7 +216,7 @@ def prefill_step(
     batch: PrefillBatch = unpack(packed, layout)
     inputs = batch.inputs
     attend = _attend(inputs, config, kernels)
-    hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend)
+    hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend, kernels.add_norm)
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
     columns = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
@@ -291,8 +292,8 @@ def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
 def _attend(inputs: StepInputs, config: ModelConfig, kernels: AttentionKernels, first: int = 0) -> Attend[KVCache]:
     """Attention of layers from `first` on over the cache of these layers."""
 
-    def attend(cache: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-        cache = cache.write(layer - first, k, v, inputs.slot_mapping)
+    def attend(cache: KVCache, layer: int, heads: Heads) -> tuple[Array, KVCache]:
+        q, cache = cache.write_heads(layer - first, heads, inputs.slot_mapping, kernels)
         return cache.attend(layer - first, q, inputs, config.attention_options(layer), kernels), cache
 
     return attend
