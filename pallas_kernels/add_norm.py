@@ -6,6 +6,8 @@ program takes one row, reads it once and keeps it in registers until both result
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,6 +24,7 @@ THREADS = 128
 MAX_WIDTH = 8192
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "offset"))  # compiled once for all layers
 def add_norm(x: Array, h: Array, weight: Array, *, eps: float, offset: float) -> tuple[Array, Array]:
     """Arguments and results as of `layer_reference.add_norm`, which does it for widths that this kernel does not."""
     rows, width = x.shape

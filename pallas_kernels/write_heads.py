@@ -7,6 +7,7 @@ away queries, keys and values as they lie in memory. XLA makes four kernels of i
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -60,38 +61,45 @@ def write_heads(
     projected: Array, rotation: Rotation, norms: HeadNorms | None, slots: Array, k_pages: Array, v_pages: Array
 ) -> tuple[Array, Array, Array]:
     """Arguments and results as of `layer_reference.write_heads`, which does it for sizes that this kernel does not."""
-    tokens, all_heads, head_dim = projected.shape
+    _, all_heads, head_dim = projected.shape
     page_size, kv_heads = k_pages.shape[1:3]
     sizes = Sizes(all_heads - 2 * kv_heads, kv_heads, head_dim // 2, page_size)
     if not _fits(sizes, projected.dtype.itemsize):
         return layer_reference.write_heads(projected, rotation, norms, slots, k_pages, v_pages)
-    weights = () if norms is None else (norms.query, norms.key)
+    weights, options = ((), None) if norms is None else ((norms.query, norms.key), (norms.eps, norms.offset))
+    return _launch(projected, rotation, weights, slots, k_pages, v_pages, sizes=sizes, norm_options=options)
 
+
+@functools.partial(jax.jit, static_argnames=("sizes", "norm_options"))  # compiled once for all layers
+def _launch(
+    projected: Array, rotation: Rotation, weights: tuple[Array, ...], slots: Array, k_pages: Array, v_pages: Array, *,
+    sizes: Sizes, norm_options: tuple[float, float] | None,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     def kernel(*refs):
         heads_ref, cos_ref, sin_ref, slots_ref, *weight_refs = refs[: 4 + len(weights)]
         k_ref, v_ref, q_ref, *scratch = refs[4 + len(weights) :]
         scratch = Scratch(*scratch)
         token = lax.axis_index("token")
         slot = slots_ref[token]
-        place = lax.div(slot, jnp.int32(page_size)), lax.rem(slot, jnp.int32(page_size))
+        place = lax.div(slot, jnp.int32(sizes.page_size)), lax.rem(slot, jnp.int32(sizes.page_size))
         _load(heads_ref.at[token], scratch, sizes)
         turn = [_spread(ref.at[token], sizes.half) for ref in (cos_ref, sin_ref)]
         plgpu.barrier_wait(scratch.arrived)
         plgpu.copy_smem_to_gmem(scratch.values, v_ref.at[place])
         for tile in range(sizes.tiles):
-            x, y = _normed(tile, scratch, sizes, weight_refs, norms)
+            x, y = _normed(tile, scratch, sizes, weight_refs, norm_options)
             _rotate(x, y, turn, scratch.out.at[pl.ds(tile * TILE_HEADS, TILE_HEADS)], sizes.half)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.out.at[pl.ds(0, sizes.heads)], q_ref.at[token])
-        plgpu.copy_smem_to_gmem(scratch.out.at[pl.ds(sizes.heads, kv_heads)], k_ref.at[place])
+        plgpu.copy_smem_to_gmem(scratch.out.at[pl.ds(sizes.heads, sizes.kv_heads)], k_ref.at[place])
         plgpu.wait_smem_to_gmem(0)
 
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
     q = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((tokens, sizes.heads, head_dim), projected.dtype),
+        out_type=jax.ShapeDtypeStruct((len(projected), sizes.heads, projected.shape[2]), projected.dtype),
         scratch_types=list(_shared_memory(sizes, projected.dtype)),
-        grid=(tokens,),
+        grid=(len(projected),),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(),
         kernel_name="write_heads",
@@ -129,21 +137,21 @@ def _spread(ref, half: int):
     return lax.broadcast_in_dim(row, (TILE_HEADS, half), [1])
 
 
-def _normed(tile: int, scratch: Scratch, sizes: Sizes, weight_refs, norms: HeadNorms | None):
+def _normed(tile: int, scratch: Scratch, sizes: Sizes, weight_refs, options: tuple[float, float] | None):
     """The two halves of the tile's heads, f32[64, D / 2] each."""
     rows, dtype = pl.ds(tile * TILE_HEADS, TILE_HEADS), scratch.first.dtype
     halves = [plgpu.load(ref.at[rows], layout=TILE, optimized=False).astype(f32) for ref in scratch[:2]]
-    if norms is None:
+    if options is None:
         return halves
-    x, y = halves
+    (x, y), (eps, offset) = halves, options
     squares = (x * x + y * y).sum(axis=1) * (0.5 / sizes.half)
-    scale = lax.broadcast_in_dim(lax.rsqrt(squares + norms.eps), x.shape, [0])
+    scale = lax.broadcast_in_dim(lax.rsqrt(squares + eps), x.shape, [0])
     head = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE) + tile * TILE_HEADS
     normed = []
     for i, part in enumerate(halves):
         window = pl.ds(i * sizes.half, sizes.half)
         query, key = (_spread(ref.at[window], sizes.half) for ref in weight_refs)
-        weight = jnp.where(head < sizes.heads, query, key) + norms.offset
+        weight = jnp.where(head < sizes.heads, query, key) + offset
         normed.append((part * scale * weight).astype(dtype).astype(f32))
     return normed
 
