@@ -35,7 +35,12 @@ GIVEN_BACK_AT_ONCE = 8
 #: Matrix products are cuBLAS's alone. XLA would time kernels of its own beside these, half a second for each product,
 #: and take some where in a step they are the slower ones: measured on an H200 with the products of an 8B model, 132 us
 #: a layer for 64 tokens in place of 115, and 182 in place of 172 for 256; for 8 tokens both take 112.
-XLA_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+XLA_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    # XLA takes pages that are written in place for memory of their own, finds that a step exceeds the device, and looks
+    # for what it could compute twice to save memory. What a step really takes is measured before the pool is made.
+    "xla_gpu_memory_limit_slop_factor": 1000,
+}
 
 #: What jax reports, with the seconds, in the thread that has compiled something, or read it from its cache.
 COMPILED = "/jax/core/compile/backend_compile_duration"
