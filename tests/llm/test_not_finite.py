@@ -176,7 +176,7 @@ def test_a_logits_processor_spoils_its_own_requests_alone(llm):
 def test_a_sample_that_meets_nan_later_ends_its_request(llm):
     """Samples that drew the end before keep it; the poisoned token itself may be drawn, and is the last one."""
     params = SamplingParams(
-        n=8, seed=2, max_tokens=9, temperature=50, allowed_token_ids=[POISONED, 5], stop_token_ids=[5]
+        n=8, seed=3, max_tokens=9, temperature=50, allowed_token_ids=[POISONED, 5], stop_token_ids=[5]
     )
     (output,) = llm.generate([GOOD], params)
     assert {(s.finish_reason, *s.token_ids) for s in output.outputs} == {("stop", 5), ("error", POISONED)}
