@@ -54,8 +54,8 @@ def test_logits_are_those_of_the_converted_parameters(nnx_llama, config):
     assert shapes == {name: leaf.shape for name, leaf in by_name(param_shapes(config, "float32")).items()}
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 7))
 
-    def attend(cache, layer, q, k, v):
-        q, k, v = (x.reshape(2, 7, *x.shape[1:]) for x in (q, k, v))
+    def attend(cache, layer, heads):
+        q, k, v = (x.reshape(2, 7, *x.shape[1:]) for x in heads.split())
         return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(14, *q.shape[2:]), cache
 
     @jax.jit
