@@ -29,6 +29,7 @@ from jaxpaged.step_io import (
     TOKENS_ALONE,
     DecodeBatch,
     Layout,
+    MixedBatch,
     PrefillBatch,
     SamplingInputs,
     StepInputs,
@@ -169,11 +170,10 @@ def decode_layers(
     if inputs.copies is not None:
         assert isinstance(cache, CopiesPages), f"copies for a {type(cache).__name__}, which keeps no pages"
         cache = cache.copy_pages(inputs.copies[0], inputs.copies[1], kernels)
-    chosen = carried.tokens.at[jnp.maximum(of_row(inputs.tokens), 0)].get(mode="promise_in_bounds")
-    tokens = jnp.where(inputs.tokens < 0, chosen, inputs.tokens)
+    tokens = _known(inputs.tokens, carried)
     if x is None:
         x = embed(params, config, tokens, inputs.positions)
-    attend = _attend(inputs, config, kernels, layers[0])
+    attend = _attend(inputs, inputs.slot_mapping, config, kernels, layers[0])
     x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, layers[0])
     if layers[1] == config.num_layers:
         sampling = _with_history(batch, tokens, carried.history)
@@ -181,6 +181,12 @@ def decode_layers(
         drawn = _drawn(columns, wanted, len(carried.tokens))
         return StepResults(_for_host(columns), Carried(drawn, sampling.history)), cache.kept()
     return x, cache.kept()
+
+
+def _known(tokens: Array, carried: Carried) -> Array:
+    """i32[B]: the tokens that rows compute, with those that the step before has chosen."""
+    chosen = carried.tokens.at[jnp.maximum(of_row(tokens), 0)].get(mode="promise_in_bounds")
+    return jnp.where(tokens < 0, chosen, tokens)
 
 
 def _with_history(batch: DecodeBatch, tokens: Array, carried: Array | None) -> SamplingInputs:
@@ -214,7 +220,7 @@ def prefill_step(
     """
     batch: PrefillBatch = unpack(packed, layout)
     inputs = batch.inputs
-    attend = _attend(inputs, config, kernels)
+    attend = _attend(inputs, inputs.slot_mapping, config, kernels)
     hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend)
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
@@ -224,6 +230,55 @@ def prefill_step(
         return results, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
     return results._replace(prompt_columns=_for_host(prompt)), cache
+
+
+@takes_cache
+def mixed_step(
+    params: Params,
+    cache: KVCache,
+    carried: Carried,
+    packed: Array,
+    *,
+    config: ModelConfig,
+    kernels: AttentionKernels,
+    layout: Layout,
+    wanted: Wanted = TOKENS_ALONE,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> tuple[StepResults, KVCache]:
+    """A decode step and a prefill step in one: what has weights sees the tokens of both side by side.
+
+    `packed` is a packed `MixedBatch`; `carried`, results and the new cache as of `decode_step`. The next step brings
+    its history, if it needs one.
+    """
+    batch: MixedBatch = unpack(packed, layout)
+    decode, prefill = batch.inputs
+    known = _known(decode.tokens, carried)
+    tokens, positions, slots = (
+        jnp.concatenate(pair)
+        for pair in (
+            (known, prefill.tokens),
+            (decode.positions, prefill.positions),
+            (decode.slot_mapping, prefill.slot_mapping),
+        )
+    )
+    attend = _attend(batch.inputs, slots, config, kernels)
+    hidden, cache = forward(params, config, tokens, positions, cache, attend)
+    sampling = _with_pending(batch, known)
+    columns = _choose(params, config, hidden[prefill.sample_from], sampling, wanted, processors)
+    return StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens)))), cache.kept()
+
+
+def _with_pending(batch: MixedBatch, tokens: Array) -> SamplingInputs:
+    """The batch's history i32[R, L], if it has one, with those of the tokens i32[R] that the host does not know yet.
+
+    They are of sequences that decode, which are first among rows and samples alike.
+    """
+    sampling, decode = batch.sampling, batch.inputs.decode
+    if sampling.history is None:
+        return sampling
+    places = jnp.where(decode.tokens < 0, decode.positions, sampling.history.shape[1])  # of others none: out of range
+    history = sampling.history.at[jnp.arange(len(tokens)), places].set(tokens, mode="drop")
+    return sampling._replace(history=history)
 
 
 @takes_cache
@@ -288,11 +343,13 @@ def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
     return jnp.zeros(size, jnp.int32).at[: len(tokens)].set(jnp.maximum(tokens, 0))
 
 
-def _attend(inputs: StepInputs, config: ModelConfig, kernels: AttentionKernels, first: int = 0) -> Attend[KVCache]:
-    """Attention of layers from `first` on over the cache of these layers."""
+def _attend(
+    inputs: StepInputs, slots: Array, config: ModelConfig, kernels: AttentionKernels, first: int = 0
+) -> Attend[KVCache]:
+    """Attention of layers from `first` on over the cache of these layers; new keys and values go to `slots` i32[T]."""
 
     def attend(cache: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-        cache = cache.write(layer - first, k, v, inputs.slot_mapping)
+        cache = cache.write(layer - first, k, v, slots)
         return cache.attend(layer - first, q, inputs, config.attention_options(layer), kernels), cache
 
     return attend

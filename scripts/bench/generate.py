@@ -91,6 +91,7 @@ def measure(llm: LLM, workload: GenerationWorkload, card: Card, repeats: int) ->
         "all_seconds": [round(seconds, 4) for seconds, _ in others],
         "steps": stats.steps,
         "prefill_steps": stats.prefill_steps,
+        "mixed_steps": stats.mixed_steps,
         "preemptions": stats.preemptions,
         "compilations_first": first[1].compilations,
         "compilations": stats.compilations,
