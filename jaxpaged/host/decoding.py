@@ -28,7 +28,7 @@ def place_tokens(samples: list[Sample], policy: Memory) -> tuple[list[int], list
 
 
 def give_way(group: SequenceGroup, plan: StepPlan, policy: Memory, swap_space: SwapSpace, page_size: int) -> list[Swap]:
-    """Take all pages from a group, for the others. It is swapped out, by the swap that is returned, or computed again."""
+    """Take all pages from a group, for the others. It is swapped out, by what is returned, or computed again."""
     swaps: list[Swap] = []
     group.record_pages()
     wants_swap = swap_space.wants(group, page_size)

@@ -19,20 +19,21 @@ MIN_FILL = 0.75
 MIN_PROMPT_SHARE = 0.5
 
 
-def is_mixed(limits: EngineConfig, running: Iterable[SequenceGroup], num_decoding: int) -> bool:
-    """Whether prompts that wait are computed together with the `num_decoding` sequences that decode now."""
+def is_mixed(
+    limits: EngineConfig, num_decoding: int, running: Iterable[SequenceGroup], waiting: Iterable[SequenceGroup]
+) -> bool:
+    """Whether the prompts of the `waiting` groups, which are `running` too, are computed together with the
+    `num_decoding` sequences that decode now."""
     if not limits.can_mix_steps or not num_decoding:
         return False
     # Else prompts would be cut in slivers, each of which reads all that was computed of the prompt before.
     if num_decoding > (1 - MIN_PROMPT_SHARE) * limits.max_num_batched_tokens:
         return False
-    return not any(map(_needs_own_steps, running))
-
-
-def _needs_own_steps(group: SequenceGroup) -> bool:
-    # The host chooses for beams between two steps, from what whole searches had side by side in one of them; and
-    # log-probabilities of a prompt come with the step that computes it, as of every token that this computes.
-    return bool(group.beams) or group.params.prompt_logprobs is not None
+    # The host chooses for beams between two steps, from what whole searches had side by side in one of them.
+    if any(group.beams for group in running):
+        return False
+    # Log-probabilities of a prompt are made of every token that its step computes, and of no others.
+    return all(group.params.prompt_logprobs is None for group in waiting)
 
 
 def num_prompt_tokens(num_waiting: int, num_left: int, sizes: tuple[int, ...]) -> int:

@@ -46,6 +46,10 @@ class PrefillQueue:
     def sequences(self) -> set[Sequence]:
         return {sequence for _, sequence in self._queue}
 
+    @property
+    def groups(self) -> set[SequenceGroup]:
+        return {group for group, _ in self._queue}
+
     def plan(self) -> StepPlan:
         """The next step of prefill alone; there must be work."""
         plan = StepPlan(is_prefill=True)

@@ -221,7 +221,7 @@ class Scheduler:
         """A step of all who decode and of prompts that wait. None where these are to be computed alone: also where
         pages are short, since prompts have theirs; when they are computed, someone may give way (`_plan_decode`)."""
         samples = self._decoding()
-        if not is_mixed(self.limits, self.running, len(samples)):
+        if not is_mixed(self.limits, len(samples), self.running, self._prefill.groups):
             return None
         try:
             starts, copies = place_tokens(samples, self.policy)

@@ -36,7 +36,7 @@ def steps_of(stats) -> dict[str, list[int]]:
 
 def totals_of(stats) -> dict[str, int]:
     names = (
-        "steps", "prefill_steps", "preemptions", "recomputed_tokens", "swap_overflows", "page_copies",
+        "steps", "prefill_steps", "mixed_steps", "preemptions", "recomputed_tokens", "swap_overflows", "page_copies",
         "num_generated_tokens", "num_prompt_tokens", "num_requests",
     )  # fmt: skip
     return {name: getattr(stats, name) for name in names}
@@ -85,6 +85,7 @@ def test_simulator_and_engine_agree_at_every_step(kv_cache, preemption):
     assert steps_of(simulated) == steps_of(stats)
     assert totals_of(simulated) == totals_of(stats)
     assert stats.preemptions > 0 or kv_cache != "paged"
+    assert (stats.mixed_steps > 0) == limits.can_mix_steps
     assert stats.memory.stranded.any() or kv_cache == "none"
 
 
