@@ -56,14 +56,14 @@ class PrefillInputs(NamedTuple):
     next_tokens: Any = None  # i32[T] the token after each one; only when prompt log-probabilities are wanted
 
 
+StepInputs = DecodeInputs | PrefillInputs
+
+
 class MixedInputs(NamedTuple):
     """B rows of one new token, and behind them T packed tokens of other rows, B + T tokens in all."""
 
     decode: DecodeInputs  # without copies and groups; as many rows as are sampled from, B = R
     prefill: PrefillInputs  # `sample_from` counts the tokens of `decode`, too
-
-
-StepInputs = DecodeInputs | PrefillInputs | MixedInputs
 
 
 class SamplingInputs(NamedTuple):

@@ -20,7 +20,7 @@ from flax import struct
 from jaxpaged.config import AttentionOptions, CacheConfig, ModelConfig
 from jaxpaged.config.choices import FP8
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.step_io import DecodeInputs, MixedInputs, StepInputs
+from jaxpaged.step_io import DecodeInputs, StepInputs
 
 Array = jax.Array
 
@@ -101,10 +101,6 @@ class PagedCache(LayerArrays):
     def attend(
         self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
     ) -> Array:
-        if isinstance(inputs, MixedInputs):  # each by the kernel that is quickest for it
-            ends = len(inputs.decode.tokens)
-            decoded = self.attend(layer, q[:ends], inputs.decode, options, kernels)
-            return jnp.concatenate([decoded, self.attend(layer, q[ends:], inputs.prefill, options, kernels)])
         k_pages, v_pages = _as_floats(self.k[layer]), _as_floats(self.v[layer])
         with jax.named_scope("attention"):
             if isinstance(inputs, DecodeInputs):

@@ -28,9 +28,11 @@ from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failu
 from jaxpaged.step_io import (
     TOKENS_ALONE,
     DecodeBatch,
+    DecodeInputs,
     Layout,
     MixedBatch,
     PrefillBatch,
+    PrefillInputs,
     SamplingInputs,
     StepInputs,
     Wanted,
@@ -173,7 +175,7 @@ def decode_layers(
     tokens = _known(inputs.tokens, carried)
     if x is None:
         x = embed(params, config, tokens, inputs.positions)
-    attend = _attend(inputs, inputs.slot_mapping, config, kernels, layers[0])
+    attend = _attend(inputs, config, kernels, layers[0])
     x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, layers[0])
     if layers[1] == config.num_layers:
         sampling = _with_history(batch, tokens, carried.history)
@@ -183,7 +185,7 @@ def decode_layers(
     return x, cache.kept()
 
 
-def _known(tokens: Array, carried: Carried) -> Array:
+def _known(tokens: Any, carried: Carried) -> Array:
     """i32[B]: the tokens that rows compute, with those that the step before has chosen."""
     chosen = carried.tokens.at[jnp.maximum(of_row(tokens), 0)].get(mode="promise_in_bounds")
     return jnp.where(tokens < 0, chosen, tokens)
@@ -220,7 +222,7 @@ def prefill_step(
     """
     batch: PrefillBatch = unpack(packed, layout)
     inputs = batch.inputs
-    attend = _attend(inputs, inputs.slot_mapping, config, kernels)
+    attend = _attend(inputs, config, kernels)
     hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend)
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
@@ -253,19 +255,28 @@ def mixed_step(
     batch: MixedBatch = unpack(packed, layout)
     decode, prefill = batch.inputs
     known = _known(decode.tokens, carried)
-    tokens, positions, slots = (
-        jnp.concatenate(pair)
-        for pair in (
-            (known, prefill.tokens),
-            (decode.positions, prefill.positions),
-            (decode.slot_mapping, prefill.slot_mapping),
-        )
-    )
-    attend = _attend(batch.inputs, slots, config, kernels)
-    hidden, cache = forward(params, config, tokens, positions, cache, attend)
+    tokens = jnp.concatenate([known, prefill.tokens])
+    positions = jnp.concatenate([decode.positions, prefill.positions])
+    hidden, cache = forward(params, config, tokens, positions, cache, _attend_apart(decode, prefill, config, kernels))
     sampling = _with_pending(batch, known)
     columns = _choose(params, config, hidden[prefill.sample_from], sampling, wanted, processors)
     return StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens)))), cache.kept()
+
+
+def _attend_apart(
+    decode: DecodeInputs, prefill: PrefillInputs, config: ModelConfig, kernels: AttentionKernels
+) -> Attend[KVCache]:
+    """Attention of rows of one token, and of those behind them: each by the kernel that is made for it."""
+    slots, ends = jnp.concatenate([decode.slot_mapping, prefill.slot_mapping]), len(decode.tokens)
+
+    def attend(cache: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+        cache = cache.write(layer, k, v, slots)
+        options = config.attention_options(layer)
+        parts = (q[:ends], decode), (q[ends:], prefill)
+        outs = [cache.attend(layer, part, inputs, options, kernels) for part, inputs in parts]
+        return jnp.concatenate(outs), cache
+
+    return attend
 
 
 def _with_pending(batch: MixedBatch, tokens: Array) -> SamplingInputs:
@@ -343,13 +354,11 @@ def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
     return jnp.zeros(size, jnp.int32).at[: len(tokens)].set(jnp.maximum(tokens, 0))
 
 
-def _attend(
-    inputs: StepInputs, slots: Array, config: ModelConfig, kernels: AttentionKernels, first: int = 0
-) -> Attend[KVCache]:
-    """Attention of layers from `first` on over the cache of these layers; new keys and values go to `slots` i32[T]."""
+def _attend(inputs: StepInputs, config: ModelConfig, kernels: AttentionKernels, first: int = 0) -> Attend[KVCache]:
+    """Attention of layers from `first` on over the cache of these layers."""
 
     def attend(cache: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-        cache = cache.write(layer - first, k, v, slots)
+        cache = cache.write(layer - first, k, v, inputs.slot_mapping)
         return cache.attend(layer - first, q, inputs, config.attention_options(layer), kernels), cache
 
     return attend

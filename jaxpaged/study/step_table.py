@@ -134,7 +134,7 @@ class StepTable:
 
         def seconds(plan: StepPlan, num_steps: int) -> np.ndarray:
             shape = padded.shape_of(plan, features)
-            if shape.num_prompts is not None:
+            if shape.num_prompts is not None and shape.num_tokens is not None:
                 decoding = plan.rows[: plan.num_decoding]
                 read = np.array([0.0, sum([row.start + 1.0 for row in decoding])])
                 alone, reading = _between(decode, rows_measured, shape.num_rows, read)

@@ -11,7 +11,7 @@ from jaxpaged.config import CacheConfig
 from jaxpaged.step_io import MixedInputs, StepInputs
 
 
-def check_ids(inputs: StepInputs, cache: CacheConfig) -> None:
+def check_ids(inputs: StepInputs | MixedInputs, cache: CacheConfig) -> None:
     """RuntimeError if a table names no page of the pool, a slot is in none, or a context is longer than its table."""
     if isinstance(inputs, MixedInputs):
         check_ids(inputs.decode, cache)

@@ -104,15 +104,6 @@ def test_and_in_a_pool_in_which_requests_give_way(expected, name):
     assert engine.stats.preemptions > 0 and engine.stats.mixed_steps > 0
 
 
-def test_fewer_steps_do_the_same(engine, alternating_engine):
-    """14 requests, of which one comes every two steps."""
-    steps = []
-    for one in (alternating_engine, engine):
-        run_over_time(one, requests_of("samples"))
-        steps.append((one.stats.steps, one.stats.prefill_steps, one.stats.mixed_steps))
-    assert steps == [(0, 0, 0), (0, 0, 0)]
-
-
 def test_a_trace_tells_them(engine):
     engine.recorder = recorder = TraceRecorder(engine.cache_config)
     run_tokens(engine, requests_of("samples", 8))
