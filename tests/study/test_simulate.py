@@ -162,6 +162,15 @@ def test_steps_are_taken_at_once_and_not_planned_one_by_one():
     assert simulation.run().steps > 20 * len(planned)
 
 
+def test_steps_that_are_mixed_are_fewer():
+    workload = make_workload("sharegpt", 150)
+    steps = []
+    for mixed_steps in (False, True):
+        stats = Simulation(workload, PAPER_POOL, paper_limits(mixed_steps=mixed_steps)).run()
+        steps.append((stats.steps, stats.prefill_steps, stats.mixed_steps))
+    assert steps == [(2052, 56, 0), (2005, 106, 104)]
+
+
 def test_beams_share_and_no_more_than_they_can():
     stats = Simulation(make_workload("alpaca", 40), PAPER_POOL, paper_limits(), beam_width=4).run()
     assert 0.4 < stats.memory.mean_saving < 0.75  # at most 1 - 1 / width
