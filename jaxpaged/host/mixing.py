@@ -9,14 +9,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.decoding import place_tokens
+from jaxpaged.host.pages.page_allocator import OutOfPagesError
+from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.step.batching import Buckets
+from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
+from jaxpaged.host.systems.roles import Memory
 
 #: How much of the size to which they are padded the prompts' tokens must fill. What fills it less waits, but for what
 #: fills a smaller size: padding is computed as tokens are, and the next step is mixed too.
 MIN_FILL = 0.75
 #: Share of the budget that must be left for prompts.
 MIN_PROMPT_SHARE = 0.5
+
+
+class Mixing:
+    """Plans mixed steps, for an engine with these limits."""
+
+    def __init__(self, limits: EngineConfig, cache: CacheConfig):
+        self._limits = limits
+        self._sizes = Buckets.for_limits(limits, cache).mixed_tokens
+
+    def plan(
+        self, samples: list[Sample], running: Iterable[SequenceGroup], prompts: PrefillQueue, memory: Memory
+    ) -> StepPlan | None:
+        """A step of all who decode, `samples`, and of prompts that wait. None where these are to be computed alone.
+
+        Also where pages are short: prompts have theirs. When they are computed, someone may give way.
+        """
+        if not is_mixed(self._limits, len(samples), running, prompts.groups):
+            return None
+        try:
+            starts, copies = place_tokens(samples, memory)
+        except OutOfPagesError:
+            return None
+        pairs = zip(samples, starts, strict=True)
+        rows = [PlanRow(group, sequence, start, 1) for (group, sequence, _), start in pairs]
+        plan = StepPlan(is_prefill=True, num_decoding=len(rows), listed=rows, samples=samples, copies=copies)
+        num_left = self._limits.max_num_batched_tokens - len(rows)
+        prompts.fill(plan, num_prompt_tokens(prompts.num_tokens, num_left, self._sizes))
+        return plan
 
 
 def is_mixed(

@@ -32,7 +32,7 @@ from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beams.beam_groups import advance_groups
 from jaxpaged.host.decoding import give_way, place_tokens
 from jaxpaged.host.failure import fail
-from jaxpaged.host.mixing import is_mixed, num_prompt_tokens
+from jaxpaged.host.mixing import Mixing
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.shared_prefix import make_prefix
@@ -40,7 +40,6 @@ from jaxpaged.host.pages.swap import Swap, SwapSpace
 from jaxpaged.host.pages.token_tree import Placement, plan_placements
 from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
-from jaxpaged.host.step.batching import Buckets
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.systems.no_cache import NoCache
@@ -62,7 +61,7 @@ class Scheduler:
         self.prefix: SequenceGroup | None = None  # what all of them share
         self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
         self._prefill = PrefillQueue(limits, self.policy)
-        self._prompt_sizes = Buckets.for_limits(limits, cache).mixed_tokens
+        self._mixing = Mixing(limits, cache)
         self._batch: list[Sample] | None = None  # of all who run; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
@@ -129,7 +128,8 @@ class Scheduler:
             self._copies.clear()
             return None
         if self._prefill.has_work:
-            plan = self._plan_mixed() or self._prefill.plan()
+            mixed = self._mixing.plan(self._decoding(), self.running, self._prefill, self.policy)
+            plan = mixed or self._prefill.plan()
             self._batch = None  # samples may have forked
         elif isinstance(self.policy, NoCache):
             plan = self._plan_recompute()
@@ -215,24 +215,6 @@ class Scheduler:
                 self._preempt(self.running.pop(), plan)
         plan.samples = samples
         plan.num_idle_rows = self.policy.num_idle_rows
-        return plan
-
-    def _plan_mixed(self) -> StepPlan | None:
-        """A step of all who decode and of prompts that wait. None where these are to be computed alone: also where
-        pages are short, since prompts have theirs; when they are computed, someone may give way (`_plan_decode`)."""
-        samples = self._decoding()
-        if not is_mixed(self.limits, len(samples), self.running, self._prefill.groups):
-            return None
-        try:
-            starts, copies = place_tokens(samples, self.policy)
-        except OutOfPagesError:
-            return None
-        plan = StepPlan(is_prefill=True, num_decoding=len(samples), samples=samples, copies=copies)
-        plan.listed = [
-            PlanRow(group, sequence, start, 1) for (group, sequence, _), start in zip(samples, starts, strict=True)
-        ]
-        num_left = self.limits.max_num_batched_tokens - len(samples)
-        self._prefill.fill(plan, num_prompt_tokens(self._prefill.num_tokens, num_left, self._prompt_sizes))
         return plan
 
     def _plan_recompute(self) -> StepPlan:
