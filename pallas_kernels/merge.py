@@ -43,21 +43,33 @@ class Merged(NamedTuple):
     out: Any  # f32[64, N] rows of the output's head_dim
 
 
-def merge_pieces(out: Array, own: Pieces, pieces_per_row: int | None = None) -> Array:
-    """Complete `out` [B, K / R, N, D] in place: rows with more than one piece are written, the others are there."""
+def merge_pieces(out: Array, own: Pieces, last_rows: Array, pieces_per_row: int | None = None) -> Array:
+    """Complete `out` [B, K / R, N, D] in place: rows with more than one piece are written, the others are there.
 
-    def kernel(out_ref, outs_ref, sums_ref, starts_ref, cuts_ref, offsets_ref, out_tile):
-        row, pack, part = _place(out, offsets_ref)
+    last_rows i32[shares] is the last row of each share (`WorkSplit.rows`): of an equal split only these can be cut, so
+    a program looks at one of them and not at one of all rows where those are more.
+    """
+    by_share = pieces_per_row is None and len(last_rows) < out.shape[0]
+
+    def kernel(out_ref, outs_ref, sums_ref, starts_ref, cuts_ref, last_rows_ref, offsets_ref, out_tile):
+        place, pack, part = _place(out, offsets_ref)
         pieces = Pieces(outs_ref, sums_ref, starts_ref, cuts_ref)
+        row = last_rows_ref[place] if by_share else place
+        is_mine = True
+        if by_share:  # a row that is in several shares is the first one's
+            row = lax.max(row, i32(0))
+            begin = starts_ref[row]
+            is_mine = (begin >= cuts_ref[place]) & (begin < cuts_ref[place + 1])
         first, count = pieces_of(row, starts_ref, cuts_ref, pieces_per_row)
 
-        @pl.when(count > 1)
+        @pl.when(is_mine & (count > 1))
         def _():
             merged = _add_pieces(_nothing(out.shape[2]), pieces, pack, part, first, count, column=0)
             _write(merged, out_tile, out_ref.at[row, pack, :, part])
 
     out_ref = jax.new_ref(out)
-    _launch(kernel, out, ())(out_ref, *own, _offsets(out))
+    num_places = len(last_rows) if by_share else out.shape[0]
+    _launch(kernel, out, (), num_places)(out_ref, *own, last_rows, _offsets(out))
     return jax.freeze(out_ref)
 
 
@@ -88,19 +100,20 @@ def merge_with_prefixes(own: Pieces, shared: Pieces, parts: Array, out: jax.Shap
             merged = _add_pieces(merged, shared_refs, pack, part, first, count, column=column)
         _write(merged, out_tile, out_ref.at[row, pack, :, part])
 
-    return _launch(kernel, out, jax.ShapeDtypeStruct(out.shape, out.dtype))(*own, *shared, parts, _offsets(out))
+    launch = _launch(kernel, out, jax.ShapeDtypeStruct(out.shape, out.dtype), out.shape[0])
+    return launch(*own, *shared, parts, _offsets(out))
 
 
-def _launch(kernel: Callable[..., None], out: Any, out_type: Any) -> Callable[..., Any]:
-    """One program for each row, pack of KV heads, and 64 rows of the output's head_dim."""
-    rows, packs, columns, head_dim = out.shape
+def _launch(kernel: Callable[..., None], out: Any, out_type: Any, num_places: int) -> Callable[..., Any]:
+    """One program for each place of a row, pack of KV heads, and 64 rows of the output's head_dim."""
+    _, packs, columns, head_dim = out.shape
     transforms = swizzled(swizzle_bytes(head_dim, out.dtype), out.dtype)
     return plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=[plgpu.SMEM((columns, 64), out.dtype, transforms=transforms)],
-        grid=(rows, packs, len(row_tiles(head_dim))),
-        grid_names=("row", "pack", "part"),
+        grid=(num_places, packs, len(row_tiles(head_dim))),
+        grid_names=("place", "pack", "part"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="merge_pieces",
     )
@@ -111,10 +124,10 @@ def _offsets(out: Any) -> Array:
 
 
 def _place(out: Any, offsets_ref: Any) -> tuple[Any, Any, pl.Slice]:
-    """The program's row, pack, and rows of the output's head_dim."""
+    """The program's place, pack, and rows of the output's head_dim."""
     tile_columns = swizzle_bytes(out.shape[3], out.dtype) // out.dtype.itemsize
     offset = pl.multiple_of(offsets_ref[lax.axis_index("part")], tile_columns)
-    return lax.axis_index("row"), lax.axis_index("pack"), pl.ds(offset, 64)
+    return lax.axis_index("place"), lax.axis_index("pack"), pl.ds(offset, 64)
 
 
 def _nothing(columns: int) -> Merged:

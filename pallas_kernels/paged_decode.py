@@ -90,7 +90,7 @@ def paged_decode(
     )  # fmt: skip
     phase = Phase(queries, block_tables, context_lens, split)
     (out,), (pieces,) = attend((phase,), k_pages, v_pages, scales, options)
-    out = merge_pieces(out, Pieces(*pieces, split.starts, split.cuts), options.pieces_per_row)
+    out = merge_pieces(out, Pieces(*pieces, split.starts, split.cuts), split.rows[1], options.pieces_per_row)
     return out[:, :, : pack * group].reshape(q.shape)
 
 

@@ -24,7 +24,13 @@ def all_but_slow(names: Iterable, *quick: object) -> list:
 
 
 def attend_full(config: ModelConfig):
-    """The `attend` of `forward` for one whole sequence: causal, no cache; q [T, H, D], k and v [T, K, D]."""
+    """The `attend` of `forward` for one whole sequence: causal, no cache."""
+    attend_to = attend_qkv(config)
+    return lambda cache, layer, heads: attend_to(cache, layer, *heads.split())
+
+
+def attend_qkv(config: ModelConfig):
+    """The same with q [T, H, D], k and v [T, K, D] in place of a layer's heads."""
 
     def attend(cache, layer, q, k, v):
         options = config.attention_options(layer)

@@ -101,9 +101,6 @@ def make_parser() -> Parser:
 
 
 def _make_llm(**options: Any) -> Any:
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        # The process is ours alone: --memory-utilization is of this share of a GPU, by XLA's default of three quarters.
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     with exit_at_interrupt():
         from jaxpaged.llm import LLM  # imports jax: seconds that --help and a mistyped flag need not cost
 

@@ -145,7 +145,9 @@ class EngineOptions:
         None, "pages of the pool, page 0 included, which is never used", _count_or_none, unset="what fits the device"
     )
     memory_utilization: float = option(
-        0.9, "share of the device's memory for weights, pool and temporaries", _share_above_0
+        0.9,
+        "share of the device's memory for weights, pool and temporaries; the rest is for programs and CUDA graphs",
+        _share_above_0,
     )
     max_num_seqs: int = option(256, "sequences that run together at most", _count)
     max_num_batched_tokens: int = option(

@@ -11,10 +11,15 @@ import jax
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.config.choices import ATTENTIONS
-from pallas_kernels import reference
+from pallas_kernels import layer_reference, reference
 from pallas_kernels.checks import unsupported_cache
 
 logger = logging.getLogger("jaxpaged")
+
+
+#: Rows of a tile of a matrix product on a GPU. For a single row XLA has other kernels, which are slower: for the
+#: products of a layer of a 1B model they took 63 us on an H200, where those of 8 rows take 43.
+MIN_ROWS = 8
 
 
 class AttentionKernels(NamedTuple):
@@ -28,6 +33,10 @@ class AttentionKernels(NamedTuple):
     cascade_decode: Callable[..., jax.Array] | None = None
     max_members: Callable[[int, int, int], int] | None = None
     copy_pages: Callable[..., tuple[jax.Array, ...]] = reference.copy_pages  # for all pools at once
+    #: What stands around attention in a layer; signatures as in pallas_kernels/layer_reference.py.
+    write_heads: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = layer_reference.write_heads
+    add_norm: Callable[..., tuple[jax.Array, jax.Array]] = layer_reference.add_norm
+    min_rows: int = 1  # of a decode step: with fewer it takes as long, and would be another program
     copies_in_steps: bool = False  # whether padding in a list of copies costs nothing, so that every step may have one
     is_batch_invariant: bool = False  # whether a row's bits depend on that row alone, wherever it stands
     dense: Literal["cudnn", "xla"] = "xla"  # what reads the dense caches that paging is compared with
@@ -110,17 +119,20 @@ def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str, kv_
 @functools.cache  # equal kernels are one object, so that programs compiled for them are found again
 def _pallas(batch_invariant: bool) -> AttentionKernels:
     # Not at the top: these modules need a newer JAX than the rest.
+    from pallas_kernels.add_norm import add_norm
     from pallas_kernels.cascade import cascade_decode
     from pallas_kernels.decode_tile import max_members
     from pallas_kernels.page_copy import copy_pages
     from pallas_kernels.paged_decode import paged_decode
     from pallas_kernels.paged_prefill import paged_prefill
+    from pallas_kernels.write_heads import write_heads
 
     if batch_invariant:  # prefill is, whoever asks; reading shared pages once cannot be
         decode = functools.partial(paged_decode, batch_invariant=True)
-        return AttentionKernels(
-            "pallas", decode, paged_prefill, copy_pages=copy_pages, copies_in_steps=True, is_batch_invariant=True
+        return _pallas(False)._replace(
+            paged_decode=decode, cascade_decode=None, max_members=None, is_batch_invariant=True
         )
     return AttentionKernels(
-        "pallas", paged_decode, paged_prefill, cascade_decode, max_members, copy_pages, copies_in_steps=True
-    )
+        "pallas", paged_decode, paged_prefill, cascade_decode, max_members, copy_pages, write_heads, add_norm,
+        min_rows=MIN_ROWS, copies_in_steps=True,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxpaged.device import vocabulary
 from jaxpaged.device.sampling import MIN_TEMPERATURE, bits, gumbel_noise, row_failures
 from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.step_io import GroupCandidates, RowCandidates, SamplingInputs, Wanted
@@ -82,7 +83,7 @@ def group_candidates(candidates: RowCandidates, rows: Array, count: int) -> Grou
 
 def model_logprobs(logits: Array, rows: Array, tokens: Array) -> tuple[Array, Array]:
     """Log-probabilities f32[A, C] and ranks i32[A, C] of tokens i32[A, C], each under the logits of its row."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    normaliser = vocabulary.logsumexp(logits)
     chosen = logits[rows, tokens]
 
     def rank(column: tuple[Array, Array]) -> Array:

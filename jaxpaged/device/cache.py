@@ -20,6 +20,7 @@ from flax import struct
 from jaxpaged.config import AttentionOptions, CacheConfig, ModelConfig
 from jaxpaged.config.choices import FP8
 from jaxpaged.device.attention import AttentionKernels
+from jaxpaged.device.heads import Heads
 from jaxpaged.step_io import DecodeInputs, StepInputs
 
 Array = jax.Array
@@ -33,6 +34,10 @@ class KVCache(Protocol):
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
         """Scatter new k, v [T, K, D] to slots i32[T]."""
+        ...
+
+    def write_heads(self, layer: int, heads: Heads, slots: Array, kernels: AttentionKernels) -> tuple[Array, Self]:
+        """Write the keys and values of `heads` -> their queries [T, H, D], and the cache."""
         ...
 
     def attend(
@@ -82,6 +87,13 @@ class LayerArrays:
         k = tuple(pool for part in parts for pool in part.k)
         return dataclasses.replace(self, k=k, v=tuple(pool for part in parts for pool in part.v))
 
+    def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
+        raise NotImplementedError
+
+    def write_heads(self, layer: int, heads: Heads, slots: Array, kernels: AttentionKernels) -> tuple[Array, Self]:
+        q, k, v = heads.split()
+        return q, self.write(layer, k, v, slots)
+
     def kept(self) -> Self:
         return self
 
@@ -97,6 +109,14 @@ class PagedCache(LayerArrays):
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
         return dataclasses.replace(self, k=_written(self.k, layer, k, slots), v=_written(self.v, layer, v, slots))
+
+    def write_heads(self, layer: int, heads: Heads, slots: Array, kernels: AttentionKernels) -> tuple[Array, Self]:
+        stores_as_computed = self.k[layer].dtype == heads.projected.dtype
+        if heads.rotation is None or not stores_as_computed:
+            return super().write_heads(layer, heads, slots, kernels)
+        pages = self.k[layer], self.v[layer]
+        q, k, v = kernels.write_heads(heads.projected, heads.rotation, heads.norms, slots, *pages)
+        return q, dataclasses.replace(self, k=_replaced(self.k, layer, k), v=_replaced(self.v, layer, v))
 
     def attend(
         self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
@@ -146,7 +166,11 @@ def _written(pools: tuple[Array, ...], layer: int, values: Array, slots: Array) 
     written = pool.at[slots // page_size, slots % page_size].set(
         _as_stored(values, pool.dtype), unique_indices=True, mode="promise_in_bounds"
     )
-    return (*pools[:layer], written, *pools[layer + 1 :])
+    return _replaced(pools, layer, written)
+
+
+def _replaced(pools: tuple[Array, ...], layer: int, pool: Array) -> tuple[Array, ...]:
+    return (*pools[:layer], pool, *pools[layer + 1 :])
 
 
 def _as_stored(values: Array, dtype: jnp.dtype) -> Array:

@@ -1,17 +1,58 @@
-"""How much memory a device has for us."""
+"""How much of a device's memory is ours.
+
+XLA takes a share of a GPU's memory when it is started, three quarters unless it is told otherwise, and nothing that it
+allocates can lie outside of that. So whoever is to fill a share of the card must start it with that share.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 
 import jax
 
+logger = logging.getLogger("jaxpaged")
+
+GIB = 1 << 30
+#: Where a user says which share XLA is to take; the second is what JAX called it before.
+SHARE_VARIABLES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+#: What rounding may take of a share before that is worth a word.
+ROUNDING = 0.99
+
+
+def start_device(memory_utilization: float) -> jax.Device:
+    """The default device. If JAX is not running yet, XLA gets this share of a GPU, unless the environment names one."""
+    if any(name in os.environ for name in SHARE_VARIABLES):
+        return jax.devices()[0]
+    name = SHARE_VARIABLES[0]
+    os.environ[name] = str(memory_utilization)
+    try:
+        return jax.devices()[0]
+    finally:
+        del os.environ[name]  # what this process starts later may have another share
+
+
+def usable_memory(device: jax.Device, memory_utilization: float) -> int:
+    """Bytes of this share of the device's memory, as far as XLA may allocate them."""
+    total, _ = device_memory(device)
+    share = int(total * memory_utilization)
+    limit = _xla_limit(device)
+    if limit is None or limit >= share * ROUNDING:
+        return share if limit is None else min(share, limit)
+    logger.warning(
+        "memory_utilization=%g is %.1f GiB of this %s, but XLA may allocate %.1f GiB: JAX was started with a smaller "
+        "share. Make the LLM before anything else uses JAX, or set %s=%g",
+        memory_utilization, share / GIB, device.device_kind, limit / GIB, SHARE_VARIABLES[0], memory_utilization,
+    )  # fmt: skip
+    return limit
+
 
 def device_memory(device: jax.Device) -> tuple[int, str]:
     """Bytes, and whose they are: the accelerator's where the runtime knows them, else the machine's."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"], device.device_kind
+    total = _card_memory(device) or _xla_limit(device)
+    if total is not None:
+        return total, device.device_kind
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's main memory"
 
 
@@ -19,3 +60,23 @@ def bytes_in_use(device: jax.Device) -> int | None:
     """Bytes that this process holds on the device now; None where the runtime does not count them (a CPU)."""
     stats = device.memory_stats()
     return stats.get("bytes_in_use") if stats else None
+
+
+def _xla_limit(device: jax.Device) -> int | None:
+    """Bytes that XLA may allocate; None where it may allocate all there are."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats.get("bytes_limit") if stats else None
+
+
+def _card_memory(device: jax.Device) -> int | None:
+    """Bytes of an NVIDIA GPU, which its driver alone knows."""
+    if device.platform != "gpu" or device.local_hardware_id is None:
+        return None
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    card, total = ctypes.c_int(), ctypes.c_size_t()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(card), device.local_hardware_id):
+        return None
+    return None if driver.cuDeviceTotalMem_v2(ctypes.byref(total), card) else total.value

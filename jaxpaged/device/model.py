@@ -4,37 +4,45 @@
     logits = compute_logits(params, config, hidden)
 
 Tokens are a flat axis [T]: the rows of a decode step, the packed chunks of a prefill, or a training batch laid end to
-end. Only attention relates tokens to one another, and attention is the caller's: `attend(cache, layer, q, k, v)` with
-q [T, H, D] and k, v [T, K, D] returns ([T, H, D], cache). So the model knows no cache: a paged cache, a dense one and
-no cache at all run the same code. `layer` is a Python int: layers are unrolled, because a scan copies weights and
-caches.
+end. Only attention relates tokens to one another, and attention is the caller's: `attend(cache, layer, heads)` makes
+q [T, H, D] and k, v [T, K, D] of a layer's `Heads` and returns ([T, H, D], cache). So the model knows no cache: a paged
+cache, a dense one and no cache at all run the same code. `layer` is a Python int: layers are unrolled, because a scan
+copies weights and caches.
+
+Between two products stands a residual sum with its norm, which a caller may have a kernel for (`add_norm`).
 
 Norms, rotary embedding and softmax inputs are computed in float32, as the families' reference implementations do.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.device.param_nodes import Layer, Linear, Norm, Params
-from jaxpaged.device.rope import rotate
+from jaxpaged.device.heads import Heads
+from jaxpaged.device.norms import AddNorm, add_and_norm, norm
+from jaxpaged.device.param_nodes import Layer, Linear, Params
+from jaxpaged.device.rope import rotation_at
+from pallas_kernels import layer_reference
+from pallas_kernels.layer_reference import HeadNorms
 
 Array = jax.Array
 Cache = TypeVar("Cache")
-Attend = Callable[[Cache, int, Array, Array, Array], tuple[Array, Cache]]
+Attend = Callable[[Cache, int, Heads], tuple[Array, Cache]]
 
 
 def forward(
-    params: Params, config: ModelConfig, tokens: Array, positions: Array, cache: Cache, attend: Attend
-) -> tuple[Array, Cache]:
+    params: Params, config: ModelConfig, tokens: Array, positions: Array, cache: Cache, attend: Attend,
+    add_norm: AddNorm = layer_reference.add_norm,
+) -> tuple[Array, Cache]:  # fmt: skip
     """tokens i32[T], positions i32[T] (each in its own sequence) -> hidden [T, E'] ready for the head, cache."""
     x = embed(params, config, tokens, positions)
-    x, cache = run_layers(params.layers, config, x, positions, cache, attend)
+    x, cache = run_layers(params.layers, config, x, positions, cache, attend, add_norm)
     return finish(params, config, x), cache
 
 
@@ -51,19 +59,28 @@ def run_layers(
     positions: Array,
     cache: Cache,
     attend: Attend,
+    add_norm: AddNorm = layer_reference.add_norm,
     first: int = 0,
 ) -> tuple[Array, Cache]:
     """x [T, E] through some of the model's layers, of which the first is layer `first` -> [T, E], cache."""
+    stream = Stream(x, None)
     for layer, weights in enumerate(layers, first):
         with jax.named_scope(f"layer_{layer}"):
-            x, cache = _block(weights, config, layer, x, positions, cache, attend)
-    return x, cache
+            stream, cache = _block(weights, config, layer, stream, positions, cache, attend, add_norm)
+    return stream.x if stream.h is None else stream.x + stream.h, cache
+
+
+class Stream(NamedTuple):
+    """What runs through the layers: x [T, E], and what the block before has still to add to it."""
+
+    x: Array
+    h: Array | None
 
 
 def finish(params: Params, config: ModelConfig, x: Array) -> Array:
     """[T, E] behind the last layer -> hidden [T, E'] ready for the head."""
     if params.final_norm is not None:
-        x = _norm(params.final_norm, config, x)
+        x = norm(params.final_norm, config, x)
     if params.embedding_out is not None:
         x = _matmul(x, params.embedding_out)
     return x
@@ -95,34 +112,42 @@ def _embed(params: Params, config: ModelConfig, tokens: Array, positions: Array)
     return x
 
 
-def _block(weights: Layer, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
+def _block(
+    weights: Layer, config: ModelConfig, layer: int, stream: Stream, positions: Array, cache, attend: Attend,
+    add_norm: AddNorm,
+):  # fmt: skip
     """One attention and one feed-forward block, each with its residual; the three norm placements differ only here."""
-    before = config.norm_placement != "post"
-    h = _norm(weights.attention_norm, config, x) if before else x
-    h, cache = _attention(weights, config, layer, h, positions, cache, attend)
-    if weights.post_attention_norm is not None:
-        h = _norm(weights.post_attention_norm, config, h)
-    x = x + h
-    if not before:
-        x = _norm(weights.attention_norm, config, x)
-    h = _norm(weights.mlp_norm, config, x) if before else x
-    h = _mlp(weights, config, h)
-    if weights.post_mlp_norm is not None:
-        h = _norm(weights.post_mlp_norm, config, h)
-    x = x + h
-    return (x if before else _norm(weights.mlp_norm, config, x)), cache
+
+    def attention(x: Array) -> Array:
+        nonlocal cache
+        h, cache = _attention(weights, config, layer, x, positions, cache, attend)
+        return h if weights.post_attention_norm is None else norm(weights.post_attention_norm, config, h)
+
+    def mlp(x: Array) -> Array:
+        h = _mlp(weights, config, x)
+        return h if weights.post_mlp_norm is None else norm(weights.post_mlp_norm, config, h)
+
+    add_then_norm = functools.partial(add_and_norm, config=config, add_norm=add_norm)
+    if config.norm_placement == "post":
+        assert stream.h is None, "behind a norm nothing is left to add"
+        _, x = add_then_norm(weights.attention_norm, x=stream.x, h=attention(stream.x))
+        _, x = add_then_norm(weights.mlp_norm, x=x, h=mlp(x))
+        return Stream(x, None), cache
+    x, h = add_then_norm(weights.attention_norm, x=stream.x, h=stream.h)
+    x, h = add_then_norm(weights.mlp_norm, x=x, h=attention(h))
+    return Stream(x, mlp(h)), cache
 
 
 def _attention(weights: Layer, config: ModelConfig, layer: int, x: Array, positions: Array, cache, attend: Attend):
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv = _linear(weights.qkv, x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
-    q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
+    projected = _linear(weights.qkv, x).reshape(x.shape[0], heads + 2 * kv_heads, head_dim)
+    norms = rotation = None
     if weights.query_norm is not None and weights.key_norm is not None:
-        q = _rms_norm(q, weights.query_norm.weight, config)
-        k = _rms_norm(k, weights.key_norm.weight, config)
+        query, key = weights.query_norm.weight, weights.key_norm.weight
+        norms = HeadNorms(query, key, config.norm_eps, config.norm_offset)
     if (rope := config.rope_of(layer)) is not None:
-        q, k = rotate(q, positions, rope), rotate(k, positions, rope)
-    out, cache = attend(cache, layer, q, k, v)
+        rotation = rotation_at(positions, rope, head_dim)
+    out, cache = attend(cache, layer, Heads(projected, kv_heads, rotation, norms))
     return _linear(weights.attention_out, out.reshape(x.shape[0], heads * head_dim)), cache
 
 
@@ -146,22 +171,6 @@ def _activate(config: ModelConfig, x: Array) -> Array:
             return jax.nn.gelu(x, approximate=True)
         case "relu":
             return jax.nn.relu(x)
-
-
-def _norm(weights: Norm, config: ModelConfig, x: Array) -> Array:
-    if config.norm == "rms":
-        return _rms_norm(x, weights.weight, config)
-    assert weights.bias is not None, "layer norm has a bias"
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps)
-    return (y * weights.weight.astype(jnp.float32) + weights.bias.astype(jnp.float32)).astype(x.dtype)
-
-
-def _rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps)
-    return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
 
 
 def _linear(weights: Linear, x: Array) -> Array:

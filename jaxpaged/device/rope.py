@@ -1,4 +1,4 @@
-"""Rotary position embedding: the frequencies of every scaling, on the host, and the rotation, on the device.
+"""Rotary position embedding: the frequencies of every scaling, on the host, and the rotations of tokens, on the device.
 
 Each scaling is that of transformers' function of the same name, in float64 and rounded once.
 """
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.config.rope import RopeConfig
+from pallas_kernels.layer_reference import Rotation
 
 Array = jax.Array
 
 
-def rotate(x: Array, positions: Array, rope: RopeConfig) -> Array:
-    """In the half-split form of Hugging Face checkpoints: x [T, heads, D], positions i32[T] -> [T, heads, D]."""
-    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(rope, x.shape[-1])
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+def rotation_at(positions: Array, rope: RopeConfig, head_dim: int) -> Rotation:
+    """i32[T] -> the rotation of heads of D elements."""
+    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(rope, head_dim)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     if rope.attention_factor != 1.0:
         cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return Rotation(cos, sin)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Chooses tokens from logits, and says how likely they were.
 
 The order of operations is vLLM's: logits processors, allowed tokens, edits (bias, banned words, min_tokens), penalties,
-temperature, min_p, top_k, top_p, then a Gumbel-max draw. Arrays that are None in `SamplingInputs` cost nothing. The
-random number of a row is a function of its request's seed, its sample index and the position alone.
+temperature, min_p, top_k, top_p, then a draw (vocabulary.py). Arrays that are None in `SamplingInputs` cost nothing.
+The random numbers of a row are a function of its request's seed, its sample index and the position alone.
 
 top_k and top_p need a threshold, not an order: it is found by bisection over the bits of the values, 32 passes over the
 row whatever k is, and exact. So the vocabulary is never sorted.
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.api.request_params import LogitsProcessor
+from jaxpaged.device import vocabulary
 from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, WHOLE_VOCABULARY, SamplingInputs
 
@@ -33,15 +34,39 @@ def sample_tokens(logits: Array, inputs: SamplingInputs) -> Array:
 
     Of rows with NaN or +inf nothing is promised: `row_failures` tells them.
     """
-    tokens = greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = greedy = vocabulary.argmax(logits)
     if inputs.temperatures is not None:
-        is_greedy = inputs.temperatures == 0
-        scaled = _divide(logits, _at(logits, greedy), jnp.where(is_greedy, 1.0, inputs.temperatures))
-        if inputs.top_ps is not None:
-            scaled = _filter(scaled, inputs)
-        noise = gumbel_noise(inputs, logits.shape[-1])
-        tokens = jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))
+        noise = gumbel_noise(inputs, vocabulary.num_random(logits.shape[-1]))
+        drawn = vocabulary.draw(logits, _scaling(logits, _at(logits, greedy), inputs), noise)
+        tokens = jnp.where(inputs.temperatures == 0, greedy, drawn)
     return jnp.where(_at(logits, tokens) == -jnp.inf, NO_TOKEN, tokens)
+
+
+def _scaling(logits: Array, highest: Array, inputs: SamplingInputs) -> Callable[[Array], Array]:
+    """What makes of logits [R, ...] those that a token is drawn from: over the temperature, -inf where it is cut off.
+
+    The highest f32[R] of a row stays finite however small its temperature is.
+    """
+    temperatures = jnp.where(inputs.temperatures == 0, 1.0, jnp.maximum(inputs.temperatures, MIN_TEMPERATURE))
+    moved = jnp.where(jnp.abs(highest) > MAX_SCALED * temperatures, highest, 0.0)
+
+    def divide(values: Array) -> Array:
+        return (values - _over(values, moved)) / _over(values, temperatures)
+
+    if inputs.top_ps is None:
+        return divide
+    cut = _cut(divide(logits), inputs)
+
+    def divide_and_cut(values: Array) -> Array:
+        values = divide(values)
+        return jnp.where(values >= _over(values, cut), values, -jnp.inf)
+
+    return divide_and_cut
+
+
+def _over(values: Array, of_row: Array) -> Array:
+    """f32[R], with axes to go with values [R, ...]."""
+    return of_row.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def row_failures(logits: Array, processed: Array) -> Array:
@@ -50,22 +75,15 @@ def row_failures(logits: Array, processed: Array) -> Array:
     `logits` f32[R, V] are the model's, `processed` what requests made of them. One NaN among the model's is found, even
     where processing hides it. Both come out of reductions that a step has anyway; an argmax takes NaN first.
     """
-    highest = _at(processed, jnp.argmax(processed, axis=-1))
+    highest = _at(processed, vocabulary.argmax(processed))
     is_bad = jnp.isnan(highest) | (highest == jnp.inf)
-    is_known = jnp.isfinite(jax.nn.logsumexp(logits, axis=-1))
+    is_known = jnp.isfinite(vocabulary.logsumexp(logits))
     return jnp.where(is_known, jnp.where(is_bad, BAD_PROCESSED, 0), BAD_LOGITS)
 
 
 def _at(values: Array, tokens: Array) -> Array:
     """f32[R]: of each row of values [R, V] the one of its token."""
     return jnp.take_along_axis(values, tokens[:, None], axis=1)[:, 0]
-
-
-def _divide(logits: Array, highest: Array, temperatures: Array) -> Array:
-    """Logits over temperatures, of which the highest of a row stays finite however small its temperature is."""
-    temperatures = jnp.maximum(temperatures, MIN_TEMPERATURE)
-    moved = jnp.where(jnp.abs(highest) > MAX_SCALED * temperatures, highest, 0.0)
-    return (logits - moved[:, None]) / temperatures[:, None]
 
 
 def token_logprobs(logits: Array, tokens: Array, num_logprobs: int | None) -> Array:
@@ -75,7 +93,7 @@ def token_logprobs(logits: Array, tokens: Array, num_logprobs: int | None) -> Ar
     ranks and every token's. A token's own is NaN where some logit is NaN or +inf, or all are -inf.
     """
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    normaliser = vocabulary.logsumexp(logits)[:, None]
     normaliser = jnp.where(jnp.isfinite(normaliser), normaliser, jnp.nan)
     columns = [bits(chosen - normaliser)]
     if num_logprobs is not None:
@@ -92,7 +110,7 @@ def likeliest_tokens(logits: Array, count: int) -> Array:
     if not count:
         return jnp.zeros((len(logits), 0), jnp.int32)
     values, ids = top_candidates(logits, count)
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    normaliser = vocabulary.logsumexp(logits)[:, None]
     return jnp.concatenate([ids, bits(values - normaliser)], axis=1)
 
 
@@ -100,16 +118,16 @@ def bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-def gumbel_noise(inputs: SamplingInputs, vocab_size: int) -> Array:
-    """Gumbel noise f32[R, V]; the largest of a row's sums with it is a draw from their softmax."""
+def gumbel_noise(inputs: SamplingInputs, count: int) -> Array:
+    """Gumbel noise f32[R, count]; the largest of sums with it is a draw from their softmax."""
     draw = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))
-    return draw(inputs.seeds, inputs.sample_indices, inputs.positions, vocab_size)
+    return draw(inputs.seeds, inputs.sample_indices, inputs.positions, count)
 
 
-def _gumbel(seed: Array, sample_index: Array, position: Array, vocab_size: int) -> Array:
-    """Gumbel noise f32[V] for one row."""
+def _gumbel(seed: Array, sample_index: Array, position: Array, count: int) -> Array:
+    """Gumbel noise f32[count] for one row."""
     key = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
-    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, sample_index), position), (vocab_size,))
+    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, sample_index), position), (count,))
 
 
 def process_logits(logits: Array, inputs: SamplingInputs, processors: tuple[LogitsProcessor, ...] = ()) -> Array:
@@ -145,8 +163,9 @@ def _penalise(logits: Array, inputs: SamplingInputs) -> Array:
     return logits - jnp.where(times > 0, presence, 0.0) - frequency * times
 
 
-def _filter(logits: Array, inputs: SamplingInputs) -> Array:
-    """Logits (already divided by the temperature) with -inf for what min_p, top_k and top_p exclude, in this order."""
+def _cut(logits: Array, inputs: SamplingInputs) -> Array:
+    """f32[R]: the lowest of the logits (already divided by the temperature) that min_p, top_k and top_p, in this order,
+    leave."""
     highest = logits.max(-1, keepdims=True)
     logits = jnp.where(logits - highest >= jnp.log(inputs.min_ps)[:, None], logits, -jnp.inf)
 
@@ -159,7 +178,8 @@ def _filter(logits: Array, inputs: SamplingInputs) -> Array:
     target = jnp.maximum(inputs.top_ps * weights.sum(-1), weights.max(-1))
     cut = _largest_threshold(logits, lambda kept: _sum(weights, kept) >= target)
     # top_p = 1 keeps everything, however the sums round.
-    return jnp.where((logits >= cut[:, None]) | (inputs.top_ps >= 1)[:, None], logits, -jnp.inf)
+    kept = (logits > -jnp.inf) & ((logits >= cut[:, None]) | (inputs.top_ps >= 1)[:, None])
+    return jnp.min(jnp.where(kept, logits, jnp.inf), axis=-1)
 
 
 def _sum(values: Array, kept: Array) -> Array:

@@ -21,6 +21,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_candidates import beam_columns
 from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
+from jaxpaged.device.heads import Heads
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
@@ -176,7 +177,7 @@ def decode_layers(
     if x is None:
         x = embed(params, config, tokens, inputs.positions)
     attend = _attend(inputs, config, kernels, layers[0])
-    x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, layers[0])
+    x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, kernels.add_norm, layers[0])
     if layers[1] == config.num_layers:
         sampling = _with_history(batch, tokens, carried.history)
         columns = _choose(params, config, finish(params, config, x), sampling, wanted, processors)
@@ -223,7 +224,7 @@ def prefill_step(
     batch: PrefillBatch = unpack(packed, layout)
     inputs = batch.inputs
     attend = _attend(inputs, config, kernels)
-    hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend)
+    hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend, kernels.add_norm)
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
     columns = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
@@ -257,7 +258,8 @@ def mixed_step(
     known = _known(decode.tokens, carried)
     tokens = jnp.concatenate([known, prefill.tokens])
     positions = jnp.concatenate([decode.positions, prefill.positions])
-    hidden, cache = forward(params, config, tokens, positions, cache, _attend_apart(decode, prefill, config, kernels))
+    attend = _attend_apart(decode, prefill, config, kernels)
+    hidden, cache = forward(params, config, tokens, positions, cache, attend, kernels.add_norm)
     sampling = _with_pending(batch, known)
     columns = _choose(params, config, hidden[prefill.sample_from], sampling, wanted, processors)
     return StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens)))), cache.kept()
@@ -269,8 +271,8 @@ def _attend_apart(
     """Attention of rows of one token, and of those behind them: each by the kernel that is made for it."""
     slots, ends = jnp.concatenate([decode.slot_mapping, prefill.slot_mapping]), len(decode.tokens)
 
-    def attend(cache: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-        cache = cache.write(layer, k, v, slots)
+    def attend(cache: KVCache, layer: int, heads: Heads) -> tuple[Array, KVCache]:
+        q, cache = cache.write_heads(layer, heads, slots, kernels)
         options = config.attention_options(layer)
         parts = (q[:ends], decode), (q[ends:], prefill)
         outs = [cache.attend(layer, part, inputs, options, kernels) for part, inputs in parts]
@@ -357,8 +359,8 @@ def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
 def _attend(inputs: StepInputs, config: ModelConfig, kernels: AttentionKernels, first: int = 0) -> Attend[KVCache]:
     """Attention of layers from `first` on over the cache of these layers."""
 
-    def attend(cache: KVCache, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-        cache = cache.write(layer - first, k, v, inputs.slot_mapping)
+    def attend(cache: KVCache, layer: int, heads: Heads) -> tuple[Array, KVCache]:
+        q, cache = cache.write_heads(layer - first, heads, inputs.slot_mapping, kernels)
         return cache.attend(layer - first, q, inputs, config.attention_options(layer), kernels), cache
 
     return attend

@@ -22,7 +22,7 @@ from jaxpaged.config import (
 )
 from jaxpaged.config.choices import FP8
 from jaxpaged.device.attention import AttentionKernels, resolve_attention, resolve_dense_attention
-from jaxpaged.device.memory import device_memory
+from jaxpaged.device.memory import start_device, usable_memory
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.pool_size import PoolSizer
@@ -38,7 +38,7 @@ def build_engine(
 ) -> Engine:
     """Load the weights, or take those given, and make the page pool; ValueError, with the numbers, for what cannot run
     on this device. `owner` is of an LLM that builds several engines, one after the other."""
-    device = jax.devices()[0]
+    device = start_device(options.memory_utilization)
     max_model_len = _max_model_len(options, checkpoint.config)
     model = checkpoint.config.for_length(max_model_len)
     dtype = resolve_dtype(options.dtype, model, device)
@@ -55,10 +55,8 @@ def build_engine(
         options.watermark, preemption, options.kv_cache, options.async_scheduling,
         options.mixed_steps,
     )  # fmt: skip
-    memory, _ = device_memory(device)
-    sizer = PoolSizer(
-        model, dtype, kv_dtype, options.page_size, limits, options.memory_utilization, kernels, device, memory
-    )
+    memory = usable_memory(device, options.memory_utilization)
+    sizer = PoolSizer(model, dtype, kv_dtype, options.page_size, limits, kernels, device, memory)
     num_pages = 2 if options.kv_cache == "none" and options.num_pages is None else options.num_pages  # it has no pool
     sizer.check(num_pages)
     if num_pages is not None and options.kv_cache in DENSE_CACHES:

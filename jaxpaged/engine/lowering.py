@@ -31,7 +31,7 @@ def lower_largest_steps(
 
     `dtype` is of the weights. Where steps are mixed, one of prompts alone takes no more than one with as many tokens.
     """
-    buckets = Buckets.for_limits(limits, cache)
+    buckets = Buckets.for_limits(limits, cache, kernels.min_rows)
     width = buckets.table_widths[-1]
     features = SamplingFeatures(
         has_samples=True, num_candidates=min(64, model.vocab_size), draws_beams=True,

@@ -33,7 +33,7 @@ CPU_POOL_BYTES = 1 * GIB
 NOMINAL_PAGES = 1024
 #: Share of the memory that stays free beside pool, weights and step: a step's inputs and results, the buffers in which
 #: XLA tries out matrix products, holes between allocations. Programs and CUDA graphs take memory of the driver, which
-#: is outside of what XLA may allocate: where XLA takes its share at the start, `XLA_CLIENT_MEM_FRACTION` leaves theirs.
+#: lies in what `memory_utilization` leaves of the card.
 RESERVE_SHARE = 0.005
 
 
@@ -46,10 +46,9 @@ class PoolSizer:
     kv_dtype: str
     page_size: int
     limits: EngineConfig
-    memory_utilization: float
     kernels: AttentionKernels
     device: jax.Device
-    memory: int  # bytes that XLA may allocate on the device
+    memory: int  # bytes of the device that weights, pool and steps may fill
 
     @property
     def page_bytes(self) -> int:
@@ -64,10 +63,11 @@ class PoolSizer:
         if num_pages is None:
             self._fitting_pages(self.weight_bytes, self._least_step_bytes())
         elif self.weight_bytes + num_pages * self.page_bytes > self.memory:
+            most = max(0, self.memory - self.weight_bytes) // self.page_bytes
             raise ValueError(
                 f"num_pages={num_pages} pages take {num_pages * self.page_bytes / GIB:.2f} GiB and the weights "
-                f"{self.weight_bytes / GIB:.2f} GiB; {self.device.device_kind} has {self.memory / GIB:.2f} GiB: at "
-                f"most about {max(0, self.memory - self.weight_bytes) // self.page_bytes} pages fit"
+                f"{self.weight_bytes / GIB:.2f} GiB; they may fill {self.memory / GIB:.2f} GiB of "
+                f"{self.device.device_kind}: at most about {most} pages fit"
             )
         else:
             CacheConfig(self.page_size, num_pages, self.kv_dtype)  # says what is wrong with a pool of one page
@@ -84,7 +84,7 @@ class PoolSizer:
         step = self.measured_step_bytes()
         num_pages = min(useful, self._fitting_pages(weights, step))
         logger.info(
-            "pool: %d pages, %.2f GiB, beside %.2f GiB in use and %.2f GiB for the largest step, of %.2f GiB",
+            "pool: %d pages, %.2f GiB, beside %.2f GiB in use and %.2f GiB for the largest step: at most %.2f GiB",
             num_pages, num_pages * self.page_bytes / GIB, weights / GIB, step / GIB, self.memory / GIB,
         )  # fmt: skip
         return num_pages
@@ -116,7 +116,7 @@ class PoolSizer:
 
     def _room(self, weights: int, step: int) -> int:
         """Pages for which there is room; negative if there is none even for weights and step."""
-        free = int(self.memory * self.memory_utilization) - weights - step - int(self.memory * RESERVE_SHARE)
+        free = self.memory - weights - step - int(self.memory * RESERVE_SHARE)
         return free // self.page_bytes
 
     def _fitting_pages(self, weights: int, step: int) -> int:
@@ -124,9 +124,9 @@ class PoolSizer:
         if num_pages < 2:
             raise ValueError(
                 f"the weights take {weights / GIB:.2f} GiB and the largest step {step / GIB:.2f} GiB of "
-                f"{self.memory / GIB:.2f} GiB on {self.device.device_kind}; with "
-                f"memory_utilization={self.memory_utilization} no page of {self.page_bytes} bytes fits beside them: "
-                "raise memory_utilization, or lower max_num_batched_tokens, max_num_seqs or page_size"
+                f"the {self.memory / GIB:.2f} GiB that they may fill on {self.device.device_kind}, so no page of "
+                f"{self.page_bytes} bytes fits beside them: raise memory_utilization, or lower max_num_batched_tokens, "
+                "max_num_seqs or page_size"
             )
         return num_pages
 

@@ -84,9 +84,9 @@ class StepRunner:
         self.limits = limits
         self.kernels = kernels
         self.device = device
+        self.buckets = Buckets.for_limits(limits, cache, kernels.min_rows)
         self.remake_pool()
         self.page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
-        self.buckets = Buckets.for_limits(limits, cache)
         self._batches = BatchMaker(cache, model.vocab_size)
         self.cascade = self._find_cascade() if limits.cascade_attention else None
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
@@ -187,7 +187,7 @@ class StepRunner:
 
     def remake_pool(self) -> None:
         self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
-        self._carried = steps.Carried(jax.device_put(np.zeros(self.limits.max_num_seqs, np.int32), self.device))
+        self._carried = steps.Carried(jax.device_put(np.zeros(self.buckets.decode_rows[-1], np.int32), self.device))
 
     def copy_pages(self, copies: list[PageCopy]) -> None:
         for part in make_copies(copies, self.buckets):

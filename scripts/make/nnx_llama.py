@@ -21,7 +21,8 @@ from flax import nnx, traverse_util
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.param_nodes import Params, by_name
 from jaxpaged.device.params import param_records, stored_names
-from jaxpaged.device.rope import rotate
+from jaxpaged.device.rope import rotation_at
+from pallas_kernels.layer_reference import rotate
 
 Array = jax.Array
 
@@ -89,7 +90,8 @@ class Attention(nnx.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        rotated = jax.vmap(lambda heads: rotate(heads, jnp.arange(length), self.rope))
+        rotation = rotation_at(jnp.arange(length), self.rope, self.head_dim)
+        rotated = jax.vmap(lambda heads: rotate(heads, rotation))
         out = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         return self.o_proj(out.reshape(rows, length, -1))
 

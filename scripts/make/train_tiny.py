@@ -216,8 +216,8 @@ def eval_step(params: Params, windows: jax.Array, *, config: ModelConfig) -> jax
     params = jax.tree.map(lambda x: x.astype("float32"), params)
     rows, length = windows.shape[0], windows.shape[1] - 1
 
-    def attend(cache, layer, q, k, v):
-        q, k, v = (x.reshape(rows, length, *x.shape[1:]) for x in (q, k, v))
+    def attend(cache, layer, heads):
+        q, k, v = (x.reshape(rows, length, *x.shape[1:]) for x in heads.split())
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return out.reshape(rows * length, *out.shape[2:]), cache
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toy import make_group
 
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.device.sampling import _filter, _largest_threshold, process_logits, sample_tokens, token_logprobs
+from jaxpaged.device.sampling import _cut, _largest_threshold, process_logits, sample_tokens, token_logprobs
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.sampling_batch import make_sampling_inputs
 from jaxpaged.host.step.step_plan import Sample
@@ -52,18 +52,18 @@ def test_filters_keep_what_a_sort_would_keep(seed, top_p, top_k, min_p):
         top_ks=np.full(ROWS, top_k, np.int32),
         min_ps=np.full(ROWS, min_p, np.float32),
     )
-    filtered = np.asarray(jax.jit(_filter)(logits, inputs))
+    cut = np.asarray(jax.jit(_cut)(logits, inputs))
     for row in range(ROWS):
         expected = sorted_filter(logits[row], np.float32(top_p), top_k, np.float32(min_p))
-        np.testing.assert_array_equal(np.isfinite(filtered[row]), expected)
+        np.testing.assert_array_equal(logits[row] >= cut[row], expected)
 
 
 def test_top_k_keeps_ties_and_top_p_of_1_keeps_everything():
     logits = np.array([[3.0, 1.0, 1.0, 0.0, -np.inf]], np.float32)
     inputs = base(1, top_ps=np.float32([1]), top_ks=np.int32([2]), min_ps=np.float32([0]))
-    assert np.isfinite(_filter(logits, inputs)).tolist() == [[True, True, True, False, False]]
+    assert _cut(logits, inputs).tolist() == [1.0]
     everything = inputs._replace(top_ks=np.int32([5]))
-    assert np.isfinite(_filter(logits, everything)).tolist() == [[True, True, True, True, False]]
+    assert _cut(logits, everything).tolist() == [0.0]
 
 
 def test_threshold_by_bisection_is_exact_for_negative_and_equal_values():

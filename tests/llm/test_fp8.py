@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import attend_full
+from helpers import attend_qkv
 from toy import TOY, random_prompts, save_toy_checkpoint, toy_params
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
@@ -60,9 +60,10 @@ def rounded(x):
 @functools.partial(jax.jit, static_argnames="rounds")
 def logits_at_the_end(tokens, length, rounds=True):
     """Of TOY with all keys and values rounded, computed from the whole text."""
-    attend = attend_full(TOY)
+    attend = attend_qkv(TOY)
 
-    def attend_rounded(cache, layer, q, k, v):
+    def attend_rounded(cache, layer, heads):
+        q, k, v = heads.split()
         return attend(cache, layer, q, rounded(k), rounded(v)) if rounds else attend(cache, layer, q, k, v)
 
     positions = jnp.arange(len(tokens), dtype=jnp.int32)

@@ -21,6 +21,7 @@ from jaxpaged.config import CacheConfig, PreemptionConfig
 from jaxpaged.device import steps, swap
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.cache import make_paged_cache
+from jaxpaged.device.memory import bytes_in_use, device_memory, usable_memory
 from jaxpaged.engine.pool_size import PoolSizer
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, SamplingInputs, pack
 from pallas_kernels import reference
@@ -89,21 +90,21 @@ def test_16_bit_attention_is_close_to_float32():
 
 def test_the_default_pool_fits_the_device():
     llm = LLM(GOLDENS / "llama_tied", max_num_seqs=256)
-    stats = jax.devices()[0].memory_stats()
-    assert stats["bytes_in_use"] <= 0.92 * stats["bytes_limit"]
+    device = jax.devices()[0]
+    assert bytes_in_use(device) <= 0.92 * device_memory(device)[0]
     assert llm.generate([[1, 2, 3]], SamplingParams(temperature=0))[0].finished
 
 
 def test_pool_weights_and_the_largest_step_fill_their_share_of_the_device():
     device = jax.devices()[0]
     llm = LLM(ROOT / "scripts" / "shapes" / "llama-3.2-1b", load_format="dummy", max_num_seqs=64)
-    engine, stats = llm.engine, device.memory_stats()
+    engine, usable = llm.engine, usable_memory(device, 0.9)
     sizer = PoolSizer(
-        engine.model, engine.dtype, engine.cache_config.dtype, engine.cache_config.page_size, engine.limits, 0.9,
-        engine.kernels, device, stats["bytes_limit"],
+        engine.model, engine.dtype, engine.cache_config.dtype, engine.cache_config.page_size, engine.limits,
+        engine.kernels, device, usable,
     )  # fmt: skip
-    taken = stats["bytes_in_use"] + sizer.measured_step_bytes()
-    assert 0.95 < taken / (0.9 * stats["bytes_limit"]) <= 1
+    taken = bytes_in_use(device) + sizer.measured_step_bytes()
+    assert 0.95 < taken / usable <= 1
     prompts = np.random.default_rng(0).integers(0, 1000, (3, 5000)).tolist()  # two full prefill steps
     params = SamplingParams(top_p=0.9, repetition_penalty=1.1, max_tokens=3, ignore_eos=True)
     assert all(output.finished for output in llm.generate(prompts, params))

@@ -196,7 +196,7 @@ def test_ends_are_possible_where_they_are_ignored_or_nothing_is_asked_of_the_len
 
 
 def test_a_sample_that_cannot_go_on_ends_its_request_and_what_was_finished_stays(llm):
-    options = {"seed": 3, "max_tokens": 5, "allowed_token_ids": [A, D], "stop_token_ids": [A],
+    options = {"seed": 1, "max_tokens": 5, "allowed_token_ids": [A, D], "stop_token_ids": [A],
                "logits_processors": [dead_end], "logit_bias": {A: 100, D: 100}}  # fmt: skip
     samples, best = SamplingParams(n=6, **options), SamplingParams(n=1, best_of=6, **options)
     output, of_best, other = llm.generate(["x", "x", "y"], [samples, best, SamplingParams(temperature=0, max_tokens=6)])

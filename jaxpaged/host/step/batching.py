@@ -60,10 +60,11 @@ class Buckets:
     mixed_tokens: tuple[int, ...] = ()  # of the other rows of a mixed step
 
     @classmethod
-    def for_limits(cls, limits: EngineConfig, cache: CacheConfig) -> Buckets:
+    def for_limits(cls, limits: EngineConfig, cache: CacheConfig, min_rows: int = 1) -> Buckets:
+        """`min_rows`: of a decode step, where fewer would be no quicker."""
         widest = num_pages_for(limits.max_model_len, cache.page_size)
         return cls(
-            decode_rows=_row_sizes(limits.max_num_seqs),
+            decode_rows=_row_sizes(min_rows, limits.max_num_seqs),
             prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
             prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
             # Without a cache tables are empty, and tell nothing of how long sequences are; nor is there what to copy.
@@ -135,9 +136,9 @@ def _can_decode(plan: StepPlan, features: SamplingFeatures) -> bool:
     )
 
 
-def _row_sizes(most: int) -> tuple[int, ...]:
-    """1, 2, 4 to 64, then in steps of 32 to 256, of 64 to 512, of 128 to 1024 and so on."""
-    sizes = [1]
+def _row_sizes(least: int, most: int) -> tuple[int, ...]:
+    """1, 2, 4 to 64, then in steps of 32 to 256, of 64 to 512, of 128 to 1024 and so on; from `least` on."""
+    sizes = [least]
     while sizes[-1] < most:
         last = sizes[-1]
         step = last if last < 64 else max(32, 1 << (last.bit_length() - 3))
