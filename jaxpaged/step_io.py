@@ -59,6 +59,13 @@ class PrefillInputs(NamedTuple):
 StepInputs = DecodeInputs | PrefillInputs
 
 
+class MixedInputs(NamedTuple):
+    """B rows of one new token, and behind them T packed tokens of other rows, B + T tokens in all."""
+
+    decode: DecodeInputs  # without copies and groups; as many rows as are sampled from, B = R
+    prefill: PrefillInputs  # `sample_from` counts the tokens of `decode`, too
+
+
 class SamplingInputs(NamedTuple):
     """How each of the R rows chooses its token, or a beam its candidates. All-None but the first three is greedy."""
 
@@ -100,7 +107,12 @@ class PrefillBatch(NamedTuple):
     sampling: SamplingInputs
 
 
-StepBatch = DecodeBatch | PrefillBatch
+class MixedBatch(NamedTuple):
+    inputs: MixedInputs
+    sampling: SamplingInputs
+
+
+StepBatch = DecodeBatch | PrefillBatch | MixedBatch
 
 
 class TokenLogprobs(NamedTuple):

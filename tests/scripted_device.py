@@ -21,11 +21,18 @@ _ids = itertools.count()
 
 
 def make_scheduler(
-    num_pages, page_size=2, max_num_seqs=64, max_num_batched_tokens=64, max_model_len=100, preemption=None
+    num_pages,
+    page_size=2,
+    max_num_seqs=64,
+    max_num_batched_tokens=64,
+    max_model_len=100,
+    preemption=None,
+    mixed_steps=True,
 ):
     limits = EngineConfig(
-        max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig()
-    )
+        max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
+        mixed_steps=mixed_steps,
+    )  # fmt: skip
     return Scheduler(CacheConfig(page_size, num_pages), limits)
 
 

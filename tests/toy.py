@@ -55,10 +55,11 @@ def toy_engine(
     kernels=REFERENCE,
     kv_dtype="float32",
     async_scheduling=True,
+    mixed_steps=True,
 ) -> Engine:
     limits = EngineConfig(
         max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
-        kv_cache=kv_cache, async_scheduling=async_scheduling,
+        kv_cache=kv_cache, async_scheduling=async_scheduling, mixed_steps=mixed_steps,
     )  # fmt: skip
     cache = CacheConfig(page_size, num_pages, kv_dtype)
     return Engine(StepRunner(toy_params(), TOY, cache, limits, kernels, jax.devices()[0]))
@@ -67,7 +68,7 @@ def toy_engine(
 def few_programs(engine: Engine) -> Engine:
     """Its steps padded to the largest sizes alone: for tests of other things than sizes, which compile little then."""
     buckets = engine.runner.buckets
-    lists = ("decode_rows", "prefill_rows", "prefill_tokens")
+    lists = ("decode_rows", "prefill_rows", "prefill_tokens", "mixed_rows", "mixed_tokens")
     largest = {name: getattr(buckets, name)[-1:] for name in lists}
     engine.runner.buckets = dataclasses.replace(buckets, **largest)
     return engine

@@ -260,6 +260,7 @@ class EngineConfig:
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     kv_cache: str = EngineOptions.kv_cache
     async_scheduling: bool = EngineOptions.async_scheduling
+    mixed_steps: bool = EngineOptions.mixed_steps
 
     def __post_init__(self):
         check_choice("kv_cache", self.kv_cache, KV_CACHES)
@@ -267,3 +268,9 @@ class EngineConfig:
             check_size(name, getattr(self, name), MAX_COUNT)
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark={self.watermark} is not in [0, 1)")
+
+    @property
+    def can_mix_steps(self) -> bool:
+        """Whether a step may hold prompts and sequences that decode: not where caches are dense, or there is none, nor
+        where decode steps read what is shared once, as one with prompts would not."""
+        return self.mixed_steps and not self.cascade_attention and self.kv_cache not in (*DENSE_CACHES, "none")

@@ -151,7 +151,7 @@ class EngineOptions:
     )
     max_num_seqs: int = option(256, "sequences that run together at most", _count)
     max_num_batched_tokens: int = option(
-        8192, "prompt tokens in one step at most; longer prompts are computed in chunks", _count
+        8192, "tokens in a step with prompts at most; longer prompts are computed in chunks", _count
     )
     attention: str = option(
         "auto", "pallas needs a Hopper GPU and 16-bit floats, reference (XLA) runs anywhere, auto is the better one "
@@ -184,6 +184,10 @@ class EngineOptions:
     async_scheduling: bool = option(
         True, "plan and launch the next step while one runs; the tokens are the same either way"
     )
+    mixed_steps: bool = option(
+        True, "let sequences decode in the steps that compute prompts (pages only); vLLM says chunked prefill, SGLang "
+        "mixed chunk"
+    )  # fmt: skip
     watermark: float = option(
         0.01, "share of a paged pool that admission leaves free, so that running sequences can grow", _share_below_1
     )

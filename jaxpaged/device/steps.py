@@ -29,8 +29,11 @@ from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failu
 from jaxpaged.step_io import (
     TOKENS_ALONE,
     DecodeBatch,
+    DecodeInputs,
     Layout,
+    MixedBatch,
     PrefillBatch,
+    PrefillInputs,
     SamplingInputs,
     StepInputs,
     Wanted,
@@ -170,8 +173,7 @@ def decode_layers(
     if inputs.copies is not None:
         assert isinstance(cache, CopiesPages), f"copies for a {type(cache).__name__}, which keeps no pages"
         cache = cache.copy_pages(inputs.copies[0], inputs.copies[1], kernels)
-    chosen = carried.tokens.at[jnp.maximum(of_row(inputs.tokens), 0)].get(mode="promise_in_bounds")
-    tokens = jnp.where(inputs.tokens < 0, chosen, inputs.tokens)
+    tokens = _known(inputs.tokens, carried)
     if x is None:
         x = embed(params, config, tokens, inputs.positions)
     attend = _attend(inputs, config, kernels, layers[0])
@@ -182,6 +184,12 @@ def decode_layers(
         drawn = _drawn(columns, wanted, len(carried.tokens))
         return StepResults(_for_host(columns), Carried(drawn, sampling.history)), cache.kept()
     return x, cache.kept()
+
+
+def _known(tokens: Any, carried: Carried) -> Array:
+    """i32[B]: the tokens that rows compute, with those that the step before has chosen."""
+    chosen = carried.tokens.at[jnp.maximum(of_row(tokens), 0)].get(mode="promise_in_bounds")
+    return jnp.where(tokens < 0, chosen, tokens)
 
 
 def _with_history(batch: DecodeBatch, tokens: Array, carried: Array | None) -> SamplingInputs:
@@ -225,6 +233,65 @@ def prefill_step(
         return results, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
     return results._replace(prompt_columns=_for_host(prompt)), cache
+
+
+@takes_cache
+def mixed_step(
+    params: Params,
+    cache: KVCache,
+    carried: Carried,
+    packed: Array,
+    *,
+    config: ModelConfig,
+    kernels: AttentionKernels,
+    layout: Layout,
+    wanted: Wanted = TOKENS_ALONE,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> tuple[StepResults, KVCache]:
+    """A decode step and a prefill step in one: what has weights sees the tokens of both side by side.
+
+    `packed` is a packed `MixedBatch`; `carried`, results and the new cache as of `decode_step`. The next step brings
+    its history, if it needs one.
+    """
+    batch: MixedBatch = unpack(packed, layout)
+    decode, prefill = batch.inputs
+    known = _known(decode.tokens, carried)
+    tokens = jnp.concatenate([known, prefill.tokens])
+    positions = jnp.concatenate([decode.positions, prefill.positions])
+    attend = _attend_apart(decode, prefill, config, kernels)
+    hidden, cache = forward(params, config, tokens, positions, cache, attend, kernels.add_norm)
+    sampling = _with_pending(batch, known)
+    columns = _choose(params, config, hidden[prefill.sample_from], sampling, wanted, processors)
+    return StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens)))), cache.kept()
+
+
+def _attend_apart(
+    decode: DecodeInputs, prefill: PrefillInputs, config: ModelConfig, kernels: AttentionKernels
+) -> Attend[KVCache]:
+    """Attention of rows of one token, and of those behind them: each by the kernel that is made for it."""
+    slots, ends = jnp.concatenate([decode.slot_mapping, prefill.slot_mapping]), len(decode.tokens)
+
+    def attend(cache: KVCache, layer: int, heads: Heads) -> tuple[Array, KVCache]:
+        q, cache = cache.write_heads(layer, heads, slots, kernels)
+        options = config.attention_options(layer)
+        parts = (q[:ends], decode), (q[ends:], prefill)
+        outs = [cache.attend(layer, part, inputs, options, kernels) for part, inputs in parts]
+        return jnp.concatenate(outs), cache
+
+    return attend
+
+
+def _with_pending(batch: MixedBatch, tokens: Array) -> SamplingInputs:
+    """The batch's history i32[R, L], if it has one, with those of the tokens i32[R] that the host does not know yet.
+
+    They are of sequences that decode, which are first among rows and samples alike.
+    """
+    sampling, decode = batch.sampling, batch.inputs.decode
+    if sampling.history is None:
+        return sampling
+    places = jnp.where(decode.tokens < 0, decode.positions, sampling.history.shape[1])  # of others none: out of range
+    history = sampling.history.at[jnp.arange(len(tokens)), places].set(tokens, mode="drop")
+    return sampling._replace(history=history)
 
 
 @takes_cache

@@ -27,9 +27,9 @@ def lower_largest_steps(
     kernels: AttentionKernels,
     device: jax.Device,
 ) -> Iterator[jax.stages.Lowered]:
-    """The largest decode step and the largest prefill step, with all that ordinary requests ask of the sampler.
+    """The largest decode step and the largest one with prompts, with all that ordinary requests ask of the sampler.
 
-    `dtype` is of the weights.
+    `dtype` is of the weights. Where steps are mixed, one of prompts alone takes no more than one with as many tokens.
     """
     buckets = Buckets.for_limits(limits, cache, kernels.min_rows)
     width = buckets.table_widths[-1]
@@ -37,10 +37,8 @@ def lower_largest_steps(
         has_samples=True, num_candidates=min(64, model.vocab_size), draws_beams=True,
         is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size),
     )  # fmt: skip
-    for shape in (
-        StepShape(buckets.decode_rows[-1], width),
-        StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1]),
-    ):
+    prefill = StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1])
+    for shape in (StepShape(buckets.decode_rows[-1], width), (buckets.mixed_shapes() or [prefill])[-1]):
         sharding = jax.sharding.SingleDeviceSharding(device)
         yield lower_step(shape, model, dtype, cache, kernels, features, sharding, limits)
 
@@ -74,6 +72,8 @@ def lower_step(
         (param_shapes(model, dtype), pool, carried, packed),
     )
     static = static_arguments(model, kernels, layout, features)
+    if shape.num_prompts is not None:
+        return steps.mixed_step.lower(params, pool, carried, packed, **static)
     if shape.num_tokens is not None:
         return steps.prefill_step.lower(params, pool, carried, packed, **static)
     return steps.decode_layers.lower(params, pool, None, carried, packed, layers=(0, model.num_layers), **static)

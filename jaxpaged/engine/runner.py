@@ -33,6 +33,7 @@ from jaxpaged.step_io import (
     NULL_PAGE,
     DecodeBatch,
     Layout,
+    MixedBatch,
     PrefillBatch,
     StepBatch,
     StepOutputs,
@@ -41,6 +42,9 @@ from jaxpaged.step_io import (
     unpack_logprobs,
     unpack_outputs,
 )
+
+#: Of batches with prompts: one program each, of all parameters.
+_STEPS = {PrefillBatch: steps.prefill_step, MixedBatch: steps.mixed_step}
 
 
 class PreparedStep(NamedTuple):
@@ -110,10 +114,10 @@ class StepRunner:
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
         carried = self._carried if step.goes_on else self._carried._replace(history=None)
         arrays = self.pool, carried, step.packed
-        if step.layout[0] is PrefillBatch:
-            results, self.pool = steps.prefill_step(self.params, *arrays, **static)
-        else:
+        if step.layout[0] is DecodeBatch:
             results, self.pool = steps.decode_step(self._parts_for(step.features), *arrays, **static)
+        else:
+            results, self.pool = _STEPS[step.layout[0]](self.params, *arrays, **static)
         self._carried = results.carried
         return LaunchedStep(results, step.layout, step.features)
 
@@ -214,7 +218,8 @@ class StepRunner:
 
     def compile_steps(self, features: SamplingFeatures) -> None:
         """Run every step that a run of these features can need, empty, and every copy and swap."""
-        for shape in self.buckets.shapes():
+        mixed = self.buckets.mixed_shapes() if features.draws_tokens else []
+        for shape in self.buckets.shapes() + mixed:
             self.compile_step(self._with_copies(self._nothing(shape, features), [], features)[0], features)
         self.compile_copies()
         for size in self.buckets.swaps:
@@ -243,10 +248,10 @@ class StepRunner:
         packed, layout = pack(batch)
         carried = self._carried._replace(history=None)
         static = static_arguments(self.model, self.kernels, layout, features)
-        if layout[0] is PrefillBatch:
-            return [steps.prefill_step.lower(self.params, self.pool, carried, packed, **static)]
-        parts = self._parts_for(features)
-        return steps.lower_decode_step(parts, self.pool, carried, packed, self.device, **static)
+        if layout[0] is DecodeBatch:
+            parts = self._parts_for(features)
+            return steps.lower_decode_step(parts, self.pool, carried, packed, self.device, **static)
+        return [_STEPS[layout[0]].lower(self.params, self.pool, carried, packed, **static)]
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

@@ -42,16 +42,28 @@ class PrefillQueue:
         """Compute no more of a group that has ended."""
         self._queue = deque(item for item in self._queue if item[0] is not group)
 
+    @property
+    def sequences(self) -> set[Sequence]:
+        return {sequence for _, sequence in self._queue}
+
+    @property
+    def groups(self) -> set[SequenceGroup]:
+        return {group for group, _ in self._queue}
+
     def plan(self) -> StepPlan:
-        """The next step of prefill; there must be work."""
+        """The next step of prefill alone; there must be work."""
         plan = StepPlan(is_prefill=True)
-        budget = self._limits.max_num_batched_tokens
-        num_samples = 0
+        self.fill(plan, self._limits.max_num_batched_tokens)
+        return plan
+
+    def fill(self, plan: StepPlan, budget: int) -> None:
+        """Add so many tokens to the plan, first come, first served; there must be work."""
+        num_samples = len(plan.samples)
         while self._queue and budget:
             group, sequence = self._queue[0]
             start = sequence.num_computed
             count = min(budget, group.num_to_prefill(sequence) - start)
-            if plan.listed and (count == 1) != (plan.listed[0].count == 1):
+            if not plan.is_mixed and plan.listed and (count == 1) != (plan.listed[0].count == 1):
                 break  # one token a row is a decode step (batching.py): among longer rows it costs many times more
             is_last = start + count == group.num_to_prefill(sequence)
             num_samples += _num_first_samples(group) if is_last else 0
@@ -62,7 +74,6 @@ class PrefillQueue:
             if is_last:
                 self._queue.popleft()
                 self._plan_first_samples(plan, group, sequence)
-        return plan
 
     def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
         """The last planned row completes a prompt: choose the first token of every sample from it."""

@@ -30,7 +30,9 @@ from collections import deque
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.beams.beam_groups import advance_groups
+from jaxpaged.host.decoding import give_way, place_tokens
 from jaxpaged.host.failure import fail
+from jaxpaged.host.mixing import Mixing
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.shared_prefix import make_prefix
@@ -59,7 +61,8 @@ class Scheduler:
         self.prefix: SequenceGroup | None = None  # what all of them share
         self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
         self._prefill = PrefillQueue(limits, self.policy)
-        self._batch: list[Sample] | None = None  # what decodes now; None when it must be listed anew
+        self._mixing = Mixing(limits, cache)
+        self._batch: list[Sample] | None = None  # of all who run; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
         self._copies: list[PageCopy] = []  # likewise
@@ -73,7 +76,7 @@ class Scheduler:
     @property
     def tables(self) -> list[BlockTable]:
         """Of every running sequence."""
-        return [sample.sequence.table for sample in self._decoding()]
+        return [sample.sequence.table for sample in self._samples()]
 
     @property
     def prefix_tables(self) -> list[BlockTable]:
@@ -111,7 +114,8 @@ class Scheduler:
         self.waiting.append(group)
 
     def schedule(self, is_ahead: bool = False) -> StepPlan | None:
-        """The next step, or None when there is nothing to do. Prefill goes first: it fills the batch for decoding.
+        """The next step, or None when there is nothing to do. Prompts go first, together with those who decode or not:
+        they fill the batch for decoding.
 
         `is_ahead`: a step is in flight. None also where a group has to give way: it gives up tokens that are known.
         """
@@ -124,7 +128,8 @@ class Scheduler:
             self._copies.clear()
             return None
         if self._prefill.has_work:
-            plan = self._prefill.plan()
+            mixed = self._mixing.plan(self._decoding(), self.running, self._prefill, self.policy)
+            plan = mixed or self._prefill.plan()
             self._batch = None  # samples may have forked
         elif isinstance(self.policy, NoCache):
             plan = self._plan_recompute()
@@ -179,13 +184,20 @@ class Scheduler:
         next_step = num_pages_needed(tables, [1] * len(tables), self.allocator)
         return self._watermark + next_step + group.num_rows
 
-    def _decoding(self) -> list[Sample]:
+    def _samples(self) -> list[Sample]:
         """Every running sequence, with its row in a decode step. The same from step to step until one comes or goes."""
         if self._batch is None:
             self._batch, rows = [], itertools.count()
             for group in self.running:
                 self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
         return self._batch
+
+    def _decoding(self) -> list[Sample]:
+        """Of these, those that have all their tokens computed but the last."""
+        if not self._prefill.has_work:
+            return self._samples()
+        waiting, rows = self._prefill.sequences, itertools.count()
+        return [Sample(group, one, next(rows)) for group, one, _ in self._samples() if one not in waiting]
 
     # Decode and preemption
 
@@ -194,8 +206,7 @@ class Scheduler:
         while True:
             samples = self._decoding()
             try:
-                plan.copies = self.policy.append(self.tables, [1] * len(samples))
-                plan.num_idle_rows = self.policy.num_idle_rows
+                plan.starts, plan.copies = place_tokens(samples, self.policy)
                 break
             except OutOfPagesError:
                 if not may_preempt:
@@ -203,41 +214,17 @@ class Scheduler:
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
                 self._preempt(self.running.pop(), plan)
         plan.samples = samples
-        plan.starts = [sequence.num_computed for _, sequence, _ in samples]
-        for _, sequence, _ in samples:
-            sequence.num_computed = computed = sequence.num_computed + 1
-            if sequence.num_once_computed < computed:
-                sequence.num_once_computed = computed
-        if plan.copies:
-            copied_pages = {copy.dst for copy in plan.copies}
-            for group, sequence, _ in samples:
-                if sequence.table.pages[-1] in copied_pages:
-                    group.pages.copied += 1
+        plan.num_idle_rows = self.policy.num_idle_rows
         return plan
 
     def _plan_recompute(self) -> StepPlan:
         """The decode step of a system without a cache: all tokens of every running sequence, for one more each."""
         samples = self._decoding()
         rows = [PlanRow(group, sequence, 0, sequence.num_tokens) for group, sequence, _ in samples]
-        return StepPlan(True, rows, samples)
+        return StepPlan(is_prefill=True, listed=rows, samples=samples)
 
     def _preempt(self, group: SequenceGroup, plan: StepPlan) -> None:
-        group.record_pages()
-        wants_swap = self.swap_space.wants(group, self.cache.page_size)
-        if wants_swap and self.swap_space.has_room_for(group):
-            assert isinstance(self.allocator, PageAllocator), "who reserved everything never gives way"
-            self._swaps.append(self.swap_space.take_out(group, self.allocator))
-            group.num_swaps += 1
-            for sequence in group.unfinished:
-                sequence.status = SequenceStatus.SWAPPED
-        else:
-            plan.num_swap_overflows += wants_swap
-            for sequence in reversed(group.unfinished):
-                self.policy.release(sequence.table)
-                sequence.num_computed = 0
-                sequence.status = SequenceStatus.WAITING
-        plan.num_preempted += 1
-        group.num_preemptions += 1
+        self._swaps += give_way(group, plan, self.policy, self.swap_space, self.cache.page_size)
         self.waiting.appendleft(group)
         self._batch = None
 

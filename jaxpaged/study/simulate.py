@@ -44,11 +44,12 @@ def paper_limits(
     max_num_batched_tokens: int = 2560,
     watermark: float = EngineOptions.watermark,
     preemption: PreemptionConfig | None = None,
+    mixed_steps: bool = False,
 ) -> EngineConfig:
-    """The scheduler's limits as the artifact of the vLLM paper has them."""
+    """The scheduler's limits as the artifact of the vLLM paper has them, which lets nobody decode beside prompts."""
     return EngineConfig(
         max_model_len, max_num_seqs, max_num_batched_tokens, watermark=watermark,
-        preemption=preemption or PreemptionConfig(), kv_cache=kv_cache,
+        preemption=preemption or PreemptionConfig(), kv_cache=kv_cache, mixed_steps=mixed_steps,
     )  # fmt: skip
 
 

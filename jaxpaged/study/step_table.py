@@ -6,6 +6,9 @@
 scripts/bench/step_times.py measures the engine's own steps, from the scheduler's decision until tokens are learnt.
 A decode step is known by its rows, as padded, and by the tokens of KV that these read in all; a prefill step by its new
 tokens, as padded. In between, and beyond, times lie on straight lines.
+
+A mixed step takes what a prefill of all its tokens takes, those of rows that decode included, and what these read of KV
+adds to a decode step of as many rows: the weights, which are read once, are in the first of the two.
 """
 
 from __future__ import annotations
@@ -131,7 +134,12 @@ class StepTable:
 
         def seconds(plan: StepPlan, num_steps: int) -> np.ndarray:
             shape = padded.shape_of(plan, features)
-            if shape.num_tokens is not None:
+            if shape.num_prompts is not None and shape.num_tokens is not None:
+                decoding = plan.rows[: plan.num_decoding]
+                read = np.array([0.0, sum([row.start + 1.0 for row in decoding])])
+                alone, reading = _between(decode, rows_measured, shape.num_rows, read)
+                times = prefill.at(np.array([float(shape.num_rows + shape.num_tokens)])) + (reading - alone)
+            elif shape.num_tokens is not None:
                 times = prefill.at(np.array([float(shape.num_tokens)]))
             else:
                 read = sum([row.start for row in plan.rows]) + len(plan.rows) * (1.0 + np.arange(num_steps))

@@ -19,7 +19,7 @@ from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.host.step.batching import Buckets, make_batch
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
-from jaxpaged.step_io import NULL_PAGE, StepBatch
+from jaxpaged.step_io import NULL_PAGE, MixedBatch, StepBatch
 
 
 class Span(NamedTuple):
@@ -98,6 +98,7 @@ def make_span_batch(
     """The step's arrays, with no write to positions that are in the pages already."""
     plan = step.plan
     batch = make_batch(plan, buckets.shape_of(plan, features), cache, vocab_size, features)
+    assert not isinstance(batch, MixedBatch), "a step of a tree has prompts or decodes"
     offset = 0
     for row, index in zip(plan.rows, step.spans, strict=True):
         kept = min(max(spans[index].write_from - row.start, 0), row.count)

@@ -91,6 +91,7 @@ def measure(llm: LLM, workload: GenerationWorkload, card: Card, repeats: int) ->
         "all_seconds": [round(seconds, 4) for seconds, _ in others],
         "steps": stats.steps,
         "prefill_steps": stats.prefill_steps,
+        "mixed_steps": stats.mixed_steps,
         "preemptions": stats.preemptions,
         "compilations_first": first[1].compilations,
         "compilations": stats.compilations,
@@ -126,6 +127,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[Generat
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--no-async-scheduling", action="store_true", help="wait for every step")
+    parser.add_argument("--no-mixed-steps", action="store_true", help="let nobody decode while prompts are computed")
     args = parser.parse_args(argv)
     if args.peers is None:
         import importlib.util
@@ -143,7 +145,8 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "load_format", "dtype", "max_num_seqs", "num_pages", "max_model_len", "page_size", "attention",
         "memory_utilization",
     )  # fmt: skip
-    return {**{name: getattr(args, name) for name in names}, "async_scheduling": not args.no_async_scheduling}
+    switches = {name: not getattr(args, "no_" + name) for name in ("async_scheduling", "mixed_steps")}
+    return {name: getattr(args, name) for name in names} | switches
 
 
 def read_workloads(args: argparse.Namespace) -> list[GenerationWorkload]:

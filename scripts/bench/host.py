@@ -98,7 +98,9 @@ def _queue(args: argparse.Namespace, rng: np.random.Generator) -> tuple[Schedule
     """A scheduler in whose pool all sequences run together, with the requests in its queue."""
     max_len = args.context + args.steps + 2
     cache = CacheConfig(args.page_size, args.sequences * -(-max_len // args.page_size) + 2)
-    limits = EngineConfig(max_len, max_num_seqs=args.sequences, max_num_batched_tokens=8192, watermark=0.0)
+    limits = EngineConfig(  # all are to decode together, so none begins before the last prompt is computed
+        max_len, max_num_seqs=args.sequences, max_num_batched_tokens=8192, watermark=0.0, mixed_steps=False
+    )
     scheduler = Scheduler(cache, limits)
     num_requests = args.sequences // (args.beam_width or args.samples_per_request)
     groups = [_request(i, rng.integers(0, VOCAB_SIZE, args.context).tolist(), args) for i in range(num_requests)]

@@ -54,6 +54,7 @@ class Measurement:
             "num_pages": self.pages_measured, "max_num_seqs": args.max_num_seqs,
             "max_num_batched_tokens": args.max_num_batched_tokens, "attention": args.attention,
             "preemption": "recompute", "watermark": EngineOptions.watermark, "kv_cache": EngineOptions.kv_cache,
+            "mixed_steps": False,  # a table has none: their times follow from those of the others
             **changes,
         }  # fmt: skip
 

@@ -47,11 +47,13 @@ def replay(table: StepTable, run: dict[str, Any]) -> dict[str, Any]:
     cache = CacheConfig(16, run["num_pages"])
     system: str = run["system"]
     kv_cache = RENAMED_CHOICES.get(system, system)
+    padding = padding_from(run["padding"])
     limits = EngineConfig(
-        run["max_model_len"], facts["max_num_seqs"], facts["max_num_batched_tokens"], kv_cache=kv_cache
-    )
+        run["max_model_len"], facts["max_num_seqs"], facts["max_num_batched_tokens"], kv_cache=kv_cache,
+        mixed_steps=bool(padding.mixed_rows),
+    )  # fmt: skip
     workload = make_workload(run["workload"], run["requests"], run["seed"], max_len=run["max_model_len"])
-    clock = table.clock(limits, cache, buckets=padding_from(run["padding"]))
+    clock = table.clock(limits, cache, buckets=padding)
     simulation = Simulation(workload, cache, limits, step_seconds=clock)
     steps = simulation.run().steps
     seconds = float(simulation.finished_times.max())

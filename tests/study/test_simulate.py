@@ -36,7 +36,7 @@ def steps_of(stats) -> dict[str, list[int]]:
 
 def totals_of(stats) -> dict[str, int]:
     names = (
-        "steps", "prefill_steps", "preemptions", "recomputed_tokens", "swap_overflows", "page_copies",
+        "steps", "prefill_steps", "mixed_steps", "preemptions", "recomputed_tokens", "swap_overflows", "page_copies",
         "num_generated_tokens", "num_prompt_tokens", "num_requests",
     )  # fmt: skip
     return {name: getattr(stats, name) for name in names}
@@ -85,6 +85,7 @@ def test_simulator_and_engine_agree_at_every_step(kv_cache, preemption):
     assert steps_of(simulated) == steps_of(stats)
     assert totals_of(simulated) == totals_of(stats)
     assert stats.preemptions > 0 or kv_cache != "paged"
+    assert (stats.mixed_steps > 0) == limits.can_mix_steps
     assert stats.memory.stranded.any() or kv_cache == "none"
 
 
@@ -159,6 +160,15 @@ def test_steps_are_taken_at_once_and_not_planned_one_by_one():
     schedule = simulation.scheduler.schedule
     simulation.scheduler.schedule = lambda: planned.append(1) or schedule()
     assert simulation.run().steps > 20 * len(planned)
+
+
+def test_steps_that_are_mixed_are_fewer():
+    workload = make_workload("sharegpt", 150)
+    steps = []
+    for mixed_steps in (False, True):
+        stats = Simulation(workload, PAPER_POOL, paper_limits(mixed_steps=mixed_steps)).run()
+        steps.append((stats.steps, stats.prefill_steps, stats.mixed_steps))
+    assert steps == [(2052, 56, 0), (2005, 106, 104)]
 
 
 def test_beams_share_and_no_more_than_they_can():

@@ -79,6 +79,21 @@ def test_rows_between_those_that_were_measured_lie_between(table):
     assert simulation.now == pytest.approx(4.8 + 2 + 0.01 * 14)
 
 
+def test_a_mixed_step_takes_a_prefill_of_all_its_tokens_and_what_decoding_reads(table):
+    """The second request comes while the first is prefilled: then 48 padded tokens of its prompt, and 8 padded rows, of
+    which one reads 7 tokens of KV. Where steps alternate, the first waits meanwhile."""
+    cache, workload = CacheConfig(4, 24), Workload(np.full(2, 6, np.int32), np.full(2, 2, np.int32), np.array([0.0, 1]))
+    finished = {}
+    for mixed_steps in (True, False):
+        limits = EngineConfig(64, 8, 48, mixed_steps=mixed_steps)
+        simulation = Simulation(workload, cache, limits, step_seconds=table.clock(limits, cache))
+        assert simulation.run().mixed_steps == mixed_steps
+        finished[mixed_steps] = simulation.finished_times.tolist()
+    mixed = 4.8 + 0.1 * (48 + 8) + 0.01 * 7
+    assert finished[True] == [pytest.approx(mixed), pytest.approx(mixed + 1 + 0.01 * 7)]
+    assert finished[False] == [pytest.approx(4.8 + 4.8 + 2 + 0.01 * 14)] * 2
+
+
 def test_copies_and_swaps_take_their_time(table):
     """Two samples of a prompt of 6 share its second page: one copies it."""
     cache, limits = CacheConfig(4, 24), limits_for("paged")

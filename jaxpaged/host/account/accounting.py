@@ -32,7 +32,8 @@ class RunStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     steps: int = 0
-    prefill_steps: int = 0
+    prefill_steps: int = 0  # that computed prompts
+    mixed_steps: int = 0  # of these, those in which others decoded too
     preemptions: int = 0
     recomputed_tokens: int = 0  # prefilled again after preemptions that did not swap
     swaps_out: int = 0  # preemptions that kept the group's pages in host memory
@@ -142,6 +143,7 @@ class RunStats:
         self._hindsight = policy.hindsight
         self._tick(1)
         self.prefill_steps += plan.is_prefill
+        self.mixed_steps += plan.is_mixed
         self.preemptions += plan.num_preempted
         self.recomputed_tokens += plan.num_recomputed
         self.swap_overflows += plan.num_swap_overflows

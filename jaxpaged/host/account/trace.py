@@ -14,8 +14,8 @@ look: nothing in the scheduler knows of it. A trace is one JSON object:
     pieces             {token id: text}, if there is a tokenizer
     frames             the run: a frame a plan, and one a commit that changed block tables
 
-A frame has "step" (from 1), "kind" ("prefill", "decode" or "commit"), "computed" (tokens that the step computes), and
-what changed, to be applied in this order (absent where nothing did):
+A frame has "step" (from 1), "kind" ("prefill", "decode", "mixed" or "commit"), "computed" (tokens that the step
+computes), and what changed, to be applied in this order (absent where nothing did):
 
     grow      sequences that fill one more position of the last page they have
     tables    [sequence, kept, num_slots, page, ...]: the first `kept` pages stay, these follow, `num_slots` are filled
@@ -76,7 +76,7 @@ class TraceRecorder:
     def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
         """Call when the scheduler has made `plan`."""
         self._num_steps += 1
-        frame = self._new_frame("prefill" if plan.is_prefill else "decode")
+        frame = self._new_frame("mixed" if plan.is_mixed else "prefill" if plan.is_prefill else "decode")
         frame["computed"] = sum(row.count for row in plan.rows)
         self._look(frame, scheduler, plan.copies)
         self.frames.append(frame)

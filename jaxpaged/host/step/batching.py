@@ -2,11 +2,13 @@
 
 Every distinct shape is one compiled step. Packed tokens cost arithmetic, so their list is powers of two. So is that of
 decode rows while a step is bound by its weights; from 64 rows on, where each row costs, it has more sizes. Table width
-costs only its upload and padded prefill rows little more, so those lists are sparse.
+costs only its upload and padded prefill rows little more, so those lists are sparse. So are those of mixed steps: rows
+that decode cost little beside a chunk of a prompt, and how many tokens it has is chosen by these sizes (mixing.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -19,15 +21,29 @@ from jaxpaged.host.pages.block_table import PageCopy, num_pages_for
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.sampling_batch import make_beam_rows, make_sampling_inputs
 from jaxpaged.host.step.step_plan import PlanRow, StepPlan
-from jaxpaged.step_io import NULL_PAGE, DecodeBatch, DecodeInputs, PrefillBatch, PrefillInputs, StepBatch, of_row
+from jaxpaged.step_io import (
+    NULL_PAGE,
+    DecodeBatch,
+    DecodeInputs,
+    MixedBatch,
+    MixedInputs,
+    PrefillBatch,
+    PrefillInputs,
+    StepBatch,
+    of_row,
+)
 
 
 class StepShape(NamedTuple):
-    """The padded sizes of one step; `num_tokens` is None for a decode step, which has one a row."""
+    """The padded sizes of one step; `num_tokens` is None for a decode step, which has one a row.
+
+    A mixed step has `num_rows` rows of one token, and beside them `num_prompts` rows with `num_tokens` in all.
+    """
 
     num_rows: int
     table_width: int
     num_tokens: int | None = None
+    num_prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,8 @@ class Buckets:
     table_widths: tuple[int, ...]
     copies: tuple[int, ...]
     swaps: tuple[int, ...] = ()  # pages of one transfer to or from swap space; a swap is several, and none is padded
+    mixed_rows: tuple[int, ...] = ()  # of one token, in a mixed step; none where there are no such steps
+    mixed_tokens: tuple[int, ...] = ()  # of the other rows of a mixed step
 
     @classmethod
     def for_limits(cls, limits: EngineConfig, cache: CacheConfig, min_rows: int = 1) -> Buckets:
@@ -55,10 +73,12 @@ class Buckets:
             swaps=_geometric(1, min(limits.preemption.transfer_pages, cache.num_usable_pages), 4)
             if limits.preemption.can_swap
             else (),
+            mixed_rows=_geometric(64, limits.max_num_seqs, 4) if limits.can_mix_steps else (),
+            mixed_tokens=_geometric(256, limits.max_num_batched_tokens, 4) if limits.can_mix_steps else (),
         )
 
     def shapes(self) -> list[StepShape]:
-        """Every shape that a step can have."""
+        """Every shape that a step can have, but for mixed ones."""
         decode = [StepShape(rows, width) for rows in self.decode_rows for width in self.table_widths]
         prefill = [
             StepShape(rows, width, tokens)
@@ -68,18 +88,42 @@ class Buckets:
         ]
         return decode + prefill
 
+    def mixed_shapes(self) -> list[StepShape]:
+        return [
+            StepShape(rows, width, tokens, self.mixed_prompts(tokens))
+            for rows in self.mixed_rows
+            for width in self.table_widths
+            for tokens in self.mixed_tokens
+        ]
+
+    def mixed_prompts(self, num_tokens: int) -> int:
+        """Rows of prompts in a mixed step of so many tokens: all that there can be, or one for each eight tokens, which
+        is more than most prompts leave."""
+        most = self.mixed_rows[-1]
+        return most if num_tokens == self.mixed_tokens[-1] else min(most, num_tokens // 8)
+
     def shape_of(self, plan: StepPlan, features: SamplingFeatures) -> StepShape:
         rows = plan.rows
         width = fit(max((len(row.sequence.table.pages) for row in rows), default=0), self.table_widths)
         if not plan.is_prefill or _can_decode(plan, features):
             return StepShape(fit(len(rows) + plan.num_idle_rows, self.decode_rows), width)
+        if plan.is_mixed:
+            return self._mixed_shape(plan, width)
         # As many rows to sample from as table rows, so that one list serves both.
         num_rows = fit(max(len(rows), len(plan.samples)), self.prefill_rows)
         return StepShape(num_rows, width, fit(sum(row.count for row in rows), self.prefill_tokens))
 
+    def _mixed_shape(self, plan: StepPlan, width: int) -> StepShape:
+        counts = [row.count for row in plan.listed if row.count > 1]
+        num_rows = fit(max(len(plan.listed) - len(counts), len(plan.samples)), self.mixed_rows)
+        num_tokens = next(
+            size for size in self.mixed_tokens if size >= sum(counts) and self.mixed_prompts(size) >= len(counts)
+        )
+        return StepShape(num_rows, width, num_tokens, self.mixed_prompts(num_tokens))
+
 
 def _can_decode(plan: StepPlan, features: SamplingFeatures) -> bool:
-    """Whether a decode step, which is faster, computes this prefill: one token a row, and row i chooses for sample i.
+    """Whether a decode step, which is faster, computes these prompts: one token a row, and row i chooses for sample i.
 
     Rows behind the last sample are prompts that go on in the next step: what a decode step chooses for them is unread.
     Not where decode steps merge the rows of beams: these would be first rows, one for all beams of a search.
@@ -127,16 +171,38 @@ def make_batch(
     plan: StepPlan, shape: StepShape, cache: CacheConfig, vocab_size: int, features: SamplingFeatures
 ) -> StepBatch:
     """The step's arrays; row i of the plan is row i of the arrays. An empty plan gives a step that does nothing."""
-    rows = plan.rows
-    tables = _block_tables(rows, shape)
-    history_len = shape.table_width * cache.page_size
-    sampling = make_sampling_inputs(plan.samples, shape.num_rows, history_len, vocab_size, features)
+    rows, size = plan.rows, cache.page_size
+    sampling = make_sampling_inputs(plan.samples, shape.num_rows, shape.table_width * size, vocab_size, features)
+    if shape.num_prompts is not None:
+        return MixedBatch(_mixed_inputs(plan, shape, size), sampling)
+    tables = _block_tables(rows, shape.num_rows, shape.table_width)
     if shape.num_tokens is None:
         if features.merged_widths is not None:
             beam_rows = make_beam_rows(plan.samples, shape.num_rows, features.merged_widths)
             sampling = sampling._replace(beam_rows=beam_rows)
-        return DecodeBatch(_decode_inputs(rows, tables, cache.page_size), sampling)
-    return PrefillBatch(_prefill_inputs(plan, shape.num_tokens, tables, cache.page_size, features), sampling)
+        return DecodeBatch(_decode_inputs(rows, tables, size), sampling)
+    inputs = _prefill_inputs(rows, shape.num_tokens, tables, size)
+    last_tokens = inputs.query_starts + inputs.query_lens - 1
+    inputs = inputs._replace(sample_from=_padded([last_tokens[s.row] for s in plan.samples], shape.num_rows))
+    if features.num_prompt_logprobs is not None:
+        inputs = inputs._replace(next_tokens=_padded(_concatenate_tokens(rows, 1), shape.num_tokens))
+    return PrefillBatch(inputs, sampling)
+
+
+def _mixed_inputs(plan: StepPlan, shape: StepShape, page_size: int) -> MixedInputs:
+    """Rows of one token apart from the others, be they of sequences that decode or ends of prompts: kernels for many
+    queries a row take several times as long for one."""
+    assert shape.num_tokens is not None and shape.num_prompts is not None, f"{shape} is not of a mixed step"
+    single = [row for row in plan.listed if row.count == 1]
+    longer = [row for row in plan.listed if row.count > 1]
+    decode = _decode_inputs(single, _block_tables(single, shape.num_rows, shape.table_width), page_size)
+    tables = _block_tables(longer, shape.num_prompts, shape.table_width)
+    prefill = _prefill_inputs(longer, shape.num_tokens, tables, page_size)
+    last_tokens = iter((shape.num_rows + prefill.query_starts + prefill.query_lens - 1).tolist())
+    ones = itertools.count()
+    places = [next(ones if row.count == 1 else last_tokens) for row in plan.listed]
+    sample_from = _padded([places[sample.row] for sample in plan.samples], shape.num_rows)
+    return MixedInputs(decode, prefill._replace(sample_from=sample_from))
 
 
 def _decode_inputs(rows: list[PlanRow], tables: np.ndarray, page_size: int) -> DecodeInputs:
@@ -158,10 +224,9 @@ def _token_or_row(row: PlanRow) -> int:
     return sequence.token_ids[row.start] if row.start < len(sequence.token_ids) else of_row(sequence.pending_row)
 
 
-def _prefill_inputs(
-    plan: StepPlan, num_tokens: int, tables: np.ndarray, page_size: int, features: SamplingFeatures
-) -> PrefillInputs:
-    rows, num_rows = plan.rows, len(tables)
+def _prefill_inputs(rows: list[PlanRow], num_tokens: int, tables: np.ndarray, page_size: int) -> PrefillInputs:
+    """Without what is sampled from."""
+    num_rows = len(tables)
     counts = np.array([row.count for row in rows], np.int32)
     ends = np.cumsum(counts, dtype=np.int32)
     row_of_token = np.repeat(np.arange(len(rows)), counts)
@@ -176,8 +241,7 @@ def _prefill_inputs(
         query_starts=_padded(ends - counts, num_rows),
         query_lens=_padded(counts, num_rows),
         context_lens=_padded([row.start + row.count for row in rows], num_rows),
-        sample_from=_padded([ends[sample.row] - 1 for sample in plan.samples], num_rows),
-        next_tokens=None if features.num_prompt_logprobs is None else _padded(_concatenate_tokens(rows, 1), num_tokens),
+        sample_from=None,
     )
 
 
@@ -203,8 +267,8 @@ def _padded_copies(copies: SequenceOf[PageCopy], size: int) -> np.ndarray:
     return padded
 
 
-def _block_tables(rows: list[PlanRow], shape: StepShape) -> np.ndarray:
-    tables = np.full((shape.num_rows, shape.table_width), NULL_PAGE, np.int32)
+def _block_tables(rows: list[PlanRow], num_rows: int, width: int) -> np.ndarray:
+    tables = np.full((num_rows, width), NULL_PAGE, np.int32)
     if not rows:
         return tables
     pages = [row.sequence.table.pages for row in rows]

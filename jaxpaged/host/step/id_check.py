@@ -8,11 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from jaxpaged.config import CacheConfig
-from jaxpaged.step_io import StepInputs
+from jaxpaged.step_io import MixedInputs, StepInputs
 
 
-def check_ids(inputs: StepInputs, cache: CacheConfig) -> None:
+def check_ids(inputs: StepInputs | MixedInputs, cache: CacheConfig) -> None:
     """RuntimeError if a table names no page of the pool, a slot is in none, or a context is longer than its table."""
+    if isinstance(inputs, MixedInputs):
+        check_ids(inputs.decode, cache)
+        check_ids(inputs.prefill, cache)
+        return
     num_slots = cache.num_pages * cache.page_size
     pool = f"the pool has {cache.num_pages} pages of {cache.page_size} tokens"
     _check("block_tables", inputs.block_tables, cache.num_pages, pool)

@@ -29,9 +29,10 @@ class Sample(NamedTuple):
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: all of it prefill (several tokens a row) or all of it decode (one token a row)."""
+    """One step: of prompts (several tokens a row), of sequences that decode (one token a row), or of both."""
 
-    is_prefill: bool
+    is_prefill: bool  # it computes prompts
+    num_decoding: int = 0  # of such a step: its first rows, which decode, with as many first samples; else all do
     listed: list[PlanRow] = field(default_factory=list)  # rows, unless `starts` say them
     samples: list[Sample] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)  # of a decode step: the token of each sample that it computes
@@ -44,6 +45,10 @@ class StepPlan:
     leaving: list[SequenceGroup] = field(default_factory=list)  # as was foreseen: this step's tokens are their last
     num_trimmed: int = 0  # samples that, as it turned out, had ended one step before
     num_idle_rows: int = 0  # rows behind these, whose sequences have ended while their batch goes on
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.num_decoding > 0
 
     @property
     def num_rows(self) -> int:
