@@ -1,7 +1,8 @@
 """How much of a device's memory is ours.
 
 XLA takes a share of a GPU's memory when it is started, three quarters unless it is told otherwise, and nothing that it
-allocates can lie outside of that. So whoever is to fill a share of the card must start it with that share.
+allocates can lie outside of that. So whoever is to fill a share of the card must start it with that share. XLA takes it
+of what is free then, which is less than the card has: the driver and other programs hold some of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ logger = logging.getLogger("jaxpaged")
 GIB = 1 << 30
 #: Where a user says which share XLA is to take; the second is what JAX called it before.
 SHARE_VARIABLES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+#: Of what is free, at most: programs and CUDA graphs need some.
+MOST_OF_FREE = 0.97
 #: What rounding may take of a share before that is worth a word.
 ROUNDING = 0.99
 
@@ -25,8 +28,9 @@ def start_device(memory_utilization: float) -> jax.Device:
     """The default device. If JAX is not running yet, XLA gets this share of a GPU, unless the environment names one."""
     if any(name in os.environ for name in SHARE_VARIABLES):
         return jax.devices()[0]
+    free, total = _first_card() or (1, 1)
     name = SHARE_VARIABLES[0]
-    os.environ[name] = str(memory_utilization)
+    os.environ[name] = f"{min(memory_utilization * total / free, MOST_OF_FREE):.4f}"
     try:
         return jax.devices()[0]
     finally:
@@ -72,11 +76,32 @@ def _card_memory(device: jax.Device) -> int | None:
     """Bytes of an NVIDIA GPU, which its driver alone knows."""
     if device.platform != "gpu" or device.local_hardware_id is None:
         return None
+    driver, card, total = _driver(), ctypes.c_int(), ctypes.c_size_t()
+    if driver is None or driver.cuDeviceGet(ctypes.byref(card), device.local_hardware_id):
+        return None
+    return None if driver.cuDeviceTotalMem_v2(ctypes.byref(total), card) else total.value
+
+
+def _first_card() -> tuple[int, int] | None:
+    """Bytes that are free on the first NVIDIA GPU, and all that it has; None where there is none.
+
+    The context that this takes is the process's own, and XLA's later.
+    """
+    driver, card, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    if driver is None or driver.cuDeviceGet(ctypes.byref(card), 0):
+        return None
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), card) or driver.cuCtxPushCurrent_v2(context):
+        return None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+    return None if failed or not free.value else (free.value, total.value)
+
+
+def _driver() -> ctypes.CDLL | None:
+    """NVIDIA's, ready to be asked; None where it is not installed or sees no GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    card, total = ctypes.c_int(), ctypes.c_size_t()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(card), device.local_hardware_id):
-        return None
-    return None if driver.cuDeviceTotalMem_v2(ctypes.byref(total), card) else total.value
+    return None if driver.cuInit(0) else driver

@@ -32,12 +32,14 @@ import jaxpaged
 from jaxpaged import LLM, SamplingParams
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config import EngineOptions
+from jaxpaged.device.memory import start_device
 from jaxpaged.engine.preemption import flops_per_token
 
 
 def main(argv: list[str] | None = None) -> int:
     args, workloads = parse_args(argv)
     peers = {name: run_peer(name, args) for name in args.peers}
+    start_device(args.memory_utilization)  # before anything else uses JAX
     card = measure_card(args.repeats)
     began = time.perf_counter()
     llm = LLM(args.model, **options_of(args))

@@ -33,6 +33,7 @@ def shares_at_start(monkeypatch):
     """What XLA would be started with, each time that a device is asked for."""
     for name in memory.SHARE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(memory, "_first_card", lambda: None)
     seen = []
 
     def devices():
@@ -45,8 +46,15 @@ def shares_at_start(monkeypatch):
 
 def test_xla_is_started_with_the_share_that_is_asked_for_and_nothing_stays_in_the_environment(shares_at_start):
     assert memory.start_device(0.85) == "the device"
-    assert shares_at_start == [["0.85", None]]
+    assert shares_at_start == [["0.8500", None]]
     assert not set(memory.SHARE_VARIABLES) & set(os.environ)
+
+
+@pytest.mark.parametrize("free, share", [(95, "0.9474"), (100, "0.9000"), (80, "0.9700")])
+def test_what_others_hold_of_the_card_is_not_taken_off_our_share(free, share, shares_at_start, monkeypatch):
+    monkeypatch.setattr(memory, "_first_card", lambda: (free * GIB, 100 * GIB))
+    memory.start_device(0.9)
+    assert shares_at_start == [[share, None]]
 
 
 @pytest.mark.parametrize("name", memory.SHARE_VARIABLES)
