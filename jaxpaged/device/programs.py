@@ -24,7 +24,7 @@ from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.step_io import Layout
 
-#: Programs kept at most. All that a run can need, with default limits, are some 80 on a CPU, and on a GPU, for a long
+#: Programs kept at most. All that a run can need, with default limits, are some 85 on a CPU, and on a GPU, for a long
 #: model, a few hundred.
 MAX_PROGRAMS = 512
 #: Of the memory maps that the process may have: all programs of some four kinds of requests on a CPU.

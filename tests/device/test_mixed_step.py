@@ -138,16 +138,18 @@ def test_the_pool_is_updated_in_place():
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 def test_it_lowers_for_cuda_without_a_gpu():
-    """With the kernels of both: decode has one over pages and one that merges its parts, prefill one."""
+    """With the kernels of both, of which decode has one over pages and one that merges its parts; and two around."""
+    from pallas_kernels.add_norm import add_norm
     from pallas_kernels.paged_decode import paged_decode
     from pallas_kernels.paged_prefill import paged_prefill
+    from pallas_kernels.write_heads import write_heads
 
-    model = dataclasses.replace(TOY, num_heads=8, num_kv_heads=2, head_dim=64, hidden_size=64)
+    model = dataclasses.replace(TOY, num_heads=24, num_kv_heads=8, head_dim=128, hidden_size=1024)
     cache, features, shape = CacheConfig(16, 64), SamplingFeatures(), StepShape(64, 16, 512, 64)
     packed, layout = pack(make_batch(StepPlan(is_prefill=True), shape, cache, model.vocab_size, features))
-    kernels = AttentionKernels("pallas", paged_decode, paged_prefill)
+    kernels = AttentionKernels("pallas", paged_decode, paged_prefill, write_heads=write_heads, add_norm=add_norm)
     pool = jax.eval_shape(lambda: make_paged_cache(model, cache))
     step = functools.partial(steps.mixed_step.__wrapped__, **static_arguments(model, kernels, layout, features))
     carried = steps.Carried(jax.ShapeDtypeStruct((64,), jnp.int32))
     traced = jax.jit(step).trace(param_shapes(model, "bfloat16"), pool, carried, packed)
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 3
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 5

@@ -148,14 +148,14 @@ def test_rows_of_one_token_are_computed_apart_from_longer_ones():
     plan, scheduler = mixed_plan([5, 1, 4], n=2)
     buckets, features = Buckets.for_limits(scheduler.limits, scheduler.cache), SamplingFeatures()
     shape = buckets.shape_of(plan, features)
-    assert shape == StepShape(num_rows=16, table_width=32, num_tokens=64, num_prompts=16)
+    assert shape == StepShape(num_rows=8, table_width=32, num_tokens=64, num_prompts=16)
     batch = make_batch(plan, shape, scheduler.cache, 2000, features)
     assert isinstance(batch, MixedBatch)
     decode, prefill = batch.inputs
-    assert decode.context_lens.tolist() == [4, 4, 1] + [0] * 13
+    assert decode.context_lens.tolist() == [4, 4, 1] + [0] * 5
     assert prefill.query_lens.tolist() == [5, 4] + [0] * 14
-    # Two that decode, then two samples of each prompt: behind 16 rows of one token lie tokens 0 to 4 and 5 to 8.
-    assert prefill.sample_from[:8].tolist() == [0, 1, 16 + 4, 16 + 4, 2, 2, 16 + 8, 16 + 8]
+    # Two that decode, then two samples of each prompt: behind 8 rows of one token lie tokens 0 to 4 and 5 to 8.
+    assert prefill.sample_from.tolist() == [0, 1, 8 + 4, 8 + 4, 2, 2, 8 + 8, 8 + 8]
 
 
 def test_where_all_rows_have_one_token_it_is_a_decode_step():
@@ -168,9 +168,9 @@ def test_where_all_rows_have_one_token_it_is_a_decode_step():
 
 def test_mixed_steps_have_few_sizes():
     buckets = Buckets.for_limits(EngineConfig(8192), CacheConfig(16, 1000))
-    assert buckets.mixed_rows == (64, 256) and buckets.mixed_tokens == (256, 1024, 4096, 8192)
-    assert [buckets.mixed_prompts(size) for size in buckets.mixed_tokens] == [32, 128, 256, 256]
-    assert len(buckets.mixed_shapes()) == 24
+    assert buckets.mixed_rows == (8, 64, 256) and buckets.mixed_tokens == (128, 512, 2048, 8192)
+    assert [buckets.mixed_prompts(size) for size in buckets.mixed_tokens] == [8, 32, 128, 256]
+    assert len(buckets.mixed_shapes()) == 36
 
 
 request = st.tuples(

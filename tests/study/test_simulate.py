@@ -168,7 +168,7 @@ def test_steps_that_are_mixed_are_fewer():
     for mixed_steps in (False, True):
         stats = Simulation(workload, PAPER_POOL, paper_limits(mixed_steps=mixed_steps)).run()
         steps.append((stats.steps, stats.prefill_steps, stats.mixed_steps))
-    assert steps == [(2052, 56, 0), (2005, 106, 104)]
+    assert steps == [(2052, 56, 0), (2005, 139, 138)]
 
 
 def test_beams_share_and_no_more_than_they_can():

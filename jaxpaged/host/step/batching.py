@@ -73,8 +73,8 @@ class Buckets:
             swaps=_geometric(1, min(limits.preemption.transfer_pages, cache.num_usable_pages), 4)
             if limits.preemption.can_swap
             else (),
-            mixed_rows=_geometric(64, limits.max_num_seqs, 4) if limits.can_mix_steps else (),
-            mixed_tokens=_geometric(256, limits.max_num_batched_tokens, 4) if limits.can_mix_steps else (),
+            mixed_rows=_geometric(8, limits.max_num_seqs, 8) if limits.can_mix_steps else (),
+            mixed_tokens=_geometric(128, limits.max_num_batched_tokens, 4) if limits.can_mix_steps else (),
         )
 
     def shapes(self) -> list[StepShape]:
@@ -97,10 +97,10 @@ class Buckets:
         ]
 
     def mixed_prompts(self, num_tokens: int) -> int:
-        """Rows of prompts in a mixed step of so many tokens: all that there can be, or one for each eight tokens, which
-        is more than most prompts leave."""
+        """Rows of prompts in a mixed step of so many tokens: all that there can be, or one for each 16 tokens, which is
+        more than most prompts leave."""
         most = self.mixed_rows[-1]
-        return most if num_tokens == self.mixed_tokens[-1] else min(most, num_tokens // 8)
+        return most if num_tokens == self.mixed_tokens[-1] else min(most, num_tokens // 16)
 
     def shape_of(self, plan: StepPlan, features: SamplingFeatures) -> StepShape:
         rows = plan.rows
