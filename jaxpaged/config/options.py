@@ -185,8 +185,8 @@ class EngineOptions:
         True, "plan and launch the next step while one runs; the tokens are the same either way"
     )
     mixed_steps: bool = option(
-        True, "let sequences decode in the steps that compute prompts (pages only); vLLM says chunked prefill, SGLang "
-        "mixed chunk"
+        True, "let sequences decode in the steps that compute prompts (pages only, not on a CPU); vLLM says chunked "
+        "prefill, SGLang mixed chunk"
     )  # fmt: skip
     watermark: float = option(
         0.01, "share of a paged pool that admission leaves free, so that running sequences can grow", _share_below_1

@@ -53,7 +53,8 @@ def build_engine(
     limits = EngineConfig(
         max_model_len, options.max_num_seqs, options.max_num_batched_tokens, options.cascade_attention,
         options.watermark, preemption, options.kv_cache, options.async_scheduling,
-        options.mixed_steps,
+        # A CPU is bound by arithmetic: to it a step is as long as its tokens are many, and padding is work.
+        options.mixed_steps and device.platform != "cpu",
     )  # fmt: skip
     memory = usable_memory(device, options.memory_utilization)
     sizer = PoolSizer(model, dtype, kv_dtype, options.page_size, limits, kernels, device, memory)
