@@ -1,7 +1,7 @@
-"""Refuses arrays that a kernel cannot run, in words, before anything is traced. Shapes and dtypes only.
+"""Refuses devices and arrays that a kernel cannot run, in words, before anything is traced or Mosaic is imported.
 
-The *contents* of block tables and lengths are the caller's to check, on the host: a kernel reads device memory, and a
-page id outside the pool raises nothing there.
+Of arrays it sees shapes and dtypes. The *contents* of block tables and lengths are the caller's to check, on the host:
+a kernel reads device memory, and a page id outside the pool raises nothing there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,31 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+#: First version of JAX whose Mosaic GPU can express these kernels (a swizzled operand may be transposed).
+MINIMUM_JAX = (0, 11)
+#: The warpgroup matrix instructions (wgmma) exist on Hopper alone: older GPUs lack them, Blackwell replaced them.
+COMPUTE_CAPABILITY = "9."
+
 QUERY_DTYPES = ("bfloat16", "float16")
 FP8 = "float8_e4m3fn"
 FP8_COLUMNS = 32  # of a row of 8-bit pages, which shared memory takes in pieces of at least 32 bytes
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def missing_support(device: jax.Device) -> str | None:
+    """Why these kernels cannot run on the device, or None if they can."""
+    version = ".".join(str(number) for number in MINIMUM_JAX)
+    if jax.__version_info__ < MINIMUM_JAX:
+        return f"they need JAX {version} or newer, this is {jax.__version__}"
+    if device.platform != "gpu":
+        return f"they need a Hopper GPU (H100, H200, GH200), this is {device.device_kind}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if not capability.startswith(COMPUTE_CAPABILITY):
+        return (
+            f"they need a Hopper GPU (compute capability {COMPUTE_CAPABILITY}0), {device.device_kind} has {capability}"
+        )
+    return None
 
 
 def unsupported_cache(head_dim: int, page_size: int, dtype: str, pages_dtype: str | None = None) -> str | None:

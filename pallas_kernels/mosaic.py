@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels of this package share: which devices run them, layouts, and the constants of a softmax.
+"""What the Mosaic GPU kernels of this package share: layouts, and the constants of a softmax.
 
 All use of `jax.experimental.pallas.mosaic_gpu` stays inside this package: its names change with every JAX release.
 """
@@ -12,11 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-#: First version of JAX whose Mosaic GPU can express these kernels (a swizzled operand may be transposed).
-MINIMUM_JAX = (0, 11)
-#: The warpgroup matrix instructions (wgmma) exist on Hopper alone: older GPUs lack them, Blackwell replaced them.
-COMPUTE_CAPABILITY = "9."
-
 LOG2E = math.log2(math.e)
 #: What a masked score becomes. Finite: the difference of two infinities would be a NaN.
 MASKED = -1e30
@@ -27,21 +22,6 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 #: An accumulator of wgmma, in registers: ACCUMULATOR((M, N), dtype). Type checkers take the name for a private one.
 ACCUMULATOR = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-
-
-def missing_support(device: jax.Device) -> str | None:
-    """Why these kernels cannot run on the device, or None if they can."""
-    version = ".".join(str(number) for number in MINIMUM_JAX)
-    if jax.__version_info__ < MINIMUM_JAX:
-        return f"they need JAX {version} or newer, this is {jax.__version__}"
-    if device.platform != "gpu":
-        return f"they need a Hopper GPU (H100, H200, GH200), this is {device.device_kind}"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if not capability.startswith(COMPUTE_CAPABILITY):
-        return (
-            f"they need a Hopper GPU (compute capability {COMPUTE_CAPABILITY}0), {device.device_kind} has {capability}"
-        )
-    return None
 
 
 def num_multiprocessors() -> int:

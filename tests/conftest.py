@@ -19,6 +19,7 @@ HAS_CUDA_PLUGIN = any(importlib.util.find_spec(name) for name in ("jax_cuda12_pl
 # Set before anything imports jax; what the caller sets stands.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ["JAXPAGED_CACHE_DIR"] = ""  # programs of tests are not for the user's own cache, nor his for them
 if not HAS_CUDA_PLUGIN:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Most of the time goes into compiling toy models; unoptimised code is as right, and compiled in half of it.

@@ -188,6 +188,9 @@ class EngineOptions:
         True, "let sequences decode in the steps that compute prompts (pages only, not on a CPU); vLLM says chunked "
         "prefill, SGLang mixed chunk"
     )  # fmt: skip
+    compilation_cache: bool = option(
+        True, "keep compiled programs in files of the user's cache folder, for the processes after this one"
+    )
     watermark: float = option(
         0.01, "share of a paged pool that admission leaves free, so that running sequences can grow", _share_below_1
     )

@@ -12,7 +12,7 @@ import jax
 from jaxpaged.config import ModelConfig
 from jaxpaged.config.choices import ATTENTIONS
 from pallas_kernels import layer_reference, reference
-from pallas_kernels.checks import unsupported_cache
+from pallas_kernels.checks import missing_support, unsupported_cache
 
 logger = logging.getLogger("jaxpaged")
 
@@ -111,8 +111,6 @@ def cudnn_obstacle(device: jax.Device, model: ModelConfig, dtype: str) -> str | 
 
 def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str, kv_dtype: str | None) -> str | None:
     """Why the Pallas kernels cannot run, as "they need ..."; None if they can."""
-    from pallas_kernels.mosaic import missing_support  # a third of a second that attention="reference" need not cost
-
     return missing_support(device) or unsupported_cache(head_dim, page_size, dtype, kv_dtype)
 
 

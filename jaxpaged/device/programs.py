@@ -9,11 +9,12 @@ What a run in progress has used is not given back; what it needs and is gone is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ XLA_OPTIONS = {
     "xla_gpu_memory_limit_slop_factor": 1000,
 }
 
-#: What jax reports, with the seconds, in the thread that has compiled something, or read it from its cache.
-COMPILED = "/jax/core/compile/backend_compile_duration"
+#: What jax reports, with the seconds, in the thread that has compiled something or read it from a file; and before
+#: that, where it was read.
+MADE, READ = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
 
 MAPS, MAPS_LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
@@ -63,7 +65,8 @@ class Programs:
     def __init__(self):
         self.max_programs = MAX_PROGRAMS
         self.max_maps = default_max_maps()
-        self.num_compiled = 0  # ever; what was given back counts
+        self.num_made = 0  # ever, compiled or read from a file; what was given back counts
+        self.num_read = 0  # of these
         self._kept: dict[Hashable, Kept] = {}
         self._run = 0
         self._use = 0
@@ -94,9 +97,10 @@ class Programs:
             known[key] = processors, what_they_compute(processors, layout, vocab_size)
         return known[key][1]
 
-    def note_compiled(self, count: int) -> None:
+    def note_made(self, count: int, num_read: int) -> None:
         with self._lock:
-            self.num_compiled += count
+            self.num_made += count
+            self.num_read += num_read
             self._make_room()
 
     def _make_room(self) -> None:
@@ -127,21 +131,37 @@ def default_max_maps() -> int | None:
 PROGRAMS = Programs()
 
 
-class Compilations(threading.local):
-    """How often this thread has compiled: jax compiles in the thread that calls."""
+class MadeHere(threading.local):
+    """What this thread has compiled or read: jax does it in the thread that calls."""
 
     count = 0
+    num_read = 0
 
 
-_compilations = Compilations()
+_made_here = MadeHere()
 
 
-def _note(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    if event == COMPILED:
-        _compilations.count += 1
+def _note_made(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if event == MADE:
+        _made_here.count += 1
 
 
-jax.monitoring.register_event_duration_secs_listener(_note)
+def _note_read(event: str, **kwargs: str | int) -> None:
+    if event == READ:
+        _made_here.num_read += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_made)
+jax.monitoring.register_event_listener(_note_read)
+
+
+@contextlib.contextmanager
+def counting_programs() -> Iterator[None]:
+    """Count what this thread compiles or reads in the block as programs of steps."""
+    count, num_read = _made_here.count, _made_here.num_read
+    yield
+    if made := _made_here.count - count:
+        PROGRAMS.note_made(made, _made_here.num_read - num_read)
 
 
 class Step:
@@ -158,11 +178,8 @@ class Step:
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         program = self._program(args, static)
-        before = _compilations.count
-        results = program(*args)
-        if compiled := _compilations.count - before:
-            PROGRAMS.note_compiled(compiled)
-        return results
+        with counting_programs():
+            return program(*args)
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
         return self._program(args, static).lower(*args)

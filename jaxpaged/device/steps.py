@@ -312,9 +312,14 @@ def scatter_pages(cache: PagedCache, page_ids: Array, pages: Array) -> PagedCach
     return cache.scatter_pages(page_ids, pages)
 
 
-def num_compiled() -> int:
-    """Programs that this process has compiled for the steps above, those that were given back too."""
-    return PROGRAMS.num_compiled
+def num_programs() -> int:
+    """Programs that this process has compiled for the steps above, or read from files; those given back count, too."""
+    return PROGRAMS.num_made
+
+
+def num_read() -> int:
+    """Those of them that were read."""
+    return PROGRAMS.num_read
 
 
 def begin_run() -> None:

@@ -98,7 +98,7 @@ class Engine:
         arrivals = Arrivals(groups)
         loop = self._begin_loop(SamplingFeatures.of(groups, self.model.vocab_size), self.recorder)
         loop.record.add_requests(groups)
-        compiled_before = steps.num_compiled()
+        made_before, read_before = steps.num_programs(), steps.num_read()
         if prefix:
             self.scheduler.share_prefix(prefix)
         while arrivals or loop.has_work:
@@ -109,7 +109,7 @@ class Engine:
                 time.sleep(arrivals.seconds_to_next(loop.record.seconds))
                 continue
             finished = loop.step()
-            loop.record.stats.compilations = steps.num_compiled() - compiled_before
+            loop.record.made(steps.num_programs() - made_before, steps.num_read() - read_before)
             yield finished
 
     @contextlib.contextmanager

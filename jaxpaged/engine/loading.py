@@ -24,6 +24,7 @@ from jaxpaged.config.choices import FP8
 from jaxpaged.device.attention import AttentionKernels, resolve_attention, resolve_dense_attention
 from jaxpaged.device.memory import start_device, usable_memory
 from jaxpaged.device.param_nodes import Params
+from jaxpaged.device.program_files import keep_programs
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.pool_size import PoolSizer
 from jaxpaged.engine.preemption import reserve_swap_space, resolve_preemption
@@ -38,6 +39,7 @@ def build_engine(
 ) -> Engine:
     """Load the weights, or take those given, and make the page pool; ValueError, with the numbers, for what cannot run
     on this device. `owner` is of an LLM that builds several engines, one after the other."""
+    keep_programs(options.compilation_cache)
     device = start_device(options.memory_utilization)
     max_model_len = _max_model_len(options, checkpoint.config)
     model = checkpoint.config.for_length(max_model_len)

@@ -31,6 +31,8 @@ GIB = 1 << 30
 CPU_POOL_BYTES = 1 * GIB
 #: Pages of the pool for which steps are compiled to be measured.
 NOMINAL_PAGES = 1024
+#: Parts of a power of two: numbers of pages between it and the next one are so many.
+STEADY_PARTS = 64
 #: Share of the memory that stays free beside pool, weights and step: a step's inputs and results, the buffers in which
 #: XLA tries out matrix products, holes between allocations. Programs and CUDA graphs take memory of the driver, which
 #: lies in what `memory_utilization` leaves of the card.
@@ -82,7 +84,7 @@ class PoolSizer:
         if useful >= 2 and useful <= self._room(weights, self._most_step_bytes()):
             return useful
         step = self.measured_step_bytes()
-        num_pages = min(useful, self._fitting_pages(weights, step))
+        num_pages = min(useful, steady(self._fitting_pages(weights, step)))
         logger.info(
             "pool: %d pages, %.2f GiB, beside %.2f GiB in use and %.2f GiB for the largest step: at most %.2f GiB",
             num_pages, num_pages * self.page_bytes / GIB, weights / GIB, step / GIB, self.memory / GIB,
@@ -157,6 +159,16 @@ class PoolSizer:
             rows = limits.max_num_seqs * limits.max_model_len
             attention += 4 * rows * model.kv_bytes_per_token(4) // model.num_layers
         return sampling + attention + limits.max_num_batched_tokens * token * self._itemsize + self._moved_bytes()
+
+
+def steady(num_pages: int) -> int:
+    """A number that stays from start to start, while the pages that fit differ by a few: rounded down to a sixty-fourth
+    of the power of two below, so at most 1 of 65 pages is not used.
+
+    The pool's shape is part of every program, and with another number no file of an earlier process would be the right
+    one.
+    """
+    return num_pages - num_pages % max(1, (1 << num_pages.bit_length() - 1) // STEADY_PARTS)
 
 
 def transient_bytes(compiled: jax.stages.Compiled, persistent: int) -> int:

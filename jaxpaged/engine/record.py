@@ -48,6 +48,10 @@ class RunRecord:
         self.stats.num_requests = len(groups)
         self.stats.num_prompt_tokens = sum(group.prompt_len for group in groups)
 
+    def made(self, num_programs: int, num_read: int) -> None:
+        """Programs that the run did not find and has waited for so far, and how many of them were read from files."""
+        self.stats.compilations, self.stats.programs_read = num_programs - num_read, num_read
+
     def resumed(self) -> None:
         """The engine goes on, after the caller did something else."""
         self._accounted = self.seconds

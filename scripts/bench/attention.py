@@ -73,7 +73,7 @@ from device_timing import Card, Program, measure_card, seconds_per_call
 
 import jaxpaged
 from jaxpaged.device.cache import PagedCache
-from pallas_kernels import mosaic, reference
+from pallas_kernels import checks, reference
 from pallas_kernels.decode_tile import max_members
 
 Array = jax.Array
@@ -239,7 +239,7 @@ def _decode_candidate(kernel: Callable[..., Array], heads: Heads, data: PagedDat
 
 def _own_kernel(module: str, name: str, **options: Any) -> Callable[..., Array]:
     """A kernel of this project, if the device runs it."""
-    if missing := mosaic.missing_support(jax.devices()[0]):
+    if missing := checks.missing_support(jax.devices()[0]):
         raise NotHere(missing)
     return functools.partial(getattr(importlib.import_module(f"pallas_kernels.{module}"), name), **options)
 
@@ -285,7 +285,7 @@ def bench_shared(args: argparse.Namespace, report: Report) -> None:
     # The same functions for all cases, whose arrays have the same shapes: each is compiled once.
     oracle = functools.partial(reference.paged_decode, scale=args.shape.scale)
     plain, setting = oracle, "reference"
-    if mosaic.missing_support(jax.devices()[0]) is None:
+    if checks.missing_support(jax.devices()[0]) is None:
         plain, setting = _own_kernel("paged_decode", "paged_decode", scale=args.shape.scale), ""
 
     @functools.cache

@@ -24,7 +24,7 @@ from attention import numbers
 from attention_cases import DecodeCase, Heads, PagedData, calls_a_program, decode_cases, decode_data, uniform_decode
 from device_timing import Program, chained, seconds_per_call
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks
 from pallas_kernels.decode_tile import DecodeTile, check_tile, choose_tile, columns_per_row
 
 #: Rows and context where the choice of a tile matters most: from a batch of one to a full one, short and long.
@@ -40,7 +40,7 @@ class Variant(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if missing := mosaic.missing_support(jax.devices()[0]):
+    if missing := checks.missing_support(jax.devices()[0]):
         print(f"tune_decode: the kernels cannot run here: {missing}", file=sys.stderr)
         return 2
     cases = [uniform_decode(*shape, heads=args.shape) for shape in args.decode]

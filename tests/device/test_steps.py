@@ -119,7 +119,7 @@ def test_nothing_is_compiled_after_warm_up(copies_in_steps):
     for seed in range(4):
         run_tokens(engine, workload(seed))
         assert engine.stats.steps > 0
-        assert engine.stats.compilations == 0, f"workload {seed} compiled {engine.stats.compilations} programs"
+        assert engine.stats.programs_made == 0, f"workload {seed} made {engine.stats.programs_made} programs"
 
 
 @pytest.mark.parametrize("kv_cache", all_but_slow(["dense", "dense-static-global", "none"], "dense"))
@@ -131,10 +131,10 @@ def test_nor_for_the_systems_that_paging_is_compared_with(kv_cache):
     for seed in (0, 3):
         run_tokens(engine, workload(seed))
         assert engine.stats.steps > 0
-        assert engine.stats.compilations == 0, f"workload {seed} compiled {engine.stats.compilations} programs"
+        assert engine.stats.programs_made == 0, f"workload {seed} made {engine.stats.programs_made} programs"
 
 
 def test_the_compilation_counter_counts():
     engine = toy_engine(num_pages=61, max_num_seqs=8)
     run_tokens(engine, workload(seed=0))
-    assert engine.stats.compilations > 0
+    assert engine.stats.programs_made > 0

@@ -51,9 +51,9 @@ def test_so_many_programs_are_kept_and_the_counter_goes_on(store):
     store.max_programs = 4
     assert run_each(scaled, range(12)) == list(range(12))
     assert len(store) <= 4
-    assert store.num_compiled == 12
+    assert store.num_made == 12
     run_each(scaled, [11, 0])
-    assert store.num_compiled == 13
+    assert store.num_made == 13
 
 
 @HAS_MAPS
@@ -80,7 +80,7 @@ def test_what_the_run_in_progress_has_used_stays(store):
         scaled(jnp.ones(3), factor=factor)
     for factor in (1, 2, 3, 4, 5):
         scaled(jnp.ones(3), factor=factor)
-    assert store.num_compiled == 5
+    assert store.num_made == 5
     run_each(scaled, [6])
     assert len(store) == 1
 
@@ -90,7 +90,7 @@ def test_pools_of_different_sizes_have_programs_of_their_own_which_go_too(store)
     for size in range(1, 10):
         store.begin_run()
         assert scaled(jnp.ones(size), factor=2).shape == (size,)
-    assert store.num_compiled == 9
+    assert store.num_made == 9
     assert len(store) <= 4
 
 
@@ -206,9 +206,9 @@ def test_a_processor_made_anew_in_each_call_is_compiled_once(small):
     assert first_token(small, wants(11)) == 11
     for _ in range(5):
         assert first_token(small, wants(11)) == 11
-        assert small.stats.compilations == 0
+        assert small.stats.programs_made == 0
     assert first_token(small, wants(12)) == 12
-    assert small.stats.compilations == 1
+    assert small.stats.programs_made == 1
 
 
 def test_what_a_processor_holds_may_change_between_runs(small):
@@ -296,9 +296,9 @@ def test_processors_that_call_themselves_equal_are_applied_each(small):
 def test_a_process_may_make_any_number_of_processors(small, monkeypatch):
     """By the system's own limit three quarters of them would be kept: a smaller one is as good."""
     monkeypatch.setattr(PROGRAMS, "max_maps", num_maps() + 5_000)
-    before, compiled = num_maps(), steps.num_compiled()
+    before, compiled = num_maps(), steps.num_programs()
     for number in range(300):
         token, bonus = number % TOY.vocab_size, 100.0 + number
         assert first_token(small, lambda _ids, _num, logits, t=token, b=bonus: logits.at[t].add(b)) == token
         assert num_maps() < before + 6_000
-    assert steps.num_compiled() == compiled + 300
+    assert steps.num_programs() == compiled + 300

@@ -103,4 +103,4 @@ def test_after_warm_up_wide_beams_with_logprobs_compile_nothing(tmp_path):
     params = BeamSearchParams(beam_width=16, max_tokens=5, logprobs=2)
     llm.warm_up(params)
     llm.beam_search([PROMPT, [5], [6, 7]], params)  # a prompt of one token may go through a decode step, but not here
-    assert llm.last_run.compilations == 0
+    assert llm.last_run.programs_made == 0

@@ -192,7 +192,7 @@ def test_warm_up_compiles_the_shared_steps_too():
     groups = [make_group(prompt[:20], SamplingParams(n=4, max_tokens=9), seed=1) for prompt in random_prompts(2)]
     engine.warm_up(groups)
     run_tokens(engine, groups)
-    assert engine.stats.compilations == 0
+    assert engine.stats.programs_made == 0
 
 
 @pytest.mark.slow
@@ -262,10 +262,10 @@ def test_warming_a_tree_up_compiles_its_shared_steps_too(runs_read):
     engine = cascade_engine(page_size=4, max_num_seqs=8, max_model_len=64)
     with Tree(EngineSteps(engine)) as tree:
         tree.warm_up(top=5)
-        compiled = steps.num_compiled()
+        compiled = steps.num_programs()
         nodes = tree.fork(tree.open(random_prompts(1, 20, 20)[0], top=5), 6)
         out = tree.next_tokens(nodes, top=5)
         for _ in range(3):
             out = tree.append(nodes, out.sample(seed=0)[0], top=5)
-        assert steps.num_compiled() == compiled
+        assert steps.num_programs() == compiled
     assert runs_read == [[5, 5]] * 3

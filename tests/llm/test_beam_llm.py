@@ -110,7 +110,7 @@ def test_after_warm_up_a_search_compiles_nothing(llm):
     params = BeamSearchParams(beam_width=3, max_tokens=5)
     llm.warm_up(params)
     llm.beam_search([PROMPT, "x"], params)
-    assert llm.last_run.compilations == 0
+    assert llm.last_run.programs_made == 0
 
 
 @pytest.mark.parametrize(

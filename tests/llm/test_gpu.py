@@ -25,7 +25,7 @@ from jaxpaged.device.memory import bytes_in_use, device_memory, usable_memory
 from jaxpaged.engine.pool_size import PoolSizer
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, SamplingInputs, pack
 from pallas_kernels import reference
-from pallas_kernels.mosaic import missing_support
+from pallas_kernels.checks import missing_support
 
 pytestmark = pytest.mark.gpu
 GOLDENS = ROOT / "tests" / "goldens"

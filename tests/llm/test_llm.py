@@ -202,7 +202,7 @@ def test_warm_up_leaves_nothing_to_compile(directory):
     llm.warm_up(params)
     for prompts in (["a", "b" * 50], ["c" * 70, "dd"], ["e", "f"]):
         llm.generate(prompts, params)
-        assert llm.last_run.compilations == 0
+        assert llm.last_run.programs_made == 0
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_nothing_is_compiled_after_warm_up():
     engine = toy_engine(num_pages=34, page_size=4, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
     with Tree(EngineSteps(engine)) as tree:
         tree.warm_up(top=3)
-        compiled = steps.num_compiled()
+        compiled = steps.num_programs()
         for seed in range(3):
             nodes = tree.open(random_prompts(3, 1, 20, seed), top=3)
             kids = tree.fork([nodes[0]] * 5)
@@ -283,9 +283,9 @@ def test_nothing_is_compiled_after_warm_up():
             tree.truncate(kids[0], 2)
             tree.next_tokens(kids[0], top=2)
             tree.free([*nodes, *kids])
-        assert steps.num_compiled() == compiled
+        assert steps.num_programs() == compiled
         tree.open(PROMPT)  # the whole vocabulary is another program: the counter counts
-        assert steps.num_compiled() > compiled
+        assert steps.num_programs() > compiled
 
 
 def test_an_interrupted_append_is_undone(engine, tree, monkeypatch):

@@ -43,6 +43,7 @@ class RunStats:
     swap_overflows: int = 0  # preemptions that would have swapped, but swap space was full
     page_copies: int = 0
     compilations: int = 0  # programs compiled during the run
+    programs_read: int = 0  # compiled by an earlier process, and read from their files during the run
     #: "device": some step is on its way or runs; else "schedule": deciding, or "host": the rest; "total": their sum.
     #: Parts of "device" are "swap" and "recompute": the share that recomputed tokens have in the steps they are in.
     seconds: dict[str, float] = field(
@@ -56,6 +57,11 @@ class RunStats:
     @classmethod
     def for_cache(cls, cache: CacheConfig) -> RunStats:
         return cls(num_pages=cache.num_usable_pages, page_size=cache.page_size)
+
+    @property
+    def programs_made(self) -> int:
+        """Programs that the run did not find ready, and waited for."""
+        return self.compilations + self.programs_read
 
     @property
     def pages_used(self) -> np.ndarray:
