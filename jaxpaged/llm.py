@@ -22,6 +22,7 @@ from jaxpaged.config.options import FIXED_OPTIONS, OPTION_NAMES, EngineOptions, 
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.loading import build_engine
 from jaxpaged.engine.profile import trace_to
+from jaxpaged.engine.warm_up import WarmUp
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.arrivals import set_arrivals
@@ -29,7 +30,7 @@ from jaxpaged.host.beams.beam_watch import take_snapshot
 from jaxpaged.host.ownership import Hold, pool_ownership
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.requests.answer import make_output
-from jaxpaged.requests.progress import ProgressBar
+from jaxpaged.requests.progress import CompilingLine, ProgressBar
 from jaxpaged.requests.prompts import Prompt
 from jaxpaged.requests.read import RequestReader
 from jaxpaged.text.tokenizer import Tokenizer, find_tokenizer
@@ -231,16 +232,24 @@ class LLM:
         """
         return Tree(EngineSteps(self.engine), self.tokenizer)
 
-    def warm_up(self, sampling_params: RequestParams | SequenceOf[RequestParams] | None = None) -> None:
-        """Compile everything that requests with such parameters can need; no later run of them compiles anything.
+    def warm_up(
+        self, sampling_params: RequestParams | SequenceOf[RequestParams] | None = None, progress: bool = True
+    ) -> WarmUp:
+        """Compile everything that requests with such parameters can need, in several threads; no later run of them
+        compiles anything. What an earlier process has compiled is read from its files (`compilation_cache`).
 
         Otherwise programs are compiled when they are first needed. Runs whose parameters together ask for another set
         of features (sampling, filters, penalties, log-probabilities, ...) need programs of their own. So do, with
         `LLM(cascade_attention=True)`, requests of one sample that read a `shared_prefix`.
+
+        `progress` shows a line where stderr is a terminal. Returns how many programs were compiled and read, the
+        seconds, and where they are kept.
         """
         given: Any = SamplingParams() if sampling_params is None else sampling_params
         params = given if is_list(given) else [given]
-        self.engine.warm_up([self._requests.read(Prompt(None, [0]), one, "", 0, self.engine) for one in params])
+        groups = [self._requests.read(Prompt(None, [0]), one, "", 0, self.engine) for one in params]
+        with CompilingLine(progress) as line:
+            return self.engine.warm_up(groups, line.update)
 
     def rebuild(self, **options: Any) -> None:
         """Make the engine anew with other options, the weights kept: `llm.rebuild(kv_cache="contiguous-max")`.

@@ -47,6 +47,10 @@ class FakeLLM:
         if not 1 <= num_tokens < self.max_len:
             raise ValueError(f"prompt of {num_tokens} tokens; 1 to {self.max_len - 1} are possible")
 
+    def warm_up(self, sampling_params):
+        FakeLLM.warmed_up = sampling_params
+        return SimpleNamespace(compiled=7, read=2, seconds=1.5, folder="folder", folder_bytes=3_000_000)
+
     def generate_iter(self, prompts, sampling_params, request_ids=None, shared_prefix=None):
         prompts = [_text(shared_prefix) + _text(prompt) if shared_prefix else _text(prompt) for prompt in prompts]
         requests = list(zip(request_ids, prompts, sampling_params, strict=True))

@@ -1,6 +1,6 @@
 """The command `jaxpaged`: `generate` runs prompts or batch files, `beams` shows a search, `trace` what the page pool
 did, `compare` measures ways to keep KV memory, `simulate` replays lengths, `profile` shows where a step's time goes,
-`info` and `convert` look at and rewrite checkpoints.
+`warm-up` compiles ahead, `info` and `convert` look at and rewrite checkpoints.
 
 Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
 one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
@@ -19,7 +19,7 @@ import jaxpaged
 from jaxpaged.cli.errors import INTERRUPTED, READER_GONE, USAGE, UsageError, one_line
 from jaxpaged.cli.interrupts import exit_at_interrupt
 
-#: Name -> what it does. Each is the module of that name beside this one, with `add_arguments(parser)`,
+#: Name -> what it does. Each is the module of that name (with _ for -) beside this one, with `add_arguments(parser)`,
 #: `run(args, make_llm)` and, where its help ends with more than its arguments, `EPILOG`.
 COMMANDS = {
     "generate": "complete prompts",
@@ -28,6 +28,7 @@ COMMANDS = {
     "simulate": "say where KV memory would go, from lengths alone; needs no model",
     "trace": "write a page that shows what the page pool did in a run",
     "profile": "write a trace of a run's steps for Perfetto",
+    "warm-up": "compile what later runs of a model need, and keep it in files",
     "info": "say what a checkpoint holds, without loading its weights",
     "convert": "rewrite a Hugging Face checkpoint in the native format",
 }
@@ -49,7 +50,7 @@ class CommandParser(Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         with exit_at_interrupt():
-            module: Any = import_module(f"jaxpaged.cli.{self.command}")
+            module: Any = import_module(f"jaxpaged.cli.{self.command.replace('-', '_')}")
         self.add_argument("-v", "--verbose", action="store_true", help="say on standard error what was chosen")
         module.add_arguments(self)
         self.epilog = getattr(module, "EPILOG", None)

@@ -78,9 +78,6 @@ class ProgramFiles(compilation_cache.CacheInterface):
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own files would fail the same
             self._warn("written", error)
 
-    def num_bytes(self) -> int:
-        return sum(size for _, size, _ in self._files())
-
     def _write(self, file: Path, content: bytes) -> None:
         handle, unfinished = tempfile.mkstemp(prefix=UNFINISHED, dir=self.path)
         try:
@@ -151,6 +148,15 @@ def program_files() -> ProgramFiles | None:
     """What `keep_programs` has put in place."""
     found = compilation_cache._cache  # pyright: ignore[reportPrivateUsage]
     return found if isinstance(found, ProgramFiles) else None
+
+
+def kept_programs() -> tuple[Path, int] | None:
+    """Where this process keeps its programs, if it does, and the bytes of all files there."""
+    told = jax.config.jax_compilation_cache_dir
+    if not told:
+        return None
+    folder = Path(told)
+    return folder, sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) if folder.is_dir() else 0
 
 
 def program_folder() -> Path | None:

@@ -16,6 +16,7 @@ from jaxpaged.engine.loan import PoolLoan
 from jaxpaged.engine.record import RunRecord
 from jaxpaged.engine.runner import StepRunner
 from jaxpaged.engine.step_loop import StepLoop
+from jaxpaged.engine.warm_up import Progress, WarmUp, Watch, no_progress
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.arrivals import Arrivals
@@ -127,10 +128,12 @@ class Engine:
         is_async = self.limits.async_scheduling and trace is None
         return StepLoop(self.runner, self.scheduler, features, self.record, is_async)
 
-    def warm_up(self, groups: list[SequenceGroup]) -> None:
+    def warm_up(self, groups: list[SequenceGroup], progress: Progress = no_progress) -> WarmUp:
         """Compile every program that requests like these can need, whatever their number and lengths."""
         with self._from_idle("warm_up"):
-            self.runner.compile_steps(SamplingFeatures.of(groups, self.model.vocab_size))
+            watch = Watch()
+            self.runner.compile_steps(SamplingFeatures.of(groups, self.model.vocab_size), progress)
+            return watch.result()
 
     def lower_steps(self, shape: StepShape, features: SamplingFeatures) -> list[jax.stages.Lowered]:
         """The programs of a step of this shape, lowered for the engine's own arrays: it finds them once they are

@@ -7,6 +7,7 @@ one thing after the other, in the order of the launches: what a step writes, all
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jaxpaged.device.cache import PagedCache
 from jaxpaged.device.dense_cache import make_cache
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.engine.lowering import static_arguments
+from jaxpaged.engine.warm_up import Progress, compile_together, no_progress
 from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.sequence import SequenceGroup
@@ -55,6 +57,13 @@ class PreparedStep(NamedTuple):
     features: SamplingFeatures
     copies_before: list[PageCopy]  # those that are not part of the step
     goes_on: bool = False  # its rows are those of the step before, whose history it takes over
+
+
+class _Form(NamedTuple):
+    """An empty step, for its programs, and the size of the history that it takes over from the step before."""
+
+    step: PreparedStep
+    history_shape: tuple[int, int] | None = None
 
 
 class LaunchedStep(NamedTuple):
@@ -216,26 +225,26 @@ class StepRunner:
 
     # Programs ahead of need
 
-    def compile_steps(self, features: SamplingFeatures) -> None:
-        """Run every step that a run of these features can need, empty, and every copy and swap."""
+    def compile_steps(self, features: SamplingFeatures, progress: Progress = no_progress) -> None:
+        """Compile every step that a run of these features can need, narrow tables first, and run each once, empty; and
+        every copy and swap."""
         mixed = self.buckets.mixed_shapes() if features.draws_tokens else []
-        for shape in self.buckets.shapes() + mixed:
-            self.compile_step(self._with_copies(self._nothing(shape, features), [], features)[0], features)
+        shapes = sorted(self.buckets.shapes() + mixed, key=lambda shape: shape.table_width)
+        batches = (self._with_copies(self._nothing(shape, features), [], features)[0] for shape in shapes)
+        forms = [form for batch in batches for form in self._forms(batch, features)]
+        total = sum(self._num_programs(form) for form in forms)
+        compile_together((program for form in forms for program in self._lower(form)), total, progress)
+        for form in forms:
+            self.run(form.step)
         self.compile_copies()
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
             self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.device)
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
-        """Run an empty batch, so that the programs for such batches are there: with and without a cascade, with its
-        history and with the one that the device has."""
-        forms = [batch]
-        if isinstance(batch, DecodeBatch) and (cascade := self._cascade_of(features)) is not None:
-            forms += [shared] if (shared := empty_cascade(batch, cascade)) is not None else []
-        for form in forms:
-            self.run(PreparedStep(*pack(form), features, []))
-            if isinstance(form, DecodeBatch) and features.needs_history and features.draws_tokens:
-                self.run(PreparedStep(*pack(without_history(form)), features, [], goes_on=True))
+        """Run an empty batch in all its forms, so that the programs for such batches are there."""
+        for form in self._forms(batch, features):
+            self.run(form.step)
 
     def compile_copies(self) -> None:
         for size in self.buckets.copies:
@@ -245,13 +254,33 @@ class StepRunner:
         """The programs of a step of this shape, lowered for the runner's own arrays: it finds them once they are
         compiled, which several threads may do."""
         batch = self._with_copies(self._ready(self._nothing(shape, features), features), [], features)[0]
-        packed, layout = pack(batch)
-        carried = self._carried._replace(history=None)
-        static = static_arguments(self.model, self.kernels, layout, features)
-        if layout[0] is DecodeBatch:
-            parts = self._parts_for(features)
-            return steps.lower_decode_step(parts, self.pool, carried, packed, self.device, **static)
-        return [_STEPS[layout[0]].lower(self.params, self.pool, carried, packed, **static)]
+        return self._lower(_Form(PreparedStep(*pack(batch), features, [])))
+
+    def _forms(self, batch: StepBatch, features: SamplingFeatures) -> Iterator[_Form]:
+        """A batch with and without a cascade, with its history and with the one that the device has."""
+        batches = [batch]
+        if isinstance(batch, DecodeBatch) and (cascade := self._cascade_of(features)) is not None:
+            batches += [shared] if (shared := empty_cascade(batch, cascade)) is not None else []
+        for one in batches:
+            yield _Form(PreparedStep(*pack(one), features, []))
+            if isinstance(one, DecodeBatch) and features.needs_history and features.draws_tokens:
+                goes_on = PreparedStep(*pack(without_history(one)), features, [], goes_on=True)
+                yield _Form(goes_on, one.sampling.history.shape)
+
+    def _num_programs(self, form: _Form) -> int:
+        return len(self._parts_for(form.step.features)) if form.step.layout[0] is DecodeBatch else 1
+
+    def _lower(self, form: _Form) -> list[jax.stages.Lowered]:
+        step = form.step
+        history = None
+        if form.history_shape is not None:
+            history = jax.device_put(np.zeros(form.history_shape, np.int32), self.device)
+        carried = self._carried._replace(history=history)
+        static = static_arguments(self.model, self.kernels, step.layout, step.features)
+        if step.layout[0] is DecodeBatch:
+            parts = self._parts_for(step.features)
+            return steps.lower_decode_step(parts, self.pool, carried, step.packed, self.device, **static)
+        return [_STEPS[step.layout[0]].lower(self.params, self.pool, carried, step.packed, **static)]
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

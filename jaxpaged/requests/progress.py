@@ -1,4 +1,5 @@
-"""The bar on a terminal while requests run. In a pipe, a log file or a notebook it prints nothing."""
+"""The bar on a terminal while requests run, and a line while programs are compiled. In a pipe, a log file or a notebook
+they print nothing."""
 
 from __future__ import annotations
 
@@ -48,6 +49,28 @@ class ProgressBar:
         """`finished` counts this run's requests."""
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done_before + finished)
+
+
+class CompilingLine:
+    """How many programs are ready, on standard error; use as a context manager."""
+
+    def __init__(self, enabled: bool = True):
+        self._is_shown = enabled and sys.stderr.isatty()
+
+    def __enter__(self) -> CompilingLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write("")
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` programs are ready."""
+        self._write(f"compiling {min(done + 1, total)} of {total}")
+
+    def _write(self, text: str) -> None:
+        if self._is_shown:
+            sys.stderr.write(f"\r\033[K{text}")  # in place of what the line had
+            sys.stderr.flush()
 
 
 def _make_bar(stats: Callable[[], Stats], label: str) -> Any:

@@ -399,3 +399,11 @@ def test_a_file_may_mix_beams_and_samples_and_is_resumed(model, tmp_path, capfd)
 def test_beam_flags_that_cannot_be_meant_are_refused(model, capfd, options, words):
     assert run("generate", model, "--prompt", "a", *options) == 2
     assert words in error_line(capfd)
+
+
+def test_warm_up_compiles_what_runs_with_these_flags_need_and_says_what_it_did(model, capfd):
+    assert run("warm-up", model, "--top-p", 0.9, "--n", 2, "--page-size", 32) == 0
+    assert FakeLLM.warmed_up == SamplingParams(top_p=0.9, n=2)
+    assert capfd.readouterr().out == "9 programs in 1.5 s: 7 compiled, 2 read; 3.0 MB are kept in folder\n"
+    assert run("warm-up", model, "--top-p", 9) == 2
+    assert "top_p" in error_line(capfd)
