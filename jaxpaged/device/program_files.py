@@ -11,12 +11,14 @@ A program is code that this process will run, so a folder in which others may wr
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import platform
 import tempfile
 import time
+from collections.abc import Hashable
 from pathlib import Path
 
 import jax
@@ -45,6 +47,18 @@ class ProgramFiles(compilation_cache.CacheInterface):
 
     def get(self, key: str) -> bytes | None:
         """The program, or None: there is none, or its file is damaged, and is then away."""
+        program = self.read(key)
+        if program is not None:
+            self._given.add(key)
+        return program
+
+    def put(self, key: str, value: bytes) -> None:
+        if key in self._given and self._is_readable:  # JAX has it and compiled it all the same: it could not load it
+            self._is_readable = False
+            logger.warning("programs in %s cannot be loaded on this machine, and are compiled anew", self.path)
+        self.write(key, value)
+
+    def read(self, key: str) -> bytes | None:
         if not self._is_readable:
             return None
         file = self.path / key
@@ -61,24 +75,20 @@ class ProgramFiles(compilation_cache.CacheInterface):
             self._is_readable = False
             self._warn("read", error)
             return None
-        self._given.add(key)
         return program
 
-    def put(self, key: str, value: bytes) -> None:
-        if key in self._given and self._is_readable:  # JAX has it and compiled it all the same: it could not load it
-            self._is_readable = False
-            logger.warning("programs in %s cannot be loaded on this machine, and are compiled anew", self.path)
+    def write(self, key: str, value: bytes) -> None:
         if not self._is_writable or len(value) > self.max_bytes:
             return
         try:
             self._make_room(len(value))
-            self._write(self.path / key, _digest(value) + value)
+            self._replace(self.path / key, _digest(value) + value)
         except OSError as error:
             self._is_writable = False
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own files would fail the same
             self._warn("written", error)
 
-    def _write(self, file: Path, content: bytes) -> None:
+    def _replace(self, file: Path, content: bytes) -> None:
         handle, unfinished = tempfile.mkstemp(prefix=UNFINISHED, dir=self.path)
         try:
             with os.fdopen(handle, "wb") as stream:
@@ -148,6 +158,32 @@ def program_files() -> ProgramFiles | None:
     """What `keep_programs` has put in place."""
     found = compilation_cache._cache  # pyright: ignore[reportPrivateUsage]
     return found if isinstance(found, ProgramFiles) else None
+
+
+def recall(what: Hashable) -> int | None:
+    """A number that an earlier process, with the same code, learnt from its programs; None where there are no files."""
+    files = program_files()
+    found = files.read(_number_key(what)) if files is not None else None
+    return None if found is None else int(found)
+
+
+def remember(what: Hashable, number: int) -> None:
+    if (files := program_files()) is not None:
+        files.write(_number_key(what), str(number).encode())
+
+
+def _number_key(what: Hashable) -> str:
+    """Of what its `repr` says, and of all that a program is made by."""
+    made_by = (jax.__version__, jax.lib.__version__, os.environ.get("XLA_FLAGS"), code_digest())
+    return f"number-{_digest(repr((what, made_by)).encode()).hex()}"
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the source of both packages: whoever changes them learns its numbers anew."""
+    root = Path(__file__).parents[2]
+    sources = sorted(file for package in ("jaxpaged", "pallas_kernels") for file in (root / package).rglob("*.py"))
+    return _digest(b"".join(_digest(file.read_bytes()) for file in sources)).hex()
 
 
 def kept_programs() -> tuple[Path, int] | None:

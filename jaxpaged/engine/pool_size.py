@@ -2,8 +2,8 @@
 
 What a step takes is known before there is a pool, because its temporaries do not depend on the pool's size: the largest
 decode step and the largest prefill step are compiled for a pool of a nominal size, and the compiler says. The engine
-compiles them again when it first needs them (the pool's shape is part of a program), but with JAX's persistent
-compilation cache the nominal ones are compiled once for all runs. Where everything of use fits by a generous
+compiles them again when it first needs them (the pool's shape is part of a program); what the compiler said is kept in
+the files of compiled programs, so later processes do not even trace them. Where everything of use fits by a generous
 estimate, as it does for small models, nothing is measured.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import jax
@@ -21,6 +22,7 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.memory import bytes_in_use
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.params import param_shapes
+from jaxpaged.device.program_files import recall, remember
 from jaxpaged.device.swap import transfer_bytes
 from jaxpaged.engine.lowering import lower_largest_steps
 
@@ -31,8 +33,10 @@ GIB = 1 << 30
 CPU_POOL_BYTES = 1 * GIB
 #: Pages of the pool for which steps are compiled to be measured.
 NOMINAL_PAGES = 1024
-#: Parts of a power of two: numbers of pages between it and the next one are so many.
-STEADY_PARTS = 64
+#: So many numbers of pages there are between a power of two and the next one.
+COARSE_PARTS = 64
+#: Of the pages that fit, those that may be left unused for the sake of programs that are there.
+UNUSED_SHARE = 2 / COARSE_PARTS
 #: Share of the memory that stays free beside pool, weights and step: a step's inputs and results, the buffers in which
 #: XLA tries out matrix products, holes between allocations. Programs and CUDA graphs take memory of the driver, which
 #: lies in what `memory_utilization` leaves of the card.
@@ -84,15 +88,44 @@ class PoolSizer:
         if useful >= 2 and useful <= self._room(weights, self._most_step_bytes()):
             return useful
         step = self.measured_step_bytes()
-        num_pages = min(useful, steady(self._fitting_pages(weights, step)))
+        num_pages = min(useful, self._steady_pages(self._fitting_pages(weights, step)))
         logger.info(
             "pool: %d pages, %.2f GiB, beside %.2f GiB in use and %.2f GiB for the largest step: at most %.2f GiB",
             num_pages, num_pages * self.page_bytes / GIB, weights / GIB, step / GIB, self.memory / GIB,
         )  # fmt: skip
         return num_pages
 
+    def _steady_pages(self, fitting: int) -> int:
+        """A number that stays from start to start, while the pages that fit differ by a few: the pool's shape is part
+        of every program, and with another one no file of an earlier process would be the right one.
+
+        So numbers are coarse; and an earlier one is taken again where it fits and leaves little unused, since what fits
+        may be near where the coarse number changes.
+        """
+        what = ("pages", self._identity, self.memory_utilization)
+        before = recall(what)
+        if before is not None and fitting * (1 - UNUSED_SHARE) <= before <= fitting:
+            return before
+        remember(what, coarse(fitting))
+        return coarse(fitting)
+
+    @property
+    def _identity(self) -> tuple[Hashable, ...]:
+        """What the largest steps follow from, as text that another process finds again."""
+        kernels = [value for value in self.kernels if not callable(value)]
+        return (
+            self.model, self.dtype, self.kv_dtype, self.page_size, self.limits, tuple(kernels), self.device.device_kind,
+        )  # fmt: skip
+
     def measured_step_bytes(self) -> int:
-        """What the largest step allocates while it runs, as the compiler says."""
+        """What the largest step allocates while it runs, as the compiler says; or has said to an earlier process."""
+        what = ("step bytes", self._identity)
+        known = recall(what)
+        if known is None:
+            remember(what, known := self._compiled_step_bytes())
+        return known
+
+    def _compiled_step_bytes(self) -> int:
         began = time.perf_counter()
         cache = CacheConfig(self.page_size, self._nominal_pages, self.kv_dtype)
         persistent = self.weight_bytes + self._nominal_pages * self.page_bytes
@@ -161,14 +194,9 @@ class PoolSizer:
         return sampling + attention + limits.max_num_batched_tokens * token * self._itemsize + self._moved_bytes()
 
 
-def steady(num_pages: int) -> int:
-    """A number that stays from start to start, while the pages that fit differ by a few: rounded down to a sixty-fourth
-    of the power of two below, so at most 1 of 65 pages is not used.
-
-    The pool's shape is part of every program, and with another number no file of an earlier process would be the right
-    one.
-    """
-    return num_pages - num_pages % max(1, (1 << num_pages.bit_length() - 1) // STEADY_PARTS)
+def coarse(num_pages: int) -> int:
+    """Rounded down to a sixty-fourth of the power of two below, so less than 1 of 64 pages is not used."""
+    return num_pages - num_pages % max(1, (1 << (num_pages.bit_length() - 1)) // COARSE_PARTS)
 
 
 def transient_bytes(compiled: jax.stages.Compiled, persistent: int) -> int:

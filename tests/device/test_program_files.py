@@ -22,6 +22,8 @@ from jaxpaged.device.program_files import (
     kept_programs,
     program_files,
     program_folder,
+    recall,
+    remember,
 )
 
 SET_HERE = ("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_enable_xla_caches")
@@ -160,6 +162,18 @@ def test_files_are_put_in_place_once_and_taken_away_when_they_are_not_wanted(mon
     assert float(jax.jit(lambda x: x * 3 + 1)(2.0)) == 7 and kept_programs()[1] > 1000
     keep_programs(False)
     assert program_files() is kept_programs() is None
+
+
+def test_a_number_is_there_for_later_processes_with_the_same_code(monkeypatch, tmp_path, untold):
+    monkeypatch.setenv("JAXPAGED_CACHE_DIR", str(tmp_path))
+    remember("what", 3)
+    assert recall("what") is None  # without files
+    keep_programs()
+    remember("what", 4)
+    remember("what", 5)
+    assert (recall("what"), recall("what else")) == (5, None)
+    monkeypatch.setattr(module, "code_digest", lambda: "other code")
+    assert recall("what") is None
 
 
 def test_a_folder_that_the_program_gave_jax_itself_stands(monkeypatch, tmp_path, untold):
