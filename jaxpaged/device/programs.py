@@ -9,12 +9,11 @@ What a run in progress has used is not given back; what it needs and is gone is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +154,9 @@ jax.monitoring.register_event_duration_secs_listener(_note_made)
 jax.monitoring.register_event_listener(_note_read)
 
 
-@contextlib.contextmanager
-def counting_programs() -> Iterator[None]:
-    """Count what this thread compiles or reads in the block as programs of steps."""
-    count, num_read = _made_here.count, _made_here.num_read
-    yield
-    if made := _made_here.count - count:
-        PROGRAMS.note_made(made, _made_here.num_read - num_read)
+def made_here() -> tuple[int, int]:
+    """Programs that this thread has compiled or read, ever, and those that it has read."""
+    return _made_here.count, _made_here.num_read
 
 
 class Step:
@@ -178,8 +173,11 @@ class Step:
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         program = self._program(args, static)
-        with counting_programs():
-            return program(*args)
+        count, num_read = made_here()
+        results = program(*args)
+        if made := _made_here.count - count:
+            PROGRAMS.note_made(made, _made_here.num_read - num_read)
+        return results
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
         return self._program(args, static).lower(*args)

@@ -27,6 +27,7 @@ from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.first_decode import first_decode_shape
 
 
 class Engine:
@@ -97,9 +98,12 @@ class Engine:
     def _run_steps(self, groups: list[SequenceGroup]) -> Iterator[list[SequenceGroup]]:
         prefix = prefix_of(groups)
         arrivals = Arrivals(groups)
-        loop = self._begin_loop(SamplingFeatures.of(groups, self.model.vocab_size), self.recorder)
+        features = SamplingFeatures.of(groups, self.model.vocab_size)
+        loop = self._begin_loop(features, self.recorder)
         loop.record.add_requests(groups)
         made_before, read_before = steps.num_programs(), steps.num_read()
+        if shape := first_decode_shape(groups, self.runner.buckets, self.limits, self.cache_config):
+            self.runner.compile_beside(shape, features)
         if prefix:
             self.scheduler.share_prefix(prefix)
         while arrivals or loop.has_work:

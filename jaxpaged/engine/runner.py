@@ -20,7 +20,7 @@ from jaxpaged.device.cache import PagedCache
 from jaxpaged.device.dense_cache import make_cache
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.engine.lowering import static_arguments
-from jaxpaged.engine.warm_up import Progress, compile_together, no_progress
+from jaxpaged.engine.warm_up import CompiledBeside, Progress, compile_together, no_progress
 from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.sequence import SequenceGroup
@@ -99,6 +99,7 @@ class StepRunner:
         self._batches = BatchMaker(cache, model.vocab_size)
         self.cascade = self._find_cascade() if limits.cascade_attention else None
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
+        self._beside: CompiledBeside | None = None
 
     def _find_cascade(self) -> Cascade:
         assert self.kernels.max_members is not None, f"{self.kernels.name} has no cascade attention"
@@ -120,6 +121,8 @@ class StepRunner:
 
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
+        if self._beside is not None and self._beside.what == (step.layout, step.features):
+            self._beside.wait()
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
         carried = self._carried if step.goes_on else self._carried._replace(history=None)
         arrays = self.pool, carried, step.packed
@@ -240,6 +243,15 @@ class StepRunner:
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
             self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.device)
+
+    def compile_beside(self, shape: StepShape, features: SamplingFeatures) -> None:
+        """Compile the programs of a step of this shape while the caller goes on: one that is known to be needed, and
+        was not the last that this was asked for."""
+        batch = self._with_copies(self._ready(self._nothing(shape, features), features), [], features)[0]
+        step = PreparedStep(*pack(batch), features, [])
+        what = step.layout, features
+        if self._beside is None or self._beside.what != what:
+            self._beside = CompiledBeside(what, self._lower(_Form(step)))
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
         """Run an empty batch in all its forms, so that the programs for such batches are there."""

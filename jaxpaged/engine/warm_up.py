@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from jaxpaged.device.program_files import kept_programs
-from jaxpaged.device.programs import PROGRAMS, counting_programs
+from jaxpaged.device.programs import PROGRAMS, made_here
 
 logger = logging.getLogger("jaxpaged")
 
@@ -69,22 +69,48 @@ def compile_together(programs: Iterable[jax.stages.Lowered], total: int, progres
 
 def _compiled(programs: Iterable[jax.stages.Lowered], threads: ThreadPoolExecutor, most: int) -> Iterator[None]:
     """Yields for each when it is ready; `most` wait or are compiled, since what is traced takes memory."""
-    pending: set[Future[None]] = set()
+    pending: set[Future[tuple[int, int]]] = set()
     for program in programs:
-        pending.add(threads.submit(_compile, program))
+        pending.add(threads.submit(_made_by, program))
         while len(pending) >= most:
             pending = yield from _take(pending)
     while pending:
         pending = yield from _take(pending)
 
 
-def _take(pending: set[Future[None]]) -> Generator[None, None, set[Future[None]]]:
+def _take(pending: set[Future[tuple[int, int]]]) -> Generator[None, None, set[Future[tuple[int, int]]]]:
     done, pending = wait(pending, return_when=FIRST_COMPLETED)
     for future in done:
-        yield future.result()
+        _note(future)
+        yield
     return pending
 
 
-def _compile(program: jax.stages.Lowered) -> None:
-    with counting_programs():
-        program.compile()
+def _note(future: Future[tuple[int, int]]) -> None:
+    made, num_read = future.result()
+    if made:
+        PROGRAMS.note_made(made, num_read)
+
+
+class CompiledBeside:
+    """Programs of one step that are compiled while the caller goes on, until he needs them."""
+
+    def __init__(self, what: Hashable, programs: list[jax.stages.Lowered]):
+        self.what = what
+        threads = ThreadPoolExecutor(len(programs), thread_name_prefix="compile")
+        self._pending = [threads.submit(_made_by, program) for program in programs]
+        threads.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until all are ready; and count them now, not when a thread has made one that nobody may ask for."""
+        for future in self._pending:
+            _note(future)
+        self._pending = []
+
+
+def _made_by(program: jax.stages.Lowered) -> tuple[int, int]:
+    """Programs made, and those that were read, by compiling one."""
+    before = made_here()
+    program.compile()
+    after = made_here()
+    return after[0] - before[0], after[1] - before[1]

@@ -63,3 +63,15 @@ def test_what_fails_to_compile_ends_the_warm_up_with_its_error():
 
     with pytest.raises(ValueError, match="no such instruction"):
         compile_together([Broken()] * 9, 9)
+
+
+@pytest.mark.parametrize(("params", "num_programs"), list(zip(PARAMS, (2, 4), strict=True)))
+def test_the_first_decode_step_is_compiled_beside_the_prompts(params, num_programs, makers):
+    """In a thread, and once: the run finds it, and a second run has nothing to wait for. Four with samples and
+    penalties: copies, and a step with the history that the device has."""
+    engine = toy_engine(num_pages=61, page_size=4, max_num_seqs=4, max_model_len=32)
+    for expected, in_threads in ((num_programs, 1), (0, 0)):
+        del makers[:]
+        run_tokens(engine, [make_group([1, 2, 3, 4, 5], params, max_model_len=8)])
+        assert engine.stats.programs_made == expected
+        assert sum(name.startswith("compile") for name in makers) == in_threads
