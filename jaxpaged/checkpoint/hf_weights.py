@@ -2,15 +2,17 @@
 
 What makes each parameter stands in its record (`param_records`), by the names of Llama's modules; `NAMES` says which
 modules have other names in a family. Every name and shape is checked from the files' headers before any tensor is read.
-Then one tensor is in host memory at a time; transposition ([out, in] there, [in, out] here), the fusion of q, k, v and
-of gate and up, and the conversion to the wanted dtype happen on the device.
+Then few tensors are in host memory at a time, the one that moves to the device and what is read ahead of it;
+transposition ([out, in] there, [in, out] here), the fusion of q, k, v and of gate and up, and the conversion to the
+wanted dtype happen on the device.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.checkpoint.files import INDEX_NAME, find_weight_files, read_weight_map
-from jaxpaged.checkpoint.safetensors_files import DTYPES, StoredTensor, read_headers, read_tensor
+from jaxpaged.checkpoint.safetensors_files import DTYPES, StoredTensor, read_ahead, read_headers, read_tensor
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.param_nodes import Params, by_name
@@ -64,7 +66,9 @@ def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax
     stored = _read_headers(directory)
     sources = _find_sources(stored, config)
     _check(stored, config, sources, directory)
-    return jax.tree.unflatten(treedef, [_load(stored, source, dtype, device) for source in sources])
+    reading = read_ahead([stored[name] for source in sources for name in source.names])
+    with closing(reading):
+        return jax.tree.unflatten(treedef, [_load(reading, source, dtype, device) for source in sources])
 
 
 def stored_dtype(directory: Path) -> str:
@@ -81,11 +85,11 @@ def _read_headers(directory: Path) -> Stored:
     return stored
 
 
-def _load(stored: Stored, source: Source, dtype: str, device: jax.Device) -> jax.Array:
+def _load(reading: Iterator[np.ndarray], source: Source, dtype: str, device: jax.Device) -> jax.Array:
     parts = []
-    for name in source.names:
-        # Without may_alias a CPU "device" would keep the host's copy alive; waiting frees it before the next is read.
-        parts.append(jax.block_until_ready(jax.device_put(read_tensor(stored[name]), device, may_alias=False)))
+    for _ in source.names:
+        # A CPU "device" that may alias would keep the host's copy alive; waiting frees it before the next is taken.
+        parts.append(jax.block_until_ready(jax.device_put(next(reading), device, may_alias=False)))
     return jax.block_until_ready(_assemble(parts, source.transpose, dtype))
 
 

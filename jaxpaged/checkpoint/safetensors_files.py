@@ -1,15 +1,18 @@
 """All tensors of a set of safetensors files by name: headers are read at once, data only when asked for.
 
-The safetensors library reads them. It refuses a header whose tensors do not fill the data from the first byte to the
-last, without gaps and overlaps. Whole tensors are read, not mapped: the pages of a mapped file count as main memory of
-the process until it is closed.
+The safetensors library reads headers. It refuses one whose tensors do not fill the data from the first byte to the
+last, without gaps and overlaps. Tensors are read, not mapped: the pages of a mapped file count as main memory of the
+process until it is closed.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
+import os
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,11 @@ from safetensors import SafetensorError, safe_open
 from jaxpaged.checkpoint.tensor_check import Shape
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+LENGTH_BYTES = 8  # of the header's length, with which a file begins
+#: One alone takes less from a fast disk, or from a file in main memory, than there is to get: 2.1 GB/s where four take
+#: 2.7, on two cores.
+READING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,13 @@ class StoredTensor:
     name: str
     dtype: str
     shape: Shape
+    start: int  # its first byte in the file
+    version: tuple[int, int, int]  # of the file
+
+    @property
+    def num_bytes(self) -> int:
+        """Where the dtype can be read."""
+        return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 0)
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
@@ -45,24 +60,66 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
 
 
 def read_tensor(tensor: StoredTensor, rows: slice | None = None) -> np.ndarray:
-    """A copy in host memory of a tensor, or of some of its rows."""
-    # Of a mapped file only the rows are touched; the other way would read the whole tensor for every few of them.
-    with _opened(tensor.file, backend="pread" if rows is None else "mmap") as stored:
-        part = stored.get_slice(tensor.name)
-        if (part.get_dtype(), tuple(part.get_shape())) != (tensor.dtype, tensor.shape):
+    """A copy in host memory of a tensor, or of some of its rows.
+
+    By the places that the library found in order: its own way to a tensor takes three times as long.
+    """
+    first, last, _ = (rows or slice(None)).indices(tensor.shape[0] if tensor.shape else 1)
+    array = np.empty((last - first, *tensor.shape[1:]) if tensor.shape else (), DTYPES[tensor.dtype])
+    row_bytes = tensor.num_bytes // max(1, tensor.shape[0] if tensor.shape else 1)
+    with tensor.file.open("rb", buffering=0) as stream:
+        if _version(stream.fileno()) != tensor.version:
             raise ValueError(f"{tensor.file} changed while it was read")
-        if rows is None:
-            return stored.get_tensor(tensor.name)
-        return part[slice(*rows.indices(tensor.shape[0]))]
+        stream.seek(tensor.start + first * row_bytes)
+        left = memoryview(array.reshape(-1).view(np.uint8))
+        while left and (count := stream.readinto(left)):
+            left = left[count:]
+    if left:
+        raise _broken(tensor.file, f"{tensor.name} ends before its last byte")
+    return array
+
+
+def _version(file: int) -> tuple[int, int, int]:
+    """What another file of this name, or another content of it, would have otherwise."""
+    status = os.fstat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_ahead(tensors: Sequence[StoredTensor]) -> Iterator[np.ndarray]:
+    """`read_tensor` of each, in this order, while the caller works on those before: so many ahead of him, in several
+    threads, as have no more bytes than the largest tensor."""
+    sizes = [tensor.num_bytes for tensor in tensors]
+    waiting, coming, ahead = deque[tuple[int, Future[np.ndarray]]](), 0, 0
+    with ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read") as threads:
+        try:
+            while waiting or coming < len(tensors):
+                while coming < len(tensors) and ahead + sizes[coming] <= max(sizes):
+                    waiting.append((sizes[coming], threads.submit(read_tensor, tensors[coming])))
+                    ahead, coming = ahead + sizes[coming], coming + 1
+                size, future = waiting.popleft()
+                ahead -= size
+                yield future.result()
+                del future  # and with it the array, once the caller has no more use for it
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
-    with file.open("rb") as stream, _opened(file, backend="pread") as stored:
+    with file.open("rb") as stream, _opened(file) as stored:
+        version = _version(stream.fileno())
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        header = stream.read(length)
         # The library takes the last of several tensors of one name; which one was meant cannot be told.
-        if repeated := _repeated_names(stream.read(int.from_bytes(stream.read(8), "little")), file):
+        if repeated := _repeated_names(header, file):
             raise _broken(file, f"its header has {', '.join(repeated)} twice")
+        places, start = json.loads(header), LENGTH_BYTES + length
         parts = {name: stored.get_slice(name) for name in stored.offset_keys()}
-        return [StoredTensor(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()]
+        return [
+            StoredTensor(
+                file, name, part.get_dtype(), tuple(part.get_shape()), start + places[name]["data_offsets"][0], version
+            )
+            for name, part in parts.items()
+        ]
 
 
 def _repeated_names(header: bytes, file: Path) -> list[str]:
@@ -80,9 +137,9 @@ def _repeated_names(header: bytes, file: Path) -> list[str]:
 
 
 @contextmanager
-def _opened(file: Path, *, backend: str) -> Iterator[Any]:
+def _opened(file: Path) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="numpy", backend=backend) as stored:
+        with safe_open(file, framework="numpy", backend="pread") as stored:
             yield stored
     except SafetensorError as error:
         raise _broken(file, str(error)) from None

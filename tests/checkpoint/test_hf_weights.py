@@ -207,7 +207,8 @@ def test_no_weights_at_all(llama):
 
 def test_everything_is_checked_before_any_tensor_is_read(llama, monkeypatch):
     change_tensors(llama, lambda tensors: tensors.pop("model.norm.weight"))
-    monkeypatch.setattr(hf_weights, "read_tensor", lambda *args, **kwargs: pytest.fail("a tensor was read"))
+    for name in ("read_tensor", "read_ahead"):
+        monkeypatch.setattr(hf_weights, name, lambda *args, **kwargs: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match="model.norm.weight"):
         load(llama)
 
