@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -13,6 +13,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.config.choices import ATTENTIONS
 from pallas_kernels import layer_reference, reference
 from pallas_kernels.checks import missing_support, unsupported_cache
+from pallas_kernels.layer_reference import HeadNorms
 
 logger = logging.getLogger("jaxpaged")
 
@@ -20,6 +21,10 @@ logger = logging.getLogger("jaxpaged")
 #: Rows of a tile of a matrix product on a GPU. For a single row XLA has other kernels, which are slower: for the
 #: products of a layer of a 1B model they took 63 us on an H200, where those of 8 rows take 43.
 MIN_ROWS = 8
+
+
+#: As `layer_reference.write_heads`.
+WriteHeads = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 class AttentionKernels(NamedTuple):
@@ -34,7 +39,7 @@ class AttentionKernels(NamedTuple):
     max_members: Callable[[int, int, int], int] | None = None
     copy_pages: Callable[..., tuple[jax.Array, ...]] = reference.copy_pages  # for all pools at once
     #: What stands around attention in a layer; signatures as in pallas_kernels/layer_reference.py.
-    write_heads: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = layer_reference.write_heads
+    write_heads: WriteHeads = layer_reference.write_heads
     add_norm: Callable[..., tuple[jax.Array, jax.Array]] = layer_reference.add_norm
     min_rows: int = 1  # of a decode step: with fewer it takes as long, and would be another program
     copies_in_steps: bool = False  # whether padding in a list of copies costs nothing, so that every step may have one
@@ -42,7 +47,38 @@ class AttentionKernels(NamedTuple):
     dense: Literal["cudnn", "xla"] = "xla"  # what reads the dense caches that paging is compared with
 
 
-REFERENCE = AttentionKernels("reference", reference.paged_decode, reference.paged_prefill)
+def _attention_once(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`attend`, traced and lowered once in a program and not in each of its layers, which are alike: XLA puts it back
+    in its places. Of a model with 32 layers this is four fifths of the time before the compiler begins."""
+    return jax.jit(attend, static_argnames=("scale", "soft_cap", "sliding_window"))
+
+
+def _add_norm_once(add_norm: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    return jax.jit(add_norm, static_argnames=("eps", "offset"))
+
+
+def _write_heads_once(write_heads: WriteHeads) -> WriteHeads:
+    @functools.partial(jax.jit, static_argnames=("eps", "offset"))
+    def traced_once(
+        projected: jax.Array, rotation: Any, weights: Any, slots: jax.Array, k_pages: jax.Array, v_pages: jax.Array, *,
+        eps: float, offset: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        norms = None if weights is None else HeadNorms(*weights, eps, offset)
+        return write_heads(projected, rotation, norms, slots, k_pages, v_pages)
+
+    @functools.wraps(write_heads)
+    def write(projected: jax.Array, rotation: Any, norms: HeadNorms | None, *arrays: jax.Array):
+        eps, offset = (0.0, 0.0) if norms is None else (norms.eps, norms.offset)
+        weights = None if norms is None else (norms.query, norms.key)
+        return traced_once(projected, rotation, weights, *arrays, eps=eps, offset=offset)
+
+    return write
+
+
+REFERENCE = AttentionKernels(
+    "reference", _attention_once(reference.paged_decode), _attention_once(reference.paged_prefill),
+    write_heads=_write_heads_once(layer_reference.write_heads), add_norm=_add_norm_once(layer_reference.add_norm),
+)  # fmt: skip
 
 
 def resolve_attention(
@@ -131,6 +167,6 @@ def _pallas(batch_invariant: bool) -> AttentionKernels:
             paged_decode=decode, cascade_decode=None, max_members=None, is_batch_invariant=True
         )
     return AttentionKernels(
-        "pallas", paged_decode, paged_prefill, cascade_decode, max_members, copy_pages, write_heads, add_norm,
-        min_rows=MIN_ROWS, copies_in_steps=True,
+        "pallas", paged_decode, paged_prefill, cascade_decode, max_members, copy_pages, _write_heads_once(write_heads),
+        _add_norm_once(add_norm), min_rows=MIN_ROWS, copies_in_steps=True,
     )  # fmt: skip
