@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -28,6 +29,8 @@ from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.first_decode import first_decode_shape
+
+logger = logging.getLogger("jaxpaged")
 
 
 class Engine:
@@ -116,6 +119,9 @@ class Engine:
             finished = loop.step()
             loop.record.made(steps.num_programs() - made_before, steps.num_read() - read_before)
             yield finished
+        stats = loop.record.stats
+        if stats.programs_made:
+            logger.info("programs: %d compiled and %d read in this run", stats.compilations, stats.programs_read)
 
     @contextlib.contextmanager
     def step_by_hand(self, features: SamplingFeatures, scheduler: Scheduler | None = None) -> Iterator[StepLoop]:
