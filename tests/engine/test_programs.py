@@ -18,7 +18,9 @@ from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.device.programs import PROGRAMS, Step, num_maps, reads_cache
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.lowering import lower_step
 from jaxpaged.engine.runner import StepRunner
+from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.step_io import DecodeBatch, DecodeInputs, SamplingInputs, pack
 
@@ -302,3 +304,17 @@ def test_a_process_may_make_any_number_of_processors(small, monkeypatch):
         assert first_token(small, lambda _ids, _num, logits, t=token, b=bonus: logits.at[t].add(b)) == token
         assert num_maps() < before + 6_000
     assert steps.num_programs() == compiled + 300
+
+
+def test_what_layers_have_in_common_is_traced_once_a_program():
+    """The loops over a context, which every layer has: a deeper model has no more of them."""
+    for shape, loops in ((StepShape(4, 8), 1), (StepShape(4, 8, 16), 3)):
+        assert [num_loops(shape, num_layers) for num_layers in (1, 5)] == [loops, loops]
+
+
+def num_loops(shape: StepShape, num_layers: int) -> int:
+    model = dataclasses.replace(TOY, num_layers=num_layers)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    cache = CacheConfig(4, 100, "float32")
+    lowered = lower_step(shape, model, "float32", cache, REFERENCE, SamplingFeatures(), sharding)
+    return lowered.as_text().count("stablehlo.while")
