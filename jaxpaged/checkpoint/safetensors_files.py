@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def _version(file: int) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_ahead(tensors: Sequence[StoredTensor]) -> Iterator[np.ndarray]:
+def read_ahead(tensors: Sequence[StoredTensor]) -> Generator[np.ndarray, None, None]:
     """`read_tensor` of each, in this order, while the caller works on those before: so many ahead of him, in several
     threads, as have no more bytes than the largest tensor."""
     sizes = [tensor.num_bytes for tensor in tensors]

@@ -60,18 +60,15 @@ def _add_norm_once(add_norm: Callable[..., tuple[jax.Array, jax.Array]]) -> Call
 
 def _write_heads_once(write_heads: WriteHeads) -> WriteHeads:
     @functools.partial(jax.jit, static_argnames=("eps", "offset"))
-    def traced_once(
-        projected: jax.Array, rotation: Any, weights: Any, slots: jax.Array, k_pages: jax.Array, v_pages: jax.Array, *,
-        eps: float, offset: float,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-        norms = None if weights is None else HeadNorms(*weights, eps, offset)
+    def traced_once(weights: Any, *arrays: Any, eps: float, offset: float):
+        projected, rotation, slots, k_pages, v_pages = arrays
+        norms = None if weights is None else HeadNorms(weights[0], weights[1], eps, offset)
         return write_heads(projected, rotation, norms, slots, k_pages, v_pages)
 
-    @functools.wraps(write_heads)
     def write(projected: jax.Array, rotation: Any, norms: HeadNorms | None, *arrays: jax.Array):
         eps, offset = (0.0, 0.0) if norms is None else (norms.eps, norms.offset)
         weights = None if norms is None else (norms.query, norms.key)
-        return traced_once(projected, rotation, weights, *arrays, eps=eps, offset=offset)
+        return traced_once(weights, projected, rotation, *arrays, eps=eps, offset=offset)
 
     return write
 

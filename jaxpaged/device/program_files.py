@@ -22,7 +22,9 @@ from collections.abc import Hashable
 from pathlib import Path
 
 import jax
+import jaxlib.version
 from jax._src import compilation_cache  # how JAX is given another store of programs; it has no public name
+from jax._src.compilation_cache_interface import CacheInterface
 
 logger = logging.getLogger("jaxpaged")
 
@@ -36,7 +38,7 @@ UNFINISHED, STALE_SECONDS = ".unfinished-", 3600
 DIGEST_BYTES = 16
 
 
-class ProgramFiles(compilation_cache.CacheInterface):
+class ProgramFiles(CacheInterface):
     """A folder of programs by key, as JAX asks for them."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES):
@@ -174,7 +176,7 @@ def remember(what: Hashable, number: int) -> None:
 
 def _number_key(what: Hashable) -> str:
     """Of what its `repr` says, and of all that a program is made by."""
-    made_by = (jax.__version__, jax.lib.__version__, os.environ.get("XLA_FLAGS"), code_digest())
+    made_by = (jax.__version__, jaxlib.version.__version__, os.environ.get("XLA_FLAGS"), code_digest())
     return f"number-{_digest(repr((what, made_by)).encode()).hex()}"
 
 

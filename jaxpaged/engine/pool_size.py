@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxpaged.config import DENSE_CACHES, CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.device.memory import bytes_in_use
+from jaxpaged.device.memory import bytes_in_use, device_memory
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.params import param_shapes
 from jaxpaged.device.program_files import recall, remember
@@ -102,7 +102,8 @@ class PoolSizer:
         So numbers are coarse; and an earlier one is taken again where it fits and leaves little unused, since what fits
         may be near where the coarse number changes.
         """
-        what = ("pages", self._identity, self.memory_utilization)
+        total, _ = device_memory(self.device)
+        what = ("pages", self._identity, round(100 * self.memory / total))
         before = recall(what)
         if before is not None and fitting * (1 - UNUSED_SHARE) <= before <= fitting:
             return before

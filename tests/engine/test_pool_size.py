@@ -58,7 +58,7 @@ def test_a_few_pages_more_or_less_give_a_pool_of_the_same_size(step_bytes):
     assert all(coarse(pages) > 63 / 64 * pages for pages in range(2, 5000))
 
 
-def test_what_an_earlier_process_has_measured_and_chosen_is_taken_again(step_bytes, monkeypatch, tmp_path):
+def test_what_an_earlier_process_has_measured_and_chosen_is_taken_again(step_bytes, monkeypatch):
     """The same size for a little less memory and for a little more, nothing compiled; another one for much more."""
     known = {}
     monkeypatch.setattr(pool_size, "recall", known.get)
@@ -66,7 +66,7 @@ def test_what_an_earlier_process_has_measured_and_chosen_is_taken_again(step_byt
     monkeypatch.setattr(PoolSizer, "_compiled_step_bytes", iter([step_bytes]).__next__)  # once, and never again
 
     def choose(extra_pages: int) -> int:
-        memory = step_bytes + 3 * MIB + int(extra_pages * make_sizer(MIB).page_bytes / 0.895)
+        memory = step_bytes + 3 * MIB + int(extra_pages * make_sizer(MIB).page_bytes / 0.995)
         return make_sizer(memory).choose(toy_params())
 
     first = choose(0)
