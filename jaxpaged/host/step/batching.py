@@ -34,6 +34,11 @@ from jaxpaged.step_io import (
 )
 
 
+#: Entries of the narrowest block tables. For 256 rows these are 256 KB of a step's upload, which is on its way while the
+#: step before runs; each further width would be as many programs again.
+NARROWEST_TABLE = 256
+
+
 class StepShape(NamedTuple):
     """The padded sizes of one step; `num_tokens` is None for a decode step, which has one a row.
 
@@ -68,7 +73,7 @@ class Buckets:
             prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
             prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
             # Without a cache tables are empty, and tell nothing of how long sequences are; nor is there what to copy.
-            table_widths=(widest,) if limits.kv_cache == "none" else _geometric(32, widest, 4),
+            table_widths=(widest,) if limits.kv_cache == "none" else _geometric(NARROWEST_TABLE, widest, 4),
             copies=() if limits.kv_cache == "none" else _geometric(8, limits.max_num_seqs, 8),
             swaps=_geometric(1, min(limits.preemption.transfer_pages, cache.num_usable_pages), 4)
             if limits.preemption.can_swap
