@@ -33,8 +33,8 @@ from jaxpaged.step_io import (
     of_row,
 )
 
-#: Entries of the narrowest block tables. For 256 rows these are 256 KB of a step's upload, which is on its way while the
-#: step before runs; each further width would be as many programs again.
+#: Entries of the narrowest block tables. For 256 rows these are 256 KB of an upload, which is on its way while the step
+#: before runs; each further width would be as many programs again.
 NARROWEST_TABLE = 256
 
 
