@@ -269,6 +269,11 @@ class LLM:
             self._engine = build_engine(self._checkpoint, new, self._weights, self._owner)
             self._options = new
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what the pool still holds of ended requests: whatever comes next is computed. RuntimeError while a run or
+        a tree is open."""
+        self.engine.forget_pages()
+
     def check_request(
         self, prompt: Any, params: RequestParams, shared_prefix: Any = None, add_special_tokens: bool = True
     ) -> None:

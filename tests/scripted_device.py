@@ -28,10 +28,11 @@ def make_scheduler(
     max_model_len=100,
     preemption=None,
     mixed_steps=True,
+    prefix_caching=False,
 ):
     limits = EngineConfig(
         max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
-        mixed_steps=mixed_steps,
+        mixed_steps=mixed_steps, prefix_caching=prefix_caching,
     )  # fmt: skip
     return Scheduler(CacheConfig(page_size, num_pages), limits)
 

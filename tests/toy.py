@@ -56,10 +56,12 @@ def toy_engine(
     kv_dtype="float32",
     async_scheduling=True,
     mixed_steps=True,
+    prefix_caching=False,
 ) -> Engine:
     limits = EngineConfig(
         max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
         kv_cache=kv_cache, async_scheduling=async_scheduling, mixed_steps=mixed_steps,
+        prefix_caching=prefix_caching,
     )  # fmt: skip
     cache = CacheConfig(page_size, num_pages, kv_dtype)
     return Engine(StepRunner(toy_params(), TOY, cache, limits, kernels, jax.devices()[0]))

@@ -44,6 +44,7 @@ class KVUsage:
     num_preemptions: int  # each gave up all pages, of all samples
     recomputed_tokens: int  # prefilled again after preemptions
     num_swaps: int  # preemptions after which nothing was recomputed: the pages came back from host memory
+    cached_tokens: int = 0  # of the prompt, found in pages of earlier requests, so not computed; not of a shared prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ CATEGORY_COLORS = {
     "reserved": "#56B4E9",
     "internal": "#E69F00",
     "rounding": "#F0D27A",
+    "cached": "#C9DCCF",
     "free": "#E9E9E9",
 }
 SYSTEM_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7A5C3E", "#555555")
@@ -58,7 +59,7 @@ def memory_figure(results: list[Result]) -> Figure:
     for axes, result in zip(panels, results, strict=True):
         account = result.stats.memory
         shares = {name: 100 * getattr(account, name) / account.num_slots for name in CATEGORIES}
-        times, stacked = timeline(result, np.stack(list(shares.values())), idle=[0, 0, 0, 0, 100])
+        times, stacked = timeline(result, np.stack(list(shares.values())), idle=[0, 0, 0, 0, 0, 100])
         axes.stackplot(times, stacked, colors=[CATEGORY_COLORS[name] for name in CATEGORIES], linewidth=0)
         mean, steps = result.summary()["percent_of_pool"]["used"], result.averaged_steps_name
         axes.set_title(f"{result.system}: {mean:.0f} % token states {steps}",
@@ -68,7 +69,7 @@ def memory_figure(results: list[Result]) -> Figure:
     figure.supylabel("% of the pool", fontsize=FONT["label"])
     panels[-1].set_xlabel(f"seconds ({arrivals_name(results[0])})", fontsize=FONT["label"])
     handles = panels[0].collections[: len(CATEGORIES)]
-    figure.legend(handles, [CATEGORY_NAMES[name] for name in CATEGORIES], loc="outside lower center", ncols=5,
+    figure.legend(handles, [CATEGORY_NAMES[name] for name in CATEGORIES], loc="outside lower center", ncols=6,
                   frameon=False, fontsize=FONT["note"])  # fmt: skip
     return figure
 

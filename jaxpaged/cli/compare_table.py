@@ -14,6 +14,7 @@ CATEGORY_NAMES = {
     "reserved": "reservation",
     "internal": "internal fragmentation",
     "rounding": "rounding of the allocator",
+    "cached": "kept for later requests",
     "free": "free",
 }
 

@@ -261,6 +261,7 @@ class EngineConfig:
     kv_cache: str = EngineOptions.kv_cache
     async_scheduling: bool = EngineOptions.async_scheduling
     mixed_steps: bool = EngineOptions.mixed_steps
+    prefix_caching: bool = EngineOptions.prefix_caching
 
     def __post_init__(self):
         check_choice("kv_cache", self.kv_cache, KV_CACHES)

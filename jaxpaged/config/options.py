@@ -188,6 +188,10 @@ class EngineOptions:
         True, "let sequences decode in the steps that compute prompts (pages only, not on a CPU); vLLM says chunked "
         "prefill, SGLang mixed chunk"
     )  # fmt: skip
+    prefix_caching: bool = option(
+        True, "keep full pages of ended requests until others need the room, and share them with requests that begin "
+        "with the same tokens (pages only)"
+    )  # fmt: skip
     compilation_cache: bool = option(
         True, "keep compiled programs in files of the user's cache folder, for the processes after this one"
     )

@@ -39,6 +39,8 @@ class Engine:
     State: what the runner holds on the device, and the scheduler's queues and tables. There is no random state: a row's
     random numbers follow from its seed, sample index and position.
 
+    Full pages stay known by their tokens from one run or tree to the next, unless it was interrupted (prefix_cache.py).
+
     All of it belongs to one caller at a time (`owner`, ownership.py): a run from its first result to its end, a tree
     until it is closed. Where a method takes a `hold`, it is for who has the pool already; others need none, and own the
     pool for the call. RuntimeError while another has it, before anything is changed.
@@ -55,6 +57,7 @@ class Engine:
         self.limits = runner.limits
         self.device = runner.device
         self.scheduler = Scheduler(self.cache_config, self.limits)
+        self._params_of_pages = runner.params  # with which the pages that are known were computed
         self.record = RunRecord(self.cache_config)
         self.recorder: TraceRecorder | None = None  # takes down the next run, if someone sets it
 
@@ -128,9 +131,14 @@ class Engine:
         """The pool for the block, and the loop over its steps, for who queues requests (`loop.scheduler.add`) and steps
         by hand; the requests ask for these features. `scheduler`: one that has planned steps already."""
         with self._from_idle("Engine.step_by_hand"):
-            if scheduler is not None:
-                self.scheduler = scheduler
-            yield self._begin_loop(features)
+            if scheduler is None:
+                yield self._begin_loop(features)
+                return
+            self.scheduler = scheduler
+            try:
+                yield self._begin_loop(features)
+            finally:  # which pages are known is told by another allocator than the one that has been used
+                self.scheduler = Scheduler(self.cache_config, self.limits)
 
     def _begin_loop(self, features: SamplingFeatures, trace: TraceRecorder | None = None) -> StepLoop:
         """While a trace is recorded nothing overlaps: it shows what is known when a step is planned."""
@@ -173,12 +181,37 @@ class Engine:
             steps.begin_run()
             if self.runner.has_lost_pool:
                 self.runner.remake_pool()
+                self._forget_pages()
+            if self._params_of_pages is not self.params:
+                self._forget_pages()
             try:
                 yield hold
+            except GeneratorExit:  # left between two steps: all that was planned has been launched
+                raise
+            except BaseException:  # perhaps a step was planned, and never launched, whose pages are known all the same
+                if not self._is_ending():
+                    self._forget_pages()
+                raise
             finally:
                 if not self._is_ending():
                     self._reset()
 
     def _reset(self) -> None:
-        self.scheduler = Scheduler(self.cache_config, self.limits)
+        """Forget all requests. Of a pool whose pages can be known, the allocator stays, and what it knows."""
+        allocator = self.scheduler.allocator
+        if not (self.limits.prefix_caching and isinstance(allocator, PageAllocator)):
+            allocator = None
+        else:
+            allocator.drop_tables()
+        self.scheduler = Scheduler(self.cache_config, self.limits, allocator)
         self.runner.forget_swapped()
+
+    def forget_pages(self) -> None:
+        """Whatever comes next is computed."""
+        with self.owner.held("reset_prefix_cache"):
+            self._forget_pages()
+
+    def _forget_pages(self) -> None:
+        if isinstance(self.scheduler.allocator, PageAllocator):
+            self.scheduler.allocator.forget_all()
+        self._params_of_pages = self.params

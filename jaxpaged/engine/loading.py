@@ -57,6 +57,7 @@ def build_engine(
         options.watermark, preemption, options.kv_cache, options.async_scheduling,
         # A CPU is bound by arithmetic: to it a step is as long as its tokens are many, and padding is work.
         options.mixed_steps and device.platform != "cpu",
+        options.prefix_caching,
     )  # fmt: skip
     memory = usable_memory(device, options.memory_utilization)
     sizer = PoolSizer(model, dtype, kv_dtype, options.page_size, limits, kernels, device, memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxpaged.host.pages.block_table import PageCopy
+from jaxpaged.host.pages.known_pages import KnownPages
 from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.swap import Swap, SwapSpace
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
@@ -27,10 +28,15 @@ def place_tokens(samples: list[Sample], policy: Memory) -> tuple[list[int], list
     return starts, copies
 
 
-def give_way(group: SequenceGroup, plan: StepPlan, policy: Memory, swap_space: SwapSpace, page_size: int) -> list[Swap]:
-    """Take all pages from a group, for the others. It is swapped out, by what is returned, or computed again."""
+def give_way(
+    group: SequenceGroup, plan: StepPlan, policy: Memory, swap_space: SwapSpace, known: KnownPages, page_size: int
+) -> list[Swap]:
+    """Take all pages from a group, for the others. It is swapped out, by what is returned, or computed again, as far as
+    its pages are not found when it comes back."""
     swaps: list[Swap] = []
     group.record_pages()
+    for sequence in group.unfinished:
+        known.add_generated(group, sequence)
     wants_swap = swap_space.wants(group, page_size)
     if wants_swap and swap_space.has_room_for(group):
         allocator = policy.allocator

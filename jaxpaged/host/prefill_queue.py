@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.host.pages.known_pages import KnownPages
 from jaxpaged.host.pages.token_tree import Placement
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
@@ -17,9 +18,10 @@ from jaxpaged.host.systems.roles import Forks
 class PrefillQueue:
     """Admitted sequences with tokens still to compute, in an order that fills shared pages before they are read."""
 
-    def __init__(self, limits: EngineConfig, forks: Forks):
+    def __init__(self, limits: EngineConfig, forks: Forks, known: KnownPages):
         self._limits = limits
         self._forks = forks
+        self._known = known
         self._queue: deque[tuple[SequenceGroup, Sequence]] = deque()
 
     @property
@@ -33,7 +35,7 @@ class PrefillQueue:
 
     def add(self, group: SequenceGroup, placements: list[Placement]) -> None:
         """Queue what the group's sequences do not share; there is memory for all of it."""
-        for sequence, num_shared, num_to_compute in placements:
+        for sequence, num_shared, num_to_compute, _ in placements:
             sequence.num_computed = num_shared
             if num_to_compute:
                 self._queue.append((group, sequence))
@@ -70,6 +72,7 @@ class PrefillQueue:
             if num_samples > self._limits.max_num_seqs:
                 break
             _plan_row(plan, group, sequence, start, count)
+            self._known.add_computed(group, sequence, start, start + count)
             budget -= count
             if is_last:
                 self._queue.popleft()
@@ -87,7 +90,7 @@ class PrefillQueue:
             sample = Sequence(
                 index, sequence.token_ids[:], sequence.prompt_len, self._forks.fork(sequence.table),
                 sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
-                stream=group.make_stream() if group.make_stream else None,
+                stream=group.make_stream() if group.make_stream else None, page_hashes=sequence.page_hashes[:],
             )  # fmt: skip
             group.sequences.append(sample)
             plan.samples.append(Sample(group, sample, row))

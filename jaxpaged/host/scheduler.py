@@ -16,6 +16,7 @@ preempted group gives up all its pages. Either they are kept in host memory (swa
 they fit the pool again; or it is prefilled again, its sharing rebuilt (token_tree.py).
 
 A prefix that all requests share is prefilled before the first is admitted, and never gives way (shared_prefix.py).
+Full pages of earlier sequences, ended ones too, are found by their tokens, and need not be computed (known_pages.py).
 
 `schedule` reads the lengths of sequences, never the values of their last tokens. So a sample that is seen to have
 ended, by a token or a text, may have a row in the step that is in flight: what that chooses is trimmed. Its pages are
@@ -24,6 +25,7 @@ free at once all the same, since the device carries out one step after the other
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import deque
@@ -34,6 +36,7 @@ from jaxpaged.host.decoding import give_way, place_tokens
 from jaxpaged.host.failure import fail
 from jaxpaged.host.mixing import Mixing
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
+from jaxpaged.host.pages.known_pages import KnownPages
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.shared_prefix import make_prefix
 from jaxpaged.host.pages.swap import Swap, SwapSpace
@@ -51,16 +54,19 @@ from jaxpaged.step_io import StepOutputs
 class Scheduler:
     """Queues, block tables and policy. Knows no arrays of keys and no device."""
 
-    def __init__(self, cache: CacheConfig, limits: EngineConfig):
+    def __init__(self, cache: CacheConfig, limits: EngineConfig, allocator: PageAllocator | None = None):
+        """`allocator`: of a paged pool, all of whose pages are free; by default that of a new one."""
         self.cache = cache
         self.limits = limits
-        self.policy = make_policy(cache, limits)
+        self.policy = make_policy(cache, limits, allocator)
         self.allocator = self.policy.allocator
         self.waiting: deque[SequenceGroup] = deque()
         self.running: list[SequenceGroup] = []  # in order of arrival
         self.prefix: SequenceGroup | None = None  # what all of them share
         self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
-        self._prefill = PrefillQueue(limits, self.policy)
+        self._known = KnownPages(self.policy.allocator if isinstance(self.policy, Paged) else None)
+        self.num_cached_tokens = 0  # of prompts, found in known pages when these were first admitted
+        self._prefill = PrefillQueue(limits, self.policy, self._known)
         self._mixing = Mixing(limits, cache)
         self._batch: list[Sample] | None = None  # of all who run; None when it must be listed anew
         self.swap_space = SwapSpace(limits.preemption)
@@ -83,15 +89,22 @@ class Scheduler:
         """Of the prefix that the run shares, if there is one: held besides those of running sequences."""
         return [] if self.prefix is None else [self.prefix.sequences[0].table]
 
+    @property
+    def num_cached_pages(self) -> int:
+        """Pages that nobody holds, but that can be found by their tokens."""
+        return self.allocator.num_resting if isinstance(self.allocator, PageAllocator) else 0
+
     def share_prefix(self, token_ids: list[int]) -> None:
         """Compute these tokens first, and keep them in the pool for all groups, whose `prefix_len` is their number."""
         assert isinstance(self.policy, Paged), "only pages are shared by count"
         assert not self.has_work and self.prefix is None, "a run has one shared prefix, and begins with it"
         self.prefix = make_prefix(token_ids)
         (sequence,) = self.prefix.sequences
-        sequence.table = self.policy.place_prefix(len(token_ids))
+        found = self._known.find(self.prefix, sequence)
+        sequence.table = self.policy.place_prefix(len(token_ids), found)
         self.swap_space.pinned_pages = sequence.table.pages[: len(token_ids) // self.cache.page_size]
-        self._prefill.add(self.prefix, [Placement(sequence, 0, len(token_ids))])
+        self.num_cached_tokens += (num_found := len(found) * self.cache.page_size)
+        self._prefill.add(self.prefix, [Placement(sequence, num_found, len(token_ids) - num_found)])
 
     def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
         """Raise ValueError for a request that could not run even alone, with the numbers that say why.
@@ -169,11 +182,19 @@ class Scheduler:
         return True
 
     def _try_start_prefill(self, group: SequenceGroup) -> bool:
-        placements = plan_placements(group, self.cache.page_size)
+        placements = plan_placements(group, self.cache.page_size, functools.partial(self._find, group))
         if not self.policy.try_place(group, placements, lambda: self._headroom(group)):
             return False
+        if placements[0].found and not group.num_preemptions:
+            group.cached_tokens = placements[0].num_shared - group.prefix_len
+            self.num_cached_tokens += group.cached_tokens
         self._prefill.add(group, placements)
         return True
+
+    def _find(self, group: SequenceGroup, sequence: Sequence) -> list[int]:
+        """Known pages with the first tokens of a sequence. Those of the run's prefix are the prefix's own."""
+        found, own = self._known.find(group, sequence), group.prefix_len // self.cache.page_size
+        return [*self.swap_space.pinned_pages[:own], *found[own:]] if len(found) > own else []
 
     def _headroom(self, group: SequenceGroup) -> int:
         """Pages to leave free when `group` is admitted, so that it is not preempted at once; none when it is alone."""
@@ -224,7 +245,7 @@ class Scheduler:
         return StepPlan(is_prefill=True, listed=rows, samples=samples)
 
     def _preempt(self, group: SequenceGroup, plan: StepPlan) -> None:
-        self._swaps += give_way(group, plan, self.policy, self.swap_space, self.cache.page_size)
+        self._swaps += give_way(group, plan, self.policy, self.swap_space, self._known, self.cache.page_size)
         self.waiting.appendleft(group)
         self._batch = None
 
@@ -300,6 +321,7 @@ class Scheduler:
     def _end(self, group: SequenceGroup, sequence: Sequence) -> None:
         """A sample has all its tokens, or will have them with the step in flight; its memory is given back."""
         group.record_pages()
+        self._known.add_generated(group, sequence)
         sequence.status = SequenceStatus.FINISHED
         # A row in flight has taken a slot behind that of the last token, which hindsight is not to count.
         sequence.table.num_slots = min(sequence.table.num_slots, sequence.num_tokens - 1)

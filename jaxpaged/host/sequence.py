@@ -49,6 +49,7 @@ class Sequence:
     num_pending: int = 0  # 1 while the step in flight chooses a token of it, behind those that are known
     pending_row: int = 0  # of that step's outputs
     packed_ids: array = field(default_factory=lambda: array("i"))  # int32 of `token_ids`, as far as somebody asked
+    page_hashes: list[bytes] = field(default_factory=list)  # by which its full pages are known; likewise
 
     @property
     def num_tokens(self) -> int:
@@ -120,6 +121,7 @@ class SequenceGroup:
     counted_copies: int = 0  # likewise
     num_preemptions: int = 0
     num_swaps: int = 0  # preemptions that kept the pages in swap space
+    cached_tokens: int = 0  # of the prompt, found in pages that were known when it was first admitted
     recomputed_tokens: int = 0
     arrival_time: float = 0.0  # seconds since the run began, as the times below; 0: it is there from the start
     first_scheduled_time: float = -1.0

@@ -35,7 +35,7 @@ def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOut
         ),
         kv=KVUsage(
             pages.physical_at_peak, pages.logical_at_peak, pages.most_shared, pages.copied,
-            group.num_preemptions, group.recomputed_tokens, group.num_swaps,
+            group.num_preemptions, group.recomputed_tokens, group.num_swaps, group.cached_tokens,
         ),
         error=group.error,
     )  # fmt: skip

@@ -13,6 +13,7 @@ With the latter, arrivals and latencies are those of that device.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -89,7 +90,8 @@ class Simulation:
         if not callable(step_seconds) and not step_seconds > 0:
             raise ValueError(f"step_seconds must be above 0, got {step_seconds}")
         self.workload = workload
-        self.scheduler = Scheduler(cache, limits)
+        # Lengths alone are given, so all prompts begin alike: nothing is to be found for that.
+        self.scheduler = Scheduler(cache, dataclasses.replace(limits, prefix_caching=False))
         self._prompt_lens = workload.prompt_lens + prefix_len
         self._shared_len = prefix_len if self.scheduler.policy.shares_pages else 0
         self.params: SamplingParams | BeamSearchParams = (

@@ -54,9 +54,11 @@ class TreeComputer:
     def open(self, token_ids: SequenceOf[list[int]], top: int | None) -> list[Node]:
         """A node for each list of ids, computed together."""
         nodes = self.state.create(len(token_ids))
+        starts = self.state.find(nodes, token_ids)
         with self._growing("open", nodes, token_ids):
-            spans = [Span(node._sequence, 0, node.length, 0) for node in nodes]
+            spans = [Span(node._sequence, start, node.length, start) for node, start in zip(nodes, starts, strict=True)]
             self._remember(nodes, self._run(spans, top, wants_targets=False))
+        self.state.note_computed(nodes, starts)
         return nodes
 
     def append(self, nodes: SequenceOf[Node], tokens: SequenceOf[list[int]], top: int | None) -> SpanOutputs:
@@ -71,6 +73,7 @@ class TreeComputer:
             ]
             outputs = self._run(spans, top, wants_targets=True)
             self._remember(nodes, outputs)
+        self.state.note_computed(nodes, growth.lengths)
         logprobs, ranks = outputs.target_logprobs, outputs.target_ranks
         for i, known in enumerate(first):
             if known is not None:

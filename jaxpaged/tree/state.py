@@ -7,6 +7,7 @@ to the node (its length), so `truncate` copies nothing and the next `grow` copie
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -178,6 +179,7 @@ class TreeState:
         """A second node with the same tokens and pages. Takes no page, copies nothing, cannot fail."""
         (child,) = self.create(1)
         child._sequence.token_ids = node.tokens
+        child._sequence.page_hashes = node._sequence.page_hashes[:]
         child._sequence.table = fork(node._sequence.table, self.allocator)
         child._next = node._next
         self.nodes[child] = None
@@ -186,10 +188,15 @@ class TreeState:
     def grow(self, what: str, nodes: SequenceOf[Node], tokens: SequenceOf[list[int]], unwritten: int = 0) -> Growth:
         """Append tokens[i], and room for all but the `unwritten` last of them, to nodes[i]; all of them or none.
 
+        Nodes that were just created may have pages already, which they have found.
+
         Raises OutOfPagesError, with the numbers and nothing changed, where the free pages do not suffice.
         """
         tables = [node._sequence.table for node in nodes]
-        counts = [len(new) - unwritten for new in tokens]
+        counts = [
+            node.length + len(new) - unwritten - table.num_slots
+            for node, table, new in zip(nodes, tables, tokens, strict=True)
+        ]
         self._check_pages(what, tables, counts)
         growth = Growth(nodes, [n.length for n in nodes], [t.pages[-1] if t.pages else None for t in tables], [])
         growth.copies = append_slots(tables, counts, self.allocator)
@@ -221,7 +228,7 @@ class TreeState:
         for node, length, last_page in zip(growth.nodes, growth.lengths, growth.last_pages, strict=True):
             table = node._sequence.table
             truncate(table, length, self.allocator)
-            del node._sequence.token_ids[length:]
+            self._cut_tokens(node, length)
             if not growth.are_copied and table.pages and last_page is not None and table.pages[-1] != last_page:
                 self.allocator.release(table.pages[-1])
                 self.allocator.share(last_page)
@@ -231,12 +238,41 @@ class TreeState:
         if not growth.are_copied:
             self.num_copied -= len(growth.copies)
 
+    def find(self, nodes: SequenceOf[Node], tokens: SequenceOf[list[int]]) -> list[int]:
+        """Give empty nodes the known pages of the tokens that they are to have, all but the last, which is to be computed;
+        returns how many tokens these hold. None where all the nodes do not fit the pool."""
+        known, size = self.allocator.known, self.allocator.page_size
+        for node, ids in zip(nodes, tokens, strict=True):
+            found = known.find(array("i", ids), node._sequence.page_hashes, (len(ids) - 1) // size)
+            self.allocator.share_found(found)
+            node._sequence.table = BlockTable(array("i", found), len(found) * size)
+        tables = [node._sequence.table for node in nodes]
+        counts = [len(ids) - table.num_slots for ids, table in zip(tokens, tables, strict=True)]
+        if num_pages_needed(tables, counts, self.allocator) > self.allocator.num_free:
+            for table in tables:
+                release(table, self.allocator)
+        return [table.num_slots for table in tables]
+
+    def note_computed(self, nodes: SequenceOf[Node], lengths: SequenceOf[int]) -> None:
+        """All positions of these nodes from `lengths[i]` on have been computed."""
+        size = self.allocator.page_size
+        for node, length in zip(nodes, lengths, strict=True):
+            start, stop = length // size, node.length // size
+            if start < stop:
+                sequence = node._sequence
+                ids = array("i", sequence.token_ids[: stop * size])
+                self.allocator.known.add(sequence.table.pages, ids, sequence.page_hashes, start, stop)
+
     def truncate(self, node: Node, length: int) -> None:
         """Forget the tokens from `length` on. Copies nothing."""
         truncate(node._sequence.table, length, self.allocator)
         if length < node.length:
-            del node._sequence.token_ids[length:]
+            self._cut_tokens(node, length)
             node._next = None
+
+    def _cut_tokens(self, node: Node, length: int) -> None:
+        del node._sequence.token_ids[length:]
+        del node._sequence.page_hashes[length // self.allocator.page_size :]
 
     def free(self, node: Node) -> None:
         release(node._sequence.table, self.allocator)
@@ -261,5 +297,7 @@ class TreeState:
             assert table.num_slots == node.length > 0, f"{node} has slots for {table.num_slots} tokens"
             assert len(table.pages) == num_pages_for(node.length, self.allocator.page_size), f"{node}: {table}"
             held.update(table.pages)
+            if node.length % self.allocator.page_size:
+                assert table.pages[-1] not in self.allocator.known.hashes, f"{node}: page {table.pages[-1]} is not full"
         for page_id in range(1, self.allocator.num_pages):
             assert self.allocator.ref_count(page_id) == held[page_id], f"page {page_id} is held {held[page_id]} times"

@@ -193,7 +193,7 @@ def test_recomputed_beams_share_the_part_filled_page_that_they_shared():
     plan = scheduler.schedule()
     scheduler.commit(plan, pool.run(plan))  # three beams over the prompt's two pages, the second half full
     assert [list(sequence.table.pages) for sequence in group.sequences] == [[1, 2]] * 3
-    assert [placement[1:] for placement in plan_placements(group, 4)] == [(0, 6), (6, 0), (6, 0)]
+    assert [placement[1:3] for placement in plan_placements(group, 4)] == [(0, 6), (6, 0), (6, 0)]
     scheduler.running.clear()
     scheduler._preempt(group, plan)
     plan = scheduler.schedule()
@@ -211,5 +211,5 @@ def test_samples_share_full_pages_when_they_are_recomputed():
     group = make_group(6, 4, n=3)
     sequences = [Sequence(i, [*range(6), 90 + i], 6) for i in range(3)]
     group.sequences = sequences
-    assert [placement[1:] for placement in plan_placements(group, 4)] == [(0, 7), (4, 3), (4, 3)]
-    assert [placement[1:] for placement in plan_placements(group, 6)] == [(0, 7), (6, 1), (6, 1)]
+    assert [placement[1:3] for placement in plan_placements(group, 4)] == [(0, 7), (4, 3), (4, 3)]
+    assert [placement[1:3] for placement in plan_placements(group, 6)] == [(0, 7), (6, 1), (6, 1)]

@@ -18,7 +18,7 @@ from jaxpaged.host.systems.roles import Hindsight
 #: What is taken down a step; int32 holds them, since it holds every slot of a pool.
 _SERIES = (
     "pages_used", "logical_pages", "running", "waiting", "batch_tokens", "used_slots", "requested_slots",
-    "largest_free", "is_short", "copied_pages", "swapped_out_pages", "swapped_in_pages",
+    "largest_free", "cached_pages", "is_short", "copied_pages", "swapped_out_pages", "swapped_in_pages",
 )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ class RunStats:
     num_requests: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts, and of a shared prefix, found in pages that were known, so not computed
     steps: int = 0
     prefill_steps: int = 0  # that computed prompts
     mixed_steps: int = 0  # of these, those in which others decoded too
@@ -112,6 +113,11 @@ class RunStats:
         return make_account(series, self.num_pages, self.page_size, final)
 
     @property
+    def cached_share(self) -> float:
+        """Of the prompts' tokens, those that were found: `cached_tokens`."""
+        return self.cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated tokens per second of the engine's time: what the caller does between results does not count."""
         return self.num_generated_tokens / self.seconds["total"] if self.seconds["total"] else 0.0
@@ -139,6 +145,7 @@ class RunStats:
             else sum([table.num_slots for table in held]),
             "requested_slots": policy.requested_slots,
             "largest_free": allocator.largest_free,
+            "cached_pages": scheduler.num_cached_pages,
             "is_short": int(scheduler.is_short),
             "copied_pages": len(plan.copies),
             "swapped_out_pages": sum([len(one.page_ids) for one in plan.swaps if one.is_out]),
@@ -147,6 +154,7 @@ class RunStats:
         for name, value in entries.items():
             self._series[name].append(value)
         self._hindsight = policy.hindsight
+        self.cached_tokens = scheduler.num_cached_tokens
         self._tick(1)
         self.prefill_steps += plan.is_prefill
         self.mixed_steps += plan.is_mixed

@@ -4,7 +4,7 @@ A run takes down a few integers a step; the account is made of them afterwards, 
 in hindsight. The terms are those of the vLLM paper (Kwon et al. 2023, section 3.1 and Figure 2), the unit is a token
 slot, and for every step
 
-    used + reserved + internal + rounding + free = pages of the pool * page_size
+    used + reserved + internal + rounding + cached + free = pages of the pool * page_size
 
     used      positions that block tables cover when the step is planned: a prompt from its admission on, a generated
               token from the step on that computes its keys and values. A slot that several sequences share counts once.
@@ -12,11 +12,12 @@ slot, and for every step
     internal  the rest of what was asked for, which nobody will ever fill; of pages, the unfilled end of last pages; of
               a static batch, also all that its ended sequences still hold
     rounding  what the allocator gave beyond what was asked for: pages and powers of two
+    cached    pages that nobody holds, but that are known by their tokens: whoever needs room gets them too
     free      the rest
 
 The last token of a request has its slot in `reserved`, as in the paper, though its keys and values are never written.
 Paging asks for nothing ahead, so its `reserved` and `rounding` are 0. External fragmentation has two readings:
-"external and others" of the paper's figure is `rounding + free`; gaps between allocations, in the strict sense, are
+"external and others" of the paper's figure is `rounding + cached + free`; gaps between allocations, in the strict sense, are
 `stranded`: what is free while a request waits that finds no room.
 """
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CATEGORIES = ("used", "reserved", "internal", "rounding", "free")
+CATEGORIES = ("used", "reserved", "internal", "rounding", "cached", "free")
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class MemoryAccount:
     reserved: np.ndarray
     internal: np.ndarray
     rounding: np.ndarray
+    cached: np.ndarray
     free: np.ndarray
-    stranded: np.ndarray  # free while the request at the head of the queue finds no room, else 0
-    gaps: np.ndarray  # free, but not in the largest free piece; pages can be anywhere, so for paging 0
+    stranded: np.ndarray  # cached or free while the request at the head of the queue finds no room, else 0
+    gaps: np.ndarray  # cached or free, but not in the largest free piece; pages can be anywhere, so for paging 0
     logical_pages: np.ndarray  # entries of block tables: a page that three samples share counts three times
     physical_pages: np.ndarray  # pages that these entries name, and those of a prefix that the run shares
     copied_pages: np.ndarray  # before the step
@@ -50,7 +52,7 @@ class MemoryAccount:
     @property
     def external(self) -> np.ndarray:
         """External fragmentation and others, as the paper's Figure 2 has it."""
-        return self.rounding + self.free
+        return self.rounding + self.cached + self.free
 
     @property
     def saving(self) -> np.ndarray:
@@ -87,16 +89,17 @@ def make_account(
     used, held = series["used_slots"], series["pages_used"] * page_size
     is_reserved = final is not None
     final = final if is_reserved else used
-    free = num_pages * page_size - held
+    unheld, cached = num_pages * page_size - held, series["cached_pages"] * page_size
     return MemoryAccount(
         num_slots=num_pages * page_size,
         used=used,
         reserved=final - used,
         internal=series["requested_slots"] - final,
         rounding=held - series["requested_slots"],
-        free=free,
-        stranded=np.where(series["is_short"] > 0, free, 0),
-        gaps=free - series["largest_free"] * page_size,
+        cached=cached,
+        free=unheld - cached,
+        stranded=np.where(series["is_short"] > 0, unheld, 0),
+        gaps=unheld - series["largest_free"] * page_size,
         logical_pages=series["logical_pages"],
         physical_pages=series["logical_pages"] if is_reserved else series["pages_used"],  # chunks share nothing
         copied_pages=series["copied_pages"],

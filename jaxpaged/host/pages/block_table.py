@@ -105,10 +105,15 @@ def refork(table: BlockTable, parent: BlockTable, allocator: PageAllocator) -> t
 
 
 def truncate(table: BlockTable, num_slots: int, allocator: PageAllocator) -> int:
-    """Forget the positions from `num_slots` on; returns how many pages became free. Copies nothing."""
+    """Forget the positions from `num_slots` on; returns how many pages became free. Copies nothing.
+
+    A page that is cut is known by its tokens no more: it may be written in place.
+    """
     assert 0 <= num_slots <= table.num_slots, f"cannot truncate {table.num_slots} positions to {num_slots}"
-    table.num_slots = num_slots
     kept = num_pages_for(num_slots, allocator.page_size)
+    if num_slots % allocator.page_size and num_slots < table.num_slots:
+        allocator.known.forget(table.pages[kept - 1])
+    table.num_slots = num_slots
     freed = allocator.release_all(table.pages[kept:])
     del table.pages[kept:]
     return freed

@@ -4,7 +4,8 @@ To the scheduler it is a group that is prefilled like others, but chooses no tok
 request's first sequence forks its table when the request is placed, all of its tokens, so the request computes what
 lies behind them alone. Where the last page of the prefix is part-filled, that one is copied on this first write, since
 the prefix still holds it: one page copy a request. Nobody is admitted before the prefix is computed, since a page that
-is still being filled cannot be copied.
+is still being filled cannot be copied. Full pages that an earlier run has left are found (known_pages.py), so of a
+prefix that comes again only the last tokens are computed.
 """
 
 from __future__ import annotations

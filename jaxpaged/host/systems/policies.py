@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxpaged.config import CacheConfig, EngineConfig
+from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.systems.contiguous import ESTIMATES, Contiguous, estimate_max
 from jaxpaged.host.systems.dense_rows import RowAllocator, StaticBatches
 from jaxpaged.host.systems.no_cache import NoCache
@@ -10,11 +11,13 @@ from jaxpaged.host.systems.reservation import Paged
 from jaxpaged.host.systems.roles import Policy
 
 
-def make_policy(cache: CacheConfig, limits: EngineConfig) -> Policy:
-    """Raises ValueError, with the numbers, for a pool in which no sequence of a dense cache fits."""
+def make_policy(cache: CacheConfig, limits: EngineConfig, allocator: PageAllocator | None = None) -> Policy:
+    """`allocator`: all pages of a pool, free, of which some are known; by default those of a new one.
+
+    Raises ValueError, with the numbers, for a pool in which no sequence of a dense cache fits."""
     match limits.kv_cache:
         case "paged":
-            return Paged(cache)
+            return Paged(cache, allocator or PageAllocator(cache.num_pages, cache.page_size, limits.prefix_caching))
         case "none":
             return NoCache(cache, limits)
         case "dense":

@@ -12,8 +12,9 @@ at all (no_cache.py).
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.pages.block_table import (
@@ -38,10 +39,10 @@ class Paged(LeavesAtOnce):
     shares_pages = True
     hindsight = None
 
-    def __init__(self, cache: CacheConfig):
+    def __init__(self, cache: CacheConfig, allocator: PageAllocator):
         self.page_size = cache.page_size
         self.num_usable_pages = cache.num_usable_pages
-        self.allocator = PageAllocator(cache.num_pages, cache.page_size)
+        self.allocator = allocator
         self._prefix = BlockTable()
         self._copies: list[PageCopy] = []
 
@@ -55,11 +56,15 @@ class Paged(LeavesAtOnce):
             )
 
     def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
-        needed, free = num_pages_of(placements, self.page_size), self.allocator.num_free
+        resting = {page_id for one in placements for page_id in one.found if not self.allocator.ref_count(page_id)}
+        needed, free = num_pages_of(placements, self.page_size) + len(resting), self.allocator.num_free
         if needed > free or needed + headroom() > free:  # the headroom takes a look at every running sequence
             return False
-        for i, (sequence, num_shared, num_to_compute) in enumerate(placements):
-            if num_shared:
+        for sequence, _, _, found in placements:  # all, before any other page is taken in their place
+            if found:
+                sequence.table = self._table_of(found)
+        for i, (sequence, num_shared, num_to_compute, found) in enumerate(placements):
+            if num_shared and not found:
                 parent = self._prefix if num_shared == group.prefix_len else placements[i - 1].sequence.table
                 sequence.table = fork(parent, self.allocator)
                 truncate(sequence.table, num_shared, self.allocator)
@@ -68,10 +73,16 @@ class Paged(LeavesAtOnce):
             self._copies += copies
         return True
 
-    def place_prefix(self, num_tokens: int) -> BlockTable:
-        """Pages for the prefix that all groups of the run share; the pool is empty, and has room (`check`)."""
-        append_slots([self._prefix], [num_tokens], self.allocator)
+    def place_prefix(self, num_tokens: int, found: Sequence[int]) -> BlockTable:
+        """Pages for the prefix that all groups of the run share, those that were found and others behind them; the pool
+        is empty, and has room (`check`)."""
+        self._prefix = self._table_of(found)
+        append_slots([self._prefix], [num_tokens - self._prefix.num_slots], self.allocator)
         return self._prefix
+
+    def _table_of(self, found: Sequence[int]) -> BlockTable:
+        self.allocator.share_found(found)
+        return BlockTable(array("i", found), len(found) * self.page_size)
 
     def fork(self, table: BlockTable) -> BlockTable:
         return fork(table, self.allocator)
@@ -97,9 +108,13 @@ class Paged(LeavesAtOnce):
         return self.allocator.num_used * self.page_size
 
     def check_invariants(self, tables: Iterable[BlockTable]) -> None:
-        """Reference counts equal table entries, free and held pages partition the pool."""
+        """Reference counts equal table entries, free and held pages partition the pool, no known page is part-filled."""
         self.allocator.check_invariants()
-        held = Counter(page_id for table in tables for page_id in table.pages)
+        held: Counter[int] = Counter()
+        for table in tables:
+            held.update(table.pages)
+            if table.num_slots % self.page_size:
+                assert table.pages[-1] not in self.allocator.known.hashes, f"page {table.pages[-1]} is not full"
         for page_id in range(1, self.allocator.num_pages):
             assert self.allocator.ref_count(page_id) == held[page_id], f"page {page_id} is miscounted"
 

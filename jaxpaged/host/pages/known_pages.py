@@ -1,0 +1,54 @@
+"""When pages of sequences become known, and which of them a sequence finds when it is placed.
+
+A page may be found as soon as the step that fills it is planned: the device carries out one step after the other, so
+whoever finds it reads it later. Prompts are known by chunks, as they are planned; what a sequence has generated, when
+it ends or gives way, since nobody can ask for it before, and a decode step then costs nothing. Tokens that are not
+known yet (`Sequence.num_pending`) are in no page that is. All tables that hold a known page see it full: it is never
+written again.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from jaxpaged.host.pages.page_allocator import PageAllocator
+from jaxpaged.host.sequence import Sequence, SequenceGroup
+
+
+class KnownPages:
+    """The pages of one pool that are known by their tokens. Without an allocator, of a system whose pages are not shared,
+    none are."""
+
+    def __init__(self, allocator: PageAllocator | None):
+        self._allocator = allocator
+
+    def find(self, group: SequenceGroup, sequence: Sequence) -> list[int]:
+        """Pages that hold the first tokens of a sequence, all but the last where that has to give logits."""
+        if self._allocator is None or group.params.prompt_logprobs is not None:  # which every position has to give
+            return []
+        gives_logits = not (group.is_prefix or (group.beams and group.is_forked))
+        most = (group.num_to_prefill(sequence) - gives_logits) // self._allocator.page_size
+        return self._allocator.known.find(_packed(sequence, group), _chain(sequence, group), most)
+
+    def add_computed(self, group: SequenceGroup, sequence: Sequence, start: int, stop: int) -> None:
+        """A step is planned that computes these positions, all of whose tokens are known."""
+        if self._allocator is None:
+            return
+        size = self._allocator.page_size
+        if start // size < stop // size:
+            ids, chain = _packed(sequence, group), _chain(sequence, group)
+            self._allocator.known.add(sequence.table.pages, ids, chain, start // size, stop // size)
+
+    def add_generated(self, group: SequenceGroup, sequence: Sequence) -> None:
+        """A sequence is about to let go of its pages; those that came back from swap space are others than before."""
+        stop = min(sequence.num_computed, len(sequence.token_ids))
+        self.add_computed(group, sequence, 0 if group.num_swaps else sequence.prompt_len, stop)
+
+
+def _packed(sequence: Sequence, group: SequenceGroup) -> array:
+    return array("i", sequence.token_ids) if group.beams else sequence.pack_ids()
+
+
+def _chain(sequence: Sequence, group: SequenceGroup) -> list[bytes]:
+    """Beams change places, and with them all tokens behind the prompt: of these no hash is kept."""
+    return [] if group.beams else sequence.page_hashes
