@@ -270,8 +270,10 @@ class LLM:
             self._options = new
 
     def reset_prefix_cache(self) -> None:
-        """Forget what the pool still holds of ended requests: whatever comes next is computed. RuntimeError while a run or
-        a tree is open."""
+        """Forget what the pool still holds of ended requests: whatever comes next is computed.
+
+        RuntimeError while a run or a tree is open.
+        """
         self.engine.forget_pages()
 
     def check_request(

@@ -27,7 +27,7 @@ VLLM_OPTIONS = {
     "swap_space": "here it is swap_space_gib",
     "preemption_mode": "here it is preemption",
     "attention_backend": "here it is attention",
-    "enable_prefix_caching": "here a prefix is named: generate(..., shared_prefix=...) computes and stores it once",
+    "enable_prefix_caching": "here it is prefix_caching",
     "disable_cascade_attn": "here cascade_attention=True enables it",
     "enable_chunked_prefill": "prompts beyond max_num_batched_tokens are always computed in chunks, so leave it out",
     "tensor_parallel_size": _ONE_DEVICE,

@@ -19,6 +19,9 @@ class Stats(Protocol):
     @property
     def pool_used(self) -> float: ...
 
+    @property
+    def cached_share(self) -> float: ...
+
 
 class ProgressBar:
     """Requests done, tokens per second and the pool's use, on standard error; use as a context manager.
@@ -91,7 +94,8 @@ def _make_bar(stats: Callable[[], Stats], label: str) -> Any:
         def render(self, task: Task) -> Text:
             run = stats()
             tokens = f"requests  {run.num_generated_tokens:,} tokens  {run.tokens_per_second:,.0f} tokens/s"
-            return Text(f"{tokens}  pool {run.pool_used:.0%}")
+            cached = f"  cached {run.cached_share:.0%}" if run.cached_share else ""  # of the prompts' tokens
+            return Text(f"{tokens}  pool {run.pool_used:.0%}{cached}")
 
     return Progress(
         *([TextColumn("{task.description}")] if label else []),

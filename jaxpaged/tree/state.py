@@ -239,8 +239,10 @@ class TreeState:
             self.num_copied -= len(growth.copies)
 
     def find(self, nodes: SequenceOf[Node], tokens: SequenceOf[list[int]]) -> list[int]:
-        """Give empty nodes the known pages of the tokens that they are to have, all but the last, which is to be computed;
-        returns how many tokens these hold. None where all the nodes do not fit the pool."""
+        """Give empty nodes the known pages of the tokens that they are to have, all but the last, which is computed.
+
+        Returns how many tokens these hold; 0 for all where the nodes do not fit the pool.
+        """
         known, size = self.allocator.known, self.allocator.page_size
         for node, ids in zip(nodes, tokens, strict=True):
             found = known.find(array("i", ids), node._sequence.page_hashes, (len(ids) - 1) // size)

@@ -71,7 +71,7 @@ UNKNOWN = [
     (dict(shared_prefixes=True), "'shared_prefixes' (it is called cascade_attention now)"),
     (dict(disable_cascade_attn=True), "'disable_cascade_attn' (here cascade_attention=True enables it)"),
     (dict(tensor_parallel_size=2), "'tensor_parallel_size' (jaxpaged runs on one GPU, so leave it out)"),
-    (dict(enable_prefix_caching=True), "'enable_prefix_caching' (here a prefix is named: generate(..., shared_prefix="),
+    (dict(enable_prefix_caching=True), "'enable_prefix_caching' (here it is prefix_caching)"),
     (dict(block_size=16, watermrk=0), "'block_size' (here it is page_size), 'watermrk' (did you mean watermark?)"),
     (dict(foo=1), "'foo' (there is none like it); it takes model, tokenizer, dtype, load_format, seed,"),
 ]  # fmt: skip

@@ -43,6 +43,14 @@ class DeepPool(PoolModel):
             ) % PRIME
         return value
 
+    def swap(self, group, page_ids, is_out):
+        """What is taken out stays readable to others who share it, or will find it."""
+        before = dict(self.tokens)
+        super().swap(group, page_ids, is_out)
+        for page in page_ids if is_out else ():
+            if self.allocator.ref_count(page) or page in self.allocator.known.hashes:
+                self.tokens.update({(page, offset): before[page, offset] for offset in range(self.page_size)})
+
     def run(self, plan):
         known = [page for page, one in self.allocator.known.hashes.items() if self.known_before.get(page) == one]
         held = {(page, offset): self.tokens[page, offset] for page in known for offset in range(self.page_size)}
@@ -390,9 +398,9 @@ def run_calls(all_calls, stem_list, prefix_len, page_size, spare, budget, preemp
 def test_random_calls_get_the_tokens_that_they_get_without(
     seed, all_calls, stem_list, prefix_len, page_size, spare, budget, preemption, mixed
 ):
-    """Small pools, so that known pages are given up under pressure; common beginnings; samples, beams and stops; requests
-    that give way; calls that are left in the middle. After every step each page that can be found holds what its name
-    says, and whoever reads a page reads what its own tokens say."""
+    """Small pools, so that known pages are given up under pressure; common beginnings; samples, beams and stops;
+    requests that give way; calls that are left in the middle. After every step each page that can be found holds what
+    its name says, and whoever reads a page reads what its own tokens say."""
     arguments = all_calls, stem_list, prefix_len, page_size, spare, budget, preemption, mixed
     with_cache, _ = run_calls(*arguments, caching=True)
     without, nothing = run_calls(*arguments, caching=False)

@@ -17,8 +17,8 @@ slot, and for every step
 
 The last token of a request has its slot in `reserved`, as in the paper, though its keys and values are never written.
 Paging asks for nothing ahead, so its `reserved` and `rounding` are 0. External fragmentation has two readings:
-"external and others" of the paper's figure is `rounding + cached + free`; gaps between allocations, in the strict sense, are
-`stranded`: what is free while a request waits that finds no room.
+"external and others" of the paper's figure is `rounding + cached + free`; gaps between allocations, in the strict
+sense, are `stranded`: what is cached or free while a request waits that finds no room.
 """
 
 from __future__ import annotations

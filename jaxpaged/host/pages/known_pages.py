@@ -16,8 +16,7 @@ from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
 class KnownPages:
-    """The pages of one pool that are known by their tokens. Without an allocator, of a system whose pages are not shared,
-    none are."""
+    """The pages of one pool that are known by their tokens; none without an allocator, where no pages are shared."""
 
     def __init__(self, allocator: PageAllocator | None):
         self._allocator = allocator

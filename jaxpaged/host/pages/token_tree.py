@@ -21,8 +21,8 @@ from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
 class Placement(NamedTuple):
-    """`sequence` shares its first positions with the one before it, or the run's prefix, or with whoever filled the pages
-    that were found, and computes the rest."""
+    """`sequence` shares its first positions with the one before it, the run's prefix, or whoever filled the pages that
+    were found, and computes the rest."""
 
     sequence: Sequence
     num_shared: int  # token positions: full pages, or all that there are to compute; the run's prefix: all of it

@@ -108,7 +108,7 @@ class Paged(LeavesAtOnce):
         return self.allocator.num_used * self.page_size
 
     def check_invariants(self, tables: Iterable[BlockTable]) -> None:
-        """Reference counts equal table entries, free and held pages partition the pool, no known page is part-filled."""
+        """Counts equal table entries, free and held pages partition the pool, no known page is part-filled."""
         self.allocator.check_invariants()
         held: Counter[int] = Counter()
         for table in tables:
