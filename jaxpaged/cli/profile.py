@@ -50,6 +50,7 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 
     requests = make_requests(workload, llm.engine.model.vocab_size, args.seed, args.n)
     llm.generate(requests.prompts, requests.params, progress=False)
+    llm.reset_prefix_cache()
     with llm.profile(output):
         llm.generate(requests.prompts, requests.params, progress=False)
     num_steps = llm.last_run.steps

@@ -197,8 +197,12 @@ def at_rate(requests: Requests, rate: float | None, seed: int = 0) -> Requests:
 def measure(
     llm: Any, requests: Requests, system: str, rate: float | None, on_finished: Callable[[int], None] | None = None
 ) -> Result:
-    """Run the requests on an LLM that keeps its KV memory as `system`, already warm. `on_finished` is told how many."""
+    """Run the requests on an LLM that keeps its KV memory as `system`, already warm. `on_finished` is told how many.
+
+    Pages of an earlier run of the same requests are not to be found.
+    """
     workload = requests.workload
+    llm.reset_prefix_cache()
     outputs: dict[int, RequestOutput] = {}
     results = llm.generate_iter(requests.prompts, requests.params, arrival_times=workload.arrivals.tolist())
     for output in results:

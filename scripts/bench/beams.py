@@ -102,6 +102,7 @@ def make_llm(args: argparse.Namespace) -> Any:
         load_format=args.load_format or ("dummy" if args.model.parent.name == "shapes" else "auto"),
         attention=args.attention,
         cascade_attention=args.cascade_attention,
+        prefix_caching=False,  # every repeat computes its prompts
         max_num_seqs=most,
         max_model_len=length,
         page_size=args.page_size,

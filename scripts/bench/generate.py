@@ -7,6 +7,7 @@ Workloads are named by their lengths (generation_workloads.py). Each is run once
 the clock; the run of the median time is shown. Peers run in processes of their own (generation_peers.py), before ours
 takes the device's memory. Columns:
 
+found      share of the prompts' tokens that were found in pages of earlier requests of the same run
 device     share of the time in which a step was launched or ran; the rest is exposed host
 floor      share of the time that the device would need at its simplest jobs: a decode step reads all weights and the
            keys and values of its rows at the rate of a copy, a prompt's token costs two operations a weight at the rate
@@ -34,6 +35,12 @@ from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config import EngineOptions
 from jaxpaged.device.memory import start_device
 from jaxpaged.engine.preemption import flops_per_token
+from jaxpaged.host.account.accounting import RunStats
+
+#: Of a workload's calls.
+SUMMED = (
+    "steps", "prefill_steps", "mixed_steps", "preemptions", "compilations", "num_prompt_tokens", "cached_tokens",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.model} on {card.device}: copy {card.copy_gb_per_s:,.0f} GB/s, matrix products "
           f"{card.matmul_tflop_per_s:,.3g} TFLOP/s; loaded in {load_seconds} s, "
           f"{llm.engine.cache_config.num_usable_tokens:,} tokens of KV")  # fmt: skip
-    print(f"{'workload':>18} {'tokens/s':>10} {'first s':>8} {'s':>8} {'steps':>7} {'device':>7} {'floor':>6}"
+    print(f"{'workload':>18} {'tokens/s':>10} {'first s':>8} {'s':>8} {'steps':>7} {'found':>6} "
+          f"{'device':>7} {'floor':>6}"
           + "".join(f"{name:>14} {'ratio':>6}" for name in args.peers))  # fmt: skip
     results = []
     for workload in workloads:
         result = measure(llm, workload, card, args.repeats)
         row = (f"{workload.name:>18} {result['tokens_per_second']:10,.0f} {result['first_seconds']:8.1f} "
-               f"{result['seconds']:8.3f} {result['steps']:7} {result['device_share']:7.1%} "
+               f"{result['seconds']:8.3f} {result['steps']:7} "
+               f"{result['cached_tokens'] / result['num_prompt_tokens']:6.1%} {result['device_share']:7.1%} "
                f"{result['floor_share']:6.1%}")  # fmt: skip
         for peer in args.peers:
             if (theirs := peers[peer].get(workload.name)) is not None:
@@ -73,49 +82,54 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(llm: LLM, workload: GenerationWorkload, card: Card, repeats: int) -> dict[str, Any]:
-    params = [
-        SamplingParams(n=workload.num_samples, max_tokens=new, ignore_eos=True, detokenize=False)
-        for new in workload.output_lens
-    ]
-    runs: list[tuple[float, Any]] = []
+    runs: list[tuple[float, list[RunStats]]] = []
     for _ in range(1 + repeats):
+        calls: list[RunStats] = []
+
+        def generate(prompts: list[list[int]], lengths: list[int], calls: list[RunStats] = calls) -> list[list[int]]:
+            params = [
+                SamplingParams(n=workload.num_samples, max_tokens=new, ignore_eos=True, detokenize=False)
+                for new in lengths
+            ]
+            outputs = llm.generate(prompts, params, progress=False)
+            calls.append(llm.last_run)
+            return [output.outputs[0].token_ids for output in outputs]
+
+        llm.reset_prefix_cache()
         began = time.perf_counter()
-        llm.generate(workload.prompts, params, progress=False)
-        runs.append((time.perf_counter() - began, llm.last_run))
+        workload.run(generate)
+        runs.append((time.perf_counter() - began, calls))
     first, *others = runs
     median = median_of([seconds for seconds, _ in others])
-    stats = next(stats for seconds, stats in others if seconds == median)
+    calls = next(calls for seconds, calls in others if seconds == median)
+    totals = {name: sum(getattr(stats, name) for stats in calls) for name in SUMMED}
+    split = {name: sum(stats.seconds[name] for stats in calls) for name in calls[0].seconds}
     return {
         "workload": workload.name,
         "tokens_per_second": round(workload.num_generated / median, 1),
         "first_seconds": round(first[0], 2),
         "seconds": round(median, 4),
         "all_seconds": [round(seconds, 4) for seconds, _ in others],
-        "steps": stats.steps,
-        "prefill_steps": stats.prefill_steps,
-        "mixed_steps": stats.mixed_steps,
-        "preemptions": stats.preemptions,
-        "compilations_first": first[1].compilations,
-        "compilations": stats.compilations,
-        "device_share": round(stats.seconds["device"] / median, 4),
-        "split": {name: round(value, 4) for name, value in stats.seconds.items()},
-        "floor_share": round(floor_seconds(llm, workload, stats.steps - stats.prefill_steps, card) / median, 4),
+        **totals,
+        "compilations_first": sum(stats.compilations for stats in first[1]),
+        "device_share": round(split["device"] / median, 4),
+        "split": {name: round(value, 4) for name, value in split.items()},
+        "floor_share": round(floor_seconds(llm, workload, totals, card) / median, 4),
     }
 
 
-def floor_seconds(llm: LLM, workload: GenerationWorkload, num_decode_steps: int, card: Card) -> float:
-    """What the device needs at least for these tokens in so many decode steps."""
+def floor_seconds(llm: LLM, workload: GenerationWorkload, totals: dict[str, int], card: Card) -> float:
+    """What the device needs at least for these tokens in so many steps, but for what was found."""
     engine = llm.engine
     weights = flops_per_token(engine.model) / 2  # of the layers' matrices
     itemsize, kv_itemsize = (jax.numpy.dtype(dtype).itemsize for dtype in (engine.dtype, engine.cache_config.dtype))
     head = engine.model.vocab_size * engine.model.embedding_dim
     token_bytes = engine.model.kv_bytes_per_token(kv_itemsize)
     tokens_read = sum(
-        workload.num_samples * (len(prompt) * new + new * (new + 1) // 2)
-        for prompt, new in zip(workload.prompts, workload.output_lens, strict=True)
+        workload.num_samples * (prompt_len * new + new * (new + 1) // 2) for prompt_len, new in workload.lengths()
     )
-    num_bytes = num_decode_steps * (weights + head) * itemsize + tokens_read * token_bytes
-    num_flops = 2 * weights * sum(map(len, workload.prompts))
+    num_bytes = (totals["steps"] - totals["prefill_steps"]) * (weights + head) * itemsize + tokens_read * token_bytes
+    num_flops = 2 * weights * (totals["num_prompt_tokens"] - totals["cached_tokens"])
     return num_bytes / (card.copy_gb_per_s * 1e9) + num_flops / (card.matmul_tflop_per_s * 1e12)
 
 
@@ -147,7 +161,8 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "load_format", "dtype", "max_num_seqs", "num_pages", "max_model_len", "page_size", "attention",
         "memory_utilization",
     )  # fmt: skip
-    switches = {name: not getattr(args, "no_" + name) for name in ("async_scheduling", "mixed_steps")}
+    names_of_switches = ("async_scheduling", "mixed_steps", "prefix_caching")
+    switches = {name: not getattr(args, "no_" + name) for name in names_of_switches}
     return {name: getattr(args, name) for name in names} | switches
 
 

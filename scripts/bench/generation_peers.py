@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from generation_workloads import DEFAULT, GenerationWorkload, make_workload
@@ -32,7 +33,7 @@ def run_peer(name: str, args: argparse.Namespace) -> dict[str, Any]:
         sys.executable, __file__, name, args.model, "--workloads", *args.workloads, "--seed", str(args.seed),
         "--repeats", str(args.repeats), "--max-model-len", str(args.max_model_len), "--dtype", args.dtype,
         "--max-num-seqs", str(args.max_num_seqs), "--memory-utilization", str(args.memory_utilization),
-        "--load-format", args.load_format,
+        "--load-format", args.load_format, *(["--no-prefix-caching"] if args.no_prefix_caching else []),
     ]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.peer_timeout)
@@ -53,19 +54,24 @@ def run_vllm(args: argparse.Namespace, workloads: list[GenerationWorkload]) -> N
     llm = LLM(
         args.model, load_format=args.load_format, dtype=args.dtype, max_model_len=args.max_model_len,
         gpu_memory_utilization=args.memory_utilization, max_num_seqs=args.max_num_seqs, skip_tokenizer_init=True,
-        enable_prefix_caching=False, disable_log_stats=True,
+        enable_prefix_caching=not args.no_prefix_caching, disable_log_stats=True,
     )  # fmt: skip
     for workload in workloads:
-        params = [
-            SamplingParams(n=workload.num_samples, temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
-            for new in workload.output_lens
-        ]
-        prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in workload.prompts]
-        report(workload, lambda prompts=prompts, params=params: llm.generate(prompts, params, use_tqdm=False), args)
+
+        def generate(prompts: Any, lengths: list[int], num_samples: int = workload.num_samples) -> list[list[int]]:
+            params = [
+                SamplingParams(n=num_samples, temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
+                for new in lengths
+            ]
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+        report(workload, generate, args, llm.reset_prefix_cache)
 
 
 def run_transformers(args: argparse.Namespace, workloads: list[GenerationWorkload]) -> None:
-    """`generate` in batches of one length; requests of several lengths are left out, since it pads them all."""
+    """`generate` in batches of one length; requests of several lengths are left out, since it pads them all, and so are
+    conversations, whose answers it gives padded."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
@@ -74,17 +80,20 @@ def run_transformers(args: argparse.Namespace, workloads: list[GenerationWorkloa
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
     for workload in workloads:
-        if len(set(map(len, workload.prompts))) > 1 or len(set(workload.output_lens)) > 1:
+        if workload.turns or len(set(map(len, workload.prompts))) > 1 or len(set(workload.output_lens)) > 1:
             continue
         ids = torch.tensor(workload.prompts, device=device)
         new = workload.output_lens[0]
 
-        def generate(ids: Any = ids, new: int = new, workload: GenerationWorkload = workload) -> None:
+        def generate(
+            _prompts: Any, _lengths: Any, ids: Any = ids, new: int = new, workload: GenerationWorkload = workload
+        ) -> list[list[int]]:
             for batch in ids.split(max(1, TRANSFORMERS_BATCH // workload.num_samples)):
                 model.generate(
                     batch, attention_mask=torch.ones_like(batch), do_sample=True, max_new_tokens=new,
                     min_new_tokens=new, num_return_sequences=workload.num_samples, pad_token_id=0,
                 )  # fmt: skip
+            return []
 
         report(workload, generate, args)
 
@@ -94,11 +103,14 @@ def median_of(seconds: list[float]) -> float:
     return statistics.median_high(seconds)
 
 
-def report(workload: GenerationWorkload, generate: Any, args: argparse.Namespace) -> None:
+def report(
+    workload: GenerationWorkload, generate: Any, args: argparse.Namespace, reset: Callable[[], Any] = lambda: None
+) -> None:
     seconds = []
     for _ in range(1 + args.repeats):
+        reset()
         began = time.perf_counter()
-        generate()
+        workload.run(generate)
         seconds.append(time.perf_counter() - began)
     median = median_of(seconds[1:])
     result = {
@@ -131,6 +143,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-model-len", type=int, default=4096, help="(default 4096, or as many as the model has)")
     parser.add_argument("--memory-utilization", type=float, default=0.85)
+    parser.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt; vLLM too")
 
 
 if __name__ == "__main__":

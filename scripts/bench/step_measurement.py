@@ -55,6 +55,7 @@ class Measurement:
             "max_num_batched_tokens": args.max_num_batched_tokens, "attention": args.attention,
             "preemption": "recompute", "watermark": EngineOptions.watermark, "kv_cache": EngineOptions.kv_cache,
             "mixed_steps": False,  # a table has none: their times follow from those of the others
+            "prefix_caching": False,  # the same prompts come again and again, and are to be computed
             **changes,
         }  # fmt: skip
 

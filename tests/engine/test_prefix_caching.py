@@ -1,5 +1,5 @@
-"""Pages found from run to run of one engine, and from call to call of one LLM: the tokens are those of a pool that knows
-nothing, and what cannot be relied on is forgotten."""
+"""Pages found from run to run of one engine, and from call to call of one LLM: the tokens are those of a pool that
+knows nothing, and what cannot be relied on is forgotten."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def test_prompts_that_do_not_fit_a_tree_are_refused_and_hold_nothing():
     engine = some_engine(num_pages=9)
     with Tree(EngineSteps(engine)) as tree:
         tree.free(tree.open(STEMS[0][:16]))
-        with pytest.raises(OutOfPagesError, match="42 tokens on 2 nodes need 11 new pages .* 8 of 8 pages are free"):
-            tree.open([STEMS[0][:16] + [1] * 10, STEMS[0][:16]])
+        with pytest.raises(OutOfPagesError, match="46 tokens on 2 nodes need 12 new pages .* 8 of 8 pages are free"):
+            tree.open([STEMS[0][:16] + [1] * 14, STEMS[0][:16]])
         assert tree.stats().physical == 0
         tree.check_invariants()
 
