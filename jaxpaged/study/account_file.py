@@ -43,7 +43,7 @@ def summarise(stats: RunStats, steps: np.ndarray | None = None) -> dict[str, Any
         raise ValueError("no step to take a mean of")
     memory = stats.memory
     percent = {name: 100 * share for name, share in memory.shares(steps).items()}
-    percent["external (rounding + free)"] = percent["rounding"] + percent["free"]
+    percent["external (rounding + cached + free)"] = percent["rounding"] + percent["cached"] + percent["free"]
     for name in ("stranded", "gaps"):
         percent[name] = 100 * float(getattr(memory, name)[steps].mean()) / memory.num_slots
     return {
@@ -57,6 +57,7 @@ def summarise(stats: RunStats, steps: np.ndarray | None = None) -> dict[str, Any
         "copied_pages": stats.page_copies,
         "preemptions": stats.preemptions,
         "recomputed_tokens": stats.recomputed_tokens,
+        "cached_tokens": stats.cached_tokens,
         "swapped_out_pages": int(memory.swapped_out_pages.sum()),
         "swapped_in_pages": int(memory.swapped_in_pages.sum()),
     }

@@ -38,7 +38,9 @@ class Story:
 
     def __init__(self, num_pages: int, free: list[int], preemption: PreemptionConfig | None = None):
         """`free`: the pages that are handed out first, in this order."""
-        limits = EngineConfig(64, 16, 64, watermark=0.0, preemption=preemption or PreemptionConfig())
+        limits = EngineConfig(
+            64, 16, 64, watermark=0.0, preemption=preemption or PreemptionConfig(), prefix_caching=False
+        )
         self.scheduler = Scheduler(CacheConfig(PAGE_SIZE, num_pages), limits)
         self.recorder = TraceRecorder(self.scheduler.cache)
         self.words: list[str] = []

@@ -18,7 +18,7 @@ SYSTEMS = {
     "Orca (Max)": "contiguous-max", "Orca (Pow2)": "contiguous-pow2", "Orca (Oracle)": "contiguous-oracle",
     "paged": "paged",
 }  # fmt: skip
-COLOURS = dict(zip(CATEGORIES, ("#2a7f3f", "#e3a02f", "#c8503c", "#8c8c8c", "#d9d9d9"), strict=True))
+COLOURS = dict(zip(CATEGORIES, ("#2a7f3f", "#e3a02f", "#c8503c", "#8c8c8c", "#bcd6c4", "#d9d9d9"), strict=True))
 
 
 class Run(NamedTuple):

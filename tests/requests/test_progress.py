@@ -16,7 +16,7 @@ def shown(monkeypatch, stream, **options):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    run = SimpleNamespace(num_generated_tokens=1200, tokens_per_second=345.6, pool_used=0.25)
+    run = SimpleNamespace(num_generated_tokens=1200, tokens_per_second=345.6, pool_used=0.25, cached_share=0.4)
     with ProgressBar(8, lambda: run, **options) as bar:
         bar.update(3)
     return stream.getvalue()
@@ -24,7 +24,7 @@ def shown(monkeypatch, stream, **options):
 
 def test_a_terminal_sees_requests_tokens_per_second_and_the_pools_use(monkeypatch):
     text = shown(monkeypatch, Terminal(), done=2)
-    for part in ("5/8", "1,200 tokens", "346 tokens/s", "25%"):
+    for part in ("5/8", "1,200 tokens", "346 tokens/s", "25%", "cached 40%"):
         assert part in text
 
 
