@@ -3,6 +3,7 @@ another for it."""
 
 from __future__ import annotations
 
+import functools
 from array import array
 from hashlib import blake2b
 
@@ -19,6 +20,7 @@ from jaxpaged.host.account.memory_account import CATEGORIES
 from jaxpaged.host.beams.beam_state import best_hypotheses
 from jaxpaged.host.pages.block_table import BlockTable, append_slots, fork, release, truncate
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
+from jaxpaged.host.pages.token_tree import plan_placements
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.step_io import RowCandidates, StepOutputs, TokenLogprobs
 
@@ -239,6 +241,32 @@ def test_one_that_finds_its_pages_waits_for_room_like_any_other():
     assert rows_of(scheduler.schedule()) == [(0, 14)]
     assert scheduler.is_short and len(scheduler.waiting) == 1
     scheduler.check_invariants()
+
+
+def test_pages_that_rest_and_are_found_do_not_make_room_for_the_others():
+    """Of 6 pages 4 are held, and the other 2 are found: there is none for the third page of the prompt."""
+    scheduler = make_scheduler(7, page_size=4, prefix_caching=True)
+    prompt = list(range(10, 22))
+    run_call(scheduler, [request("a", prompt, 1)], DeepPool(scheduler.allocator))
+    scheduler = next_call(scheduler)
+    begin(scheduler, [request("x", [1] * 14, 2)])
+    assert scheduler.schedule() and scheduler.num_cached_pages == scheduler.allocator.num_free == 2
+    group = request("b", prompt, 1)
+    placements = plan_placements(group, 4, functools.partial(scheduler._find, group))
+    assert [len(one.found) for one in placements] == [2]
+    assert not scheduler.policy.try_place(group, placements, lambda: 0)
+    scheduler.check_invariants()
+
+
+def test_beams_that_give_way_again_and_again_find_the_tokens_that_they_have_then():
+    scheduler = make_scheduler(22, page_size=2, prefix_caching=True)
+    searches = [search(str(i), [1, 2, 3 + i], 12, 3) for i in range(3)]
+    done = run_call(scheduler, searches, DeepPool(scheduler.allocator))
+    without = make_scheduler(22, page_size=2)
+    again = [search(str(i), [1, 2, 3 + i], 12, 3) for i in range(3)]
+    assert run_call(without, again, DeepPool(without.allocator)) == done
+    assert max(group.num_preemptions for group in searches) > 1
+    assert sum(g.recomputed_tokens for g in searches) < sum(g.recomputed_tokens for g in again)
 
 
 def test_pages_that_rest_are_given_up_the_longest_first_and_ends_before_beginnings():
