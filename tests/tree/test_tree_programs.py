@@ -13,6 +13,7 @@ import pytest
 from beam_reference import log_softmax, toy_model
 from helpers import all_but_slow, full_logits
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 from toy import TOY, cascade_engine, toy_params
 from tree_program import MAX_LEN, TreeProgram
@@ -57,6 +58,22 @@ class ToyProgram(TreeProgram):
 
 TestToyProgram = ToyProgram.TestCase
 TestToyProgram.settings = settings(max_examples=60, stateful_step_count=30, **SETTINGS)
+
+
+class FindingProgram(ToyProgram):
+    """Two tokens, so that prompts begin alike, and pages that are known by theirs: of nodes, and of those that are freed."""
+
+    def make_tree(self, seed):
+        tree = super().make_tree(seed)
+        tree._model.allocator.known.is_on = True
+        return tree
+
+    def draw_tokens(self, data, most=6):
+        return data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=most))
+
+
+TestFindingProgram = FindingProgram.TestCase
+TestFindingProgram.settings = settings(max_examples=30, stateful_step_count=30, **SETTINGS)
 
 
 class EngineProgram(TreeProgram):
