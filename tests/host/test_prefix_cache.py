@@ -259,11 +259,11 @@ def test_pages_that_rest_and_are_found_do_not_make_room_for_the_others():
 
 
 def test_beams_that_give_way_again_and_again_find_the_tokens_that_they_have_then():
-    scheduler = make_scheduler(22, page_size=2, prefix_caching=True)
-    searches = [search(str(i), [1, 2, 3 + i], 12, 3) for i in range(3)]
+    scheduler = make_scheduler(18, page_size=2, prefix_caching=True)
+    searches = [search(str(i), [1, 2, 3 + i], 8, 3) for i in range(3)]
     done = run_call(scheduler, searches, DeepPool(scheduler.allocator))
-    without = make_scheduler(22, page_size=2)
-    again = [search(str(i), [1, 2, 3 + i], 12, 3) for i in range(3)]
+    without = make_scheduler(18, page_size=2)
+    again = [search(str(i), [1, 2, 3 + i], 8, 3) for i in range(3)]
     assert run_call(without, again, DeepPool(without.allocator)) == done
     assert max(group.num_preemptions for group in searches) > 1
     assert sum(g.recomputed_tokens for g in searches) < sum(g.recomputed_tokens for g in again)
