@@ -199,11 +199,12 @@ class Engine:
     def _reset(self) -> None:
         """Forget all requests. Of a pool whose pages can be known, the allocator stays, and what it knows."""
         allocator = self.scheduler.allocator
-        if not (self.limits.prefix_caching and isinstance(allocator, PageAllocator)):
-            allocator = None
-        else:
+        stays = self.limits.prefix_caching and allocator.num_pages == self.cache_config.num_pages
+        if stays and isinstance(allocator, PageAllocator):
             allocator.drop_tables()
-        self.scheduler = Scheduler(self.cache_config, self.limits, allocator)
+            self.scheduler = Scheduler(self.cache_config, self.limits, allocator)
+        else:
+            self.scheduler = Scheduler(self.cache_config, self.limits)
         self.runner.forget_swapped()
 
     def forget_pages(self) -> None:
