@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import time
+import weakref
 from collections.abc import Generator, Iterator
 
 import jax
@@ -57,7 +58,7 @@ class Engine:
         self.limits = runner.limits
         self.device = runner.device
         self.scheduler = Scheduler(self.cache_config, self.limits)
-        self._params_of_pages = runner.params  # with which the pages that are known were computed
+        self._params_of_pages = weakref.ref(runner.params)  # with which the pages that are known were computed
         self.record = RunRecord(self.cache_config)
         self.recorder: TraceRecorder | None = None  # takes down the next run, if someone sets it
 
@@ -182,7 +183,7 @@ class Engine:
             if self.runner.has_lost_pool:
                 self.runner.remake_pool()
                 self._forget_pages()
-            if self._params_of_pages is not self.params:
+            if self._params_of_pages() is not self.params:
                 self._forget_pages()
             try:
                 yield hold
@@ -215,4 +216,4 @@ class Engine:
     def _forget_pages(self) -> None:
         if isinstance(self.scheduler.allocator, PageAllocator):
             self.scheduler.allocator.forget_all()
-        self._params_of_pages = self.params
+        self._params_of_pages = weakref.ref(self.params)

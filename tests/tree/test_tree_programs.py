@@ -61,7 +61,7 @@ TestToyProgram.settings = settings(max_examples=60, stateful_step_count=30, **SE
 
 
 class FindingProgram(ToyProgram):
-    """Two tokens, so that prompts begin alike, and pages that are known by theirs: of nodes, and of those that are freed."""
+    """Two tokens, so that prompts begin alike, and pages that are known: of nodes, and of those that are freed."""
 
     def make_tree(self, seed):
         tree = super().make_tree(seed)
