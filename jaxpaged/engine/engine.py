@@ -30,6 +30,7 @@ from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.first_decode import first_decode_shape
+from jaxpaged.host.systems.roles import ChunkAllocator
 
 logger = logging.getLogger("jaxpaged")
 
@@ -58,7 +59,9 @@ class Engine:
         self.limits = runner.limits
         self.device = runner.device
         self.scheduler = Scheduler(self.cache_config, self.limits)
-        self._params_of_pages = weakref.ref(runner.params)  # with which the pages that are known were computed
+        # The allocator that the last run or tree has left, if it left it in order; and the weights of what that knows.
+        self._left: PageAllocator | ChunkAllocator | None = None
+        self._params_of_pages = weakref.ref(runner.params)
         self.record = RunRecord(self.cache_config)
         self.recorder: TraceRecorder | None = None  # takes down the next run, if someone sets it
 
@@ -178,42 +181,41 @@ class Engine:
         What it leaves behind asks nothing of jax, since a run may be dropped at any moment, the process' end included.
         """
         with self.owner.held(who, hold) as hold:
-            self._reset()
             steps.begin_run()
+            if self._params_of_pages() is not self.params:
+                self._left = None
             if self.runner.has_lost_pool:
                 self.runner.remake_pool()
-                self._forget_pages()
-            if self._params_of_pages() is not self.params:
-                self._forget_pages()
+                self._left = None
+            self._reset()
+            self._left = None  # whatever ends the block but its end: a step may be planned and not launched
             try:
                 yield hold
-            except GeneratorExit:  # left between two steps: all that was planned has been launched
-                raise
-            except BaseException:  # perhaps a step was planned, and never launched, whose pages are known all the same
-                if not self._is_ending():
-                    self._forget_pages()
+                self._left = self._allocator_to_keep()
+            except GeneratorExit:  # the run was left between two steps: all that was planned has been launched
+                self._left = self._allocator_to_keep()
                 raise
             finally:
                 if not self._is_ending():
                     self._reset()
 
+    def _allocator_to_keep(self) -> PageAllocator | ChunkAllocator | None:
+        return self.scheduler.allocator if self.limits.prefix_caching else None
+
     def _reset(self) -> None:
-        """Forget all requests. Of a pool whose pages can be known, the allocator stays, and what it knows."""
-        allocator = self.scheduler.allocator
-        stays = self.limits.prefix_caching and allocator.num_pages == self.cache_config.num_pages
-        if stays and isinstance(allocator, PageAllocator):
-            allocator.drop_tables()
-            self.scheduler = Scheduler(self.cache_config, self.limits, allocator)
-        else:
-            self.scheduler = Scheduler(self.cache_config, self.limits)
+        """Forget all requests. The allocator stays, and what it knows, if the last who had it left it in order."""
+        allocator, self._left = self._left, None  # an interrupt in what follows costs what is known, no more
+        is_same_pool = allocator is not None and allocator.num_pages == self.cache_config.num_pages
+        kept = allocator if is_same_pool and isinstance(allocator, PageAllocator) else None
+        if kept is not None:
+            kept.drop_tables()
+        self.scheduler = Scheduler(self.cache_config, self.limits, kept)
         self.runner.forget_swapped()
+        self._params_of_pages = weakref.ref(self.params)
+        self._left = kept
 
     def forget_pages(self) -> None:
         """Whatever comes next is computed."""
         with self.owner.held("reset_prefix_cache"):
-            self._forget_pages()
-
-    def _forget_pages(self) -> None:
-        if isinstance(self.scheduler.allocator, PageAllocator):
-            self.scheduler.allocator.forget_all()
-        self._params_of_pages = weakref.ref(self.params)
+            self._left = None
+            self._reset()

@@ -313,6 +313,16 @@ def test_what_is_known_already_stays_with_the_page_that_was_first():
     allocator.check_invariants()
 
 
+def test_a_page_that_an_interrupt_lost_is_free_when_all_tables_are_dropped():
+    allocator, table = PageAllocator(9, 4, prefix_caching=True), BlockTable()
+    append_slots([table], [8], allocator)
+    allocator.known.add(table.pages, array("i", range(8)), [], 0, 1)
+    allocator._free.pop()  # taken, and not counted yet
+    allocator.drop_tables()
+    assert (allocator.num_free, allocator.num_resting) == (8, 1)
+    allocator.check_invariants()
+
+
 def test_nothing_is_known_where_caching_is_off():
     scheduler = make_scheduler(64, page_size=4, prefix_caching=False)
     pool = DeepPool(scheduler.allocator)

@@ -109,12 +109,13 @@ class PageAllocator:
             self._free.append(page_id)
 
     def drop_tables(self) -> None:
-        """Nobody holds a page any more; what is known stays so."""
+        """Nobody holds a page any more, an interrupt that lost one included; what is known stays so."""
         if self.num_used:
-            held = [page_id for page_id, count in enumerate(self._ref_counts) if count]
+            free = {*self._free, *self.known.resting}
             self._ref_counts = [0] * self.num_pages
-            for page_id in reversed(held):
-                self._give_back(page_id)
+            for page_id in range(self.num_pages - 1, NULL_PAGE, -1):
+                if page_id not in free:
+                    self._give_back(page_id)
 
     def forget_all(self) -> None:
         """No page is known any more."""

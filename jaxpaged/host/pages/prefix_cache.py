@@ -59,15 +59,17 @@ class PrefixCache:
             return
         self._extend(chain, token_ids, stop)
         for i in range(start, stop):
-            page_id = page_ids[i]
-            if page_id not in self.hashes and self._pages.setdefault(chain[i], page_id) == page_id:
-                self.hashes[page_id] = chain[i]
+            page_id, one = page_ids[i], chain[i]
+            if page_id not in self.hashes and one not in self._pages:
+                self.hashes[page_id] = one  # first: wherever an interrupt comes, what can be found is in both
+                self._pages[one] = page_id
 
     def forget(self, page_id: int) -> None:
         """The page will hold other tokens."""
-        one = self.hashes.pop(page_id, None)
+        one = self.hashes.get(page_id)
         if one is not None:
-            del self._pages[one]
+            self._pages.pop(one, None)
+            del self.hashes[page_id]
 
     def forget_all(self) -> list[int]:
         """Returns the pages that rested, in the order in which they would have been given up."""
