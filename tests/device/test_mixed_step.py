@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import all_but_slow
 from toy import TOY, toy_params
 
 from jaxpaged.config import CacheConfig, EngineConfig
@@ -94,7 +95,7 @@ def make_pool(config, rng, decode, prefill):
     return jax.tree.map(filled, make_paged_cache(config, CacheConfig(PAGE_SIZE, NUM_PAGES, "float32")))
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", all_but_slow(FEATURES, "windows and soft caps"))
 def test_it_is_a_decode_step_and_a_prefill_step(name):
     config = dataclasses.replace(TOY, **FEATURES[name])
     rng = np.random.default_rng(3)

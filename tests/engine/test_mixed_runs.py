@@ -76,7 +76,7 @@ def run_over_time(engine, groups, every=2):
         return tokens
 
 
-@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("name", all_but_slow(PARAMS, "samples", "penalties"))
 def test_the_tokens_are_those_of_steps_that_alternate(engine, alternating_engine, name):
     expected = run_tokens(alternating_engine, requests_of(name))
     assert alternating_engine.stats.mixed_steps == 0

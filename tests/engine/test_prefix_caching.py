@@ -65,7 +65,10 @@ def known_pages(engine) -> int:
     return len(engine.scheduler.allocator.known.hashes)
 
 
-@pytest.mark.parametrize("preemption", [PreemptionConfig(), PreemptionConfig("swap", 60, transfer_pages=8)])
+@pytest.mark.parametrize(
+    "preemption",
+    [PreemptionConfig(), pytest.param(PreemptionConfig("swap", 60, transfer_pages=8), marks=pytest.mark.slow)],
+)
 def test_tokens_are_the_same_with_room_for_all_and_for_hardly_any(engine, expected, preemption):
     engine.forget_pages()
     results, found = run_calls(engine)
@@ -85,6 +88,7 @@ def test_tokens_are_the_same_with_room_for_all_and_for_hardly_any(engine, expect
     assert num_preempted > 3
 
 
+@pytest.mark.slow
 def test_fp8_pages_are_found_like_others():
     results, found = run_calls(some_engine(kv_dtype="float8_e4m3fn"), 2)
     without, _ = run_calls(some_engine(kv_dtype="float8_e4m3fn", prefix_caching=False), 2)

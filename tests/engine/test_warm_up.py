@@ -65,7 +65,9 @@ def test_what_fails_to_compile_ends_the_warm_up_with_its_error():
         compile_together([Broken()] * 9, 9)
 
 
-@pytest.mark.parametrize(("params", "num_programs"), list(zip(PARAMS, (2, 4), strict=True)))
+@pytest.mark.parametrize(
+    ("params", "num_programs"), [(PARAMS[0], 2), pytest.param(PARAMS[1], 4, marks=pytest.mark.slow)]
+)
 def test_the_first_decode_step_is_compiled_beside_the_prompts(params, num_programs, makers):
     """In a thread, and once: the run finds it, and a second run has nothing to wait for. Four with samples and
     penalties: copies, and a step with the history that the device has."""

@@ -9,8 +9,8 @@ from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.step.batching import Buckets, StepShape
 from jaxpaged.host.step.first_decode import first_decode_shape
 
-LIMITS = EngineConfig(max_model_len=400, max_num_seqs=8)
-CACHE = CacheConfig(page_size=4, num_pages=101)
+LIMITS = EngineConfig(max_model_len=1600, max_num_seqs=8)
+CACHE = CacheConfig(page_size=4, num_pages=401)
 BUCKETS = Buckets.for_limits(LIMITS, CACHE)
 
 
@@ -24,10 +24,11 @@ def late(group):
 
 
 def test_a_row_for_each_sample_and_a_table_for_the_longest_prompt_and_its_token():
-    assert foretold([make_group(5)]) == StepShape(1, 32)
-    assert foretold([make_group(5), make_group(7, n=2)]) == StepShape(4, 32)
-    assert foretold([make_group(127)]) == StepShape(1, 32)
-    assert foretold([make_group(128)]) == StepShape(1, 100)
+    assert BUCKETS.table_widths == (256, 400)
+    assert foretold([make_group(5)]) == StepShape(1, 256)
+    assert foretold([make_group(5), make_group(7, n=2)]) == StepShape(4, 256)
+    assert foretold([make_group(1023)]) == StepShape(1, 256)
+    assert foretold([make_group(1024)]) == StepShape(1, 400)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_a_row_for_each_sample_and_a_table_for_the_longest_prompt_and_its_token(
         [],
         [make_group(5, max_tokens=1)],  # ends with the token that its prompt gives
         [make_group(5, n=9)],  # not all together
-        [make_group(100, n=4)],
+        [make_group(400, n=4)],
         [make_group(5), late(make_group(5))],
         [make_search(5, 4, width=2)],
     ],
@@ -46,4 +47,4 @@ def test_what_depends_on_more_is_not_foretold(groups):
 
 
 def test_nor_is_it_for_other_systems_than_paging():
-    assert foretold([make_group(5)], EngineConfig(400, 8, kv_cache="contiguous-max")) is None
+    assert foretold([make_group(5)], EngineConfig(1600, 8, kv_cache="contiguous-max")) is None
