@@ -205,15 +205,15 @@ class LLM:
             messages: a conversation or a list of them; a content is text, or a list of {"type": "text", "text": ...}.
             sampling_params: as for `generate`.
             progress: a bar where stderr is a terminal.
-            tools: JSON schemas of functions, and `documents`, objects with title and text, for templates that read them.
-            documents: see `tools`.
+            tools: JSON schemas of functions, for templates that read them.
+            documents: objects with title and text, as well.
             chat_template: a template in place of the model's, or the name of one of several that the model has.
             add_generation_prompt: end with the beginning of an answer; the default, unless `continue_final_message`.
             continue_final_message: leave the last message open, so that the model goes on with it.
             chat_template_kwargs: more variables of the template, such as {"enable_thinking": False}.
 
-        Raises ValueError, before any request runs, for messages that are wrong (which, and which key) and for a template
-        that is missing, raises, or does not end.
+        Raises ValueError, before any request runs, for messages that are wrong (which, and which key) and for a
+        template that is missing, raises, or does not end.
         """
         options = {
             "tools": tools, "documents": documents, "chat_template": chat_template,

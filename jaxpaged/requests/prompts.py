@@ -74,8 +74,8 @@ def read_prompt(prompt: Any) -> Prompt:
                 raise ValueError('{"prompt_token_ids": ...} takes a list of integers, got text')
         else:
             raise ValueError(
-                'a prompt dict has the key "prompt" (also with "add_special_tokens"), "prompt_token_ids" or "messages", '
-                f"got {shortened(list(prompt))}"
+                'a prompt dict has the key "prompt" (also with "add_special_tokens"), "prompt_token_ids" or "messages"'
+                f", got {shortened(list(prompt))}"
             )
     if isinstance(prompt, str):
         if not prompt:

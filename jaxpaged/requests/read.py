@@ -172,9 +172,7 @@ class RequestReader:
     def _render(self, conversation: Conversation, prefix: Prefix | None) -> Prompt:
         """The text of messages, which has the special tokens that the model's chat template writes, and no others."""
         if prefix is not None:
-            raise ValueError(
-                "shared_prefix would come before the beginning of a conversation: leave out one of the two"
-            )
+            raise ValueError("shared_prefix would come before the conversation begins: leave out one of the two")
         need_tokenizer(self.tokenizer, "messages need", self._missing)
         return Prompt(self._chat_templates.render(conversation), None, add_special_tokens=False)
 

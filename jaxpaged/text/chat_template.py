@@ -18,8 +18,8 @@ from jaxpaged.text.template_process import SECONDS, TemplateProcess
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
-#: Behind the text of a message that is to go on: what the template writes from there on is cut off. The blank at its end
-#: goes where a template trims the message.
+#: Behind the text of a message that is to go on: what the template writes from there on is cut off. The blank at its
+#: end goes where a template trims the message.
 MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -50,16 +50,15 @@ class ChatTemplates:
             if name in templates:
                 return templates[name]
         if templates:
-            raise ValueError(
-                f"{self._directory} has no default chat template: choose of {', '.join(sorted(templates))}"
-            )
+            named = ", ".join(sorted(templates))
+            raise ValueError(f"{self._directory} has no default chat template: choose one of {named}")
         raise ValueError(
-            f"{self._directory} has no chat template, neither {TEMPLATE_FILE} nor one in {CONFIG_NAME}: its model may be "
-            "none for chats; give one as chat_template"
+            f"{self._directory} has no chat template, neither {TEMPLATE_FILE} nor one in {CONFIG_NAME}: its model may "
+            "be none for chats; give one as chat_template"
         )
 
     def render(self, conversation: Conversation) -> str:
-        """The text of a conversation, up to where the answer begins; ValueError, in words, for a template that fails."""
+        """The text of a conversation, up to where the answer begins; ValueError for a template that fails."""
         template = self.choose(conversation.chat_template, conversation.tools is not None)
         messages = conversation.messages
         if conversation.continue_final_message:

@@ -1,9 +1,9 @@
 """The process that renders chat templates, run as a script: a line of JSON in, a line of JSON out.
 
-A template is a stranger's program. jinja2's sandbox keeps it from Python's insides, but not from looping for ever or from
-filling memory, and no thread can be stopped from outside. So it runs in a process, with limits that the system keeps: of
-processor time, whose end is a signal that kills the process, and of memory. It imports nothing of jaxpaged, since it
-starts while somebody waits.
+A template is a stranger's program. jinja2's sandbox keeps it from Python's insides, but not from looping for ever or
+from filling memory, and no thread can be stopped from outside. So it runs in a process, with limits that the system
+keeps: of processor time, whose end is a signal that kills the process, and of memory. It imports nothing of jaxpaged,
+since it starts while somebody waits.
 
 Everything is set up as transformers sets it up: blocks trimmed, `break` and `continue`, `{% generation %}` around what
 an assistant says (no matter here), `raise_exception`, `strftime_now`, and a `tojson` that escapes nothing.
@@ -159,9 +159,7 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     seconds = float(sys.argv[1])
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal sends Control-C to every process; ours ends with its input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all: this one ends with its input
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     for line in sys.stdin.buffer:
         request = json.loads(line)
