@@ -15,8 +15,8 @@ def check_streamable(params: RequestParams) -> None:
     if not isinstance(params, SamplingParams):
         raise ValueError(f"stream takes one SamplingParams, got {shortened(params)}")
     if params.num_samples != 1 or not params.detokenize:
-        wrong = "detokenize=False" if params.num_samples == 1 else f"{params.num_samples} samples"
-        raise ValueError(f"stream gives the text of one sample, and {wrong} was asked for: use generate_iter")
+        wrong = "has detokenize=False" if params.num_samples == 1 else f"asks for {params.num_samples} samples"
+        raise ValueError(f"stream gives the text of one sample, and the request {wrong}: use generate_iter")
 
 
 class StreamedText:
@@ -32,7 +32,9 @@ class StreamedText:
         self._num_given = 0
 
     def grow(self) -> str:
-        """What is new, of a sample that goes on."""
+        """What is new, of a sample that goes on; of one that has ended the last token may not be part of the text."""
+        if self._sequence.finish_reason is not None:
+            return ""
         new = self._sequence.output_ids[self._num_pushed :]
         self._num_pushed += len(new)
         self._text += "".join([self._stream.push(token_id) for token_id in new])
