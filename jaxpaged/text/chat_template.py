@@ -31,15 +31,19 @@ class TemplateFiles(NamedTuple):
 
 
 class ChatTemplates:
-    """The templates of one model, read when they are first needed: who never chats needs none of their files."""
+    """The templates of one model, of the first of some directories that has any.
 
-    def __init__(self, directory: Path, seconds: float = SECONDS):
-        self._directory = directory
+    They are read when they are first needed: who never chats needs none of their files.
+    """
+
+    def __init__(self, *directories: Path, seconds: float = SECONDS):
+        self._directories = directories
         self._process = TemplateProcess(seconds)
 
     @cached_property
     def _files(self) -> TemplateFiles:
-        return read_template_files(self._directory)
+        found = map(read_template_files, self._directories)
+        return next((files for files in found if files.templates), TemplateFiles({}, {}))
 
     def choose(self, given: str | None, has_tools: bool) -> str:
         """The template that was `given`, itself or by name, or the model's own; ValueError where there is none."""
@@ -50,11 +54,10 @@ class ChatTemplates:
             if name in templates:
                 return templates[name]
         if templates:
-            named = ", ".join(sorted(templates))
-            raise ValueError(f"{self._directory} has no default chat template: choose one of {named}")
+            raise ValueError(f"there is no default chat template: choose one of {', '.join(sorted(templates))}")
         raise ValueError(
-            f"{self._directory} has no chat template, neither {TEMPLATE_FILE} nor one in {CONFIG_NAME}: its model may "
-            "be none for chats; give one as chat_template"
+            f"{self._directories[-1]} has no chat template, neither {TEMPLATE_FILE} nor one in {CONFIG_NAME}: its "
+            "model may be none for chats; give one as chat_template (on the command line --chat-template FILE)"
         )
 
     def render(self, conversation: Conversation) -> str:
@@ -82,12 +85,9 @@ class ChatTemplates:
 
 
 def find_chat_templates(tokenizer: object, directory: Path) -> ChatTemplates:
-    """Those beside a `tokenizer` that was given as a path, if there are any, else those of the model's `directory`."""
-    if isinstance(tokenizer, str | Path):
-        path = Path(tokenizer)
-        beside = path if path.is_dir() else path.parent
-        if any((beside / name).is_file() for name in (TEMPLATE_FILE, CONFIG_NAME)):
-            return ChatTemplates(beside)
+    """Those of a `tokenizer` that was given as a directory, if it has any, else those of the model's `directory`."""
+    if isinstance(tokenizer, str | Path) and Path(tokenizer).is_dir():
+        return ChatTemplates(Path(tokenizer), directory)
     return ChatTemplates(directory)
 
 

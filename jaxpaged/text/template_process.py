@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class TemplateProcess:
         command = [sys.executable, "-P", str(WORKER), str(self._seconds)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._process = process
-        self._stop = weakref.finalize(self, _kill, process)
+        self._stop = weakref.finalize(self, _kill, process, os.getpid())
         return process
 
     def _end(self) -> None:
@@ -71,7 +72,9 @@ class TemplateProcess:
         self._stop()
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() != owner:  # in a process that was forked off, whose parent may go on
+        return
     assert process.stdin is not None and process.stdout is not None
     process.kill()
     process.wait()

@@ -160,7 +160,9 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all: this one ends with its input
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MAX_BYTES if most == resource.RLIM_INFINITY else min(MAX_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
