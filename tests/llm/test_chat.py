@@ -79,6 +79,15 @@ def test_what_is_wrong_is_named_before_anything_runs(llm):
         tree.open({"messages": HELLO})
 
 
+def test_what_was_said_before_is_not_computed_again(llm):
+    llm.reset_prefix_cache()
+    (first,) = llm.chat(HELLO, GREEDY)
+    said = [{"role": "assistant", "content": first.outputs[0].text}, {"role": "user", "content": "go"}]
+    (second,) = llm.chat([*HELLO, *said], GREEDY)
+    full_pages = (len(first.prompt_token_ids) + len(first.outputs[0].token_ids) - 1) // 4
+    assert second.kv.cached_tokens == 4 * full_pages
+
+
 def test_beams_answer_conversations_too(llm):
     (output,) = llm.chat(HELLO, BeamSearchParams(beam_width=2, max_tokens=4))
     assert output.prompt == "<s>u:hello|a:" and len(output.outputs) == 2
