@@ -12,7 +12,8 @@ from typing import Any
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.beam_snapshot import BeamSnapshot
-from jaxpaged.api.names import OTHER_OPTIONS, VLLM_REQUESTS, check_names, explains_names
+from jaxpaged.api.messages import is_conversation
+from jaxpaged.api.names import OTHER_OPTIONS, VLLM_CHAT, VLLM_REQUESTS, check_names, explains_names
 from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
@@ -33,11 +34,13 @@ from jaxpaged.requests.answer import make_output
 from jaxpaged.requests.progress import CompilingLine, ProgressBar
 from jaxpaged.requests.prompts import Prompt
 from jaxpaged.requests.read import RequestReader
+from jaxpaged.requests.streamed_text import StreamedText, check_streamable
+from jaxpaged.text.chat_template import find_chat_templates
 from jaxpaged.text.tokenizer import Tokenizer, find_tokenizer
 from jaxpaged.tree.on_engine import EngineSteps
 from jaxpaged.tree.tree import Tree
 
-Prompts = Any  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of these
+Prompts = Any  # text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": ...}, or a list of these
 
 #: What is asked for in other places than in a call.
 ELSEWHERE = {
@@ -77,7 +80,8 @@ class LLM:
         self._options = settled = EngineOptions(**options)
         self._checkpoint = checkpoint = open_checkpoint(read_path("model", model))
         found = find_tokenizer(tokenizer, checkpoint.tokenizer_file)
-        self._requests = RequestReader(found, checkpoint.directory, settled.seed)
+        templates = find_chat_templates(tokenizer, checkpoint.directory)
+        self._requests = RequestReader(found, checkpoint.directory, settled.seed, templates)
         self._owner = pool_ownership()
         self._engine: Engine | None = build_engine(checkpoint, settled, owner=self._owner)
         self._weights = self._engine.params
@@ -177,6 +181,83 @@ class LLM:
         with closing(self._run("generate_iter", groups, checked_for)) as run:
             for _, output in run:
                 yield output
+
+    @explains_names({**ELSEWHERE, **VLLM_CHAT})
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
+        progress: bool = True,
+        *,
+        tools: SequenceOf[dict[str, Any]] | None = None,
+        documents: SequenceOf[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of a list of them; results in input order.
+
+        A conversation is a list of messages: {"role": "user", "content": text}. The model's chat template makes text of
+        it, `prompt` of the result, exactly as transformers does; it writes all special tokens itself.
+
+        Args:
+            messages: a conversation or a list of them; a content is text, or a list of {"type": "text", "text": ...}.
+            sampling_params: as for `generate`.
+            progress: a bar where stderr is a terminal.
+            tools: JSON schemas of functions, for templates that read them.
+            documents: objects with title and text, as well.
+            chat_template: a template in place of the model's, or the name of one of several that the model has.
+            add_generation_prompt: end with the beginning of an answer; the default, unless `continue_final_message`.
+            continue_final_message: leave the last message open, so that the model goes on with it.
+            chat_template_kwargs: more variables of the template, such as {"enable_thinking": False}.
+
+        Raises ValueError, before any request runs, for messages that are wrong (which, and which key) and for a
+        template that is missing, raises, or does not end.
+        """
+        options = {
+            "tools": tools, "documents": documents, "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }  # fmt: skip
+        if is_conversation(messages):
+            return self.generate({"messages": messages, **options}, sampling_params, progress)
+        return self.generate([{"messages": one, **options} for one in messages], sampling_params, progress)
+
+    @explains_names(ELSEWHERE)
+    def stream(
+        self, prompt: Any, sampling_params: SamplingParams | None = None, add_special_tokens: bool = True
+    ) -> Generator[str, None, RequestOutput]:
+        """The text of one sample in pieces, as its tokens come: what may become a stop string waits until it is none.
+
+        The pieces join to the sample's text, and the generator returns the `RequestOutput`. The request is checked when
+        this is called; the pool is taken with the first piece. Leaving the loop early ends the request.
+        """
+        engine = self.engine
+        params = SamplingParams() if sampling_params is None else sampling_params
+        check_streamable(params)
+        groups = self._requests.read_all(prompt, params, None, engine, add_special_tokens=add_special_tokens)
+        if len(groups) != 1:
+            raise ValueError(f"stream takes one prompt, got {len(groups)}")
+        if self.tokenizer is None:
+            raise ValueError("stream gives text, and there is no tokenizer: use generate_iter, or name a tokenizer")
+        return self._stream(groups[0], self.tokenizer, weakref.ref(engine))
+
+    def _stream(
+        self, group: SequenceGroup, tokenizer: Tokenizer, checked_for: weakref.ref[Engine]
+    ) -> Generator[str, None, RequestOutput]:
+        text = StreamedText(group, tokenizer)
+        with (
+            self._begin("stream", [group], checked_for) as hold,
+            closing(self.engine.run_steps([group], hold)) as steps,
+        ):
+            for finished in steps:
+                if not finished and (piece := text.grow()):
+                    yield piece
+        output = make_output(group, tokenizer)
+        if piece := text.finish(output.outputs[0].text):
+            yield piece
+        return output
 
     @explains_names(ELSEWHERE)
     def beam_search(

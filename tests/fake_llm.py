@@ -30,7 +30,12 @@ class FakeTokenizer:
 
 
 def _text(prompt):
-    """Of a prompt without special tokens, of which this tokenizer has none: its first character is written ~."""
+    """Of a prompt without special tokens, of which this tokenizer has none: its first character is written ~. Of a
+    conversation its messages, which a template of "none" has not."""
+    if isinstance(prompt, dict) and "messages" in prompt:
+        if prompt.get("chat_template") == "none":
+            raise ValueError("the chat template says: none")
+        return "".join(f"{message['role']}: {message['content']}\n" for message in prompt["messages"])
     return "~" + prompt["prompt"][1:] if isinstance(prompt, dict) else prompt
 
 

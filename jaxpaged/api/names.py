@@ -68,6 +68,11 @@ VLLM_REQUESTS = {
     "concurrency_limit": "here LLM(max_num_seqs=...) is how many sequences run together",
     "tokenization_kwargs": "here it is add_special_tokens",
 }
+#: And of `chat`.
+VLLM_CHAT = {
+    "chat_template_content_format": "contents of parts become one text for templates that know none, so leave it out",
+    "mm_processor_kwargs": _NO_IMAGES,
+}
 
 
 def check_names(call: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, str]) -> None:

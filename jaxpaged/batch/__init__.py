@@ -3,7 +3,8 @@
 requests.py  what one input line asks for, or why it asks for nothing
 input_formats.py  which files are read as lines, by name and first bytes
 parse.py     bytes -> requests: which format a file has, one prompt or JSON object a line
-openai.py    the body of an OpenAI `/v1/completions` batch line, and of its answer
+openai_line.py  an OpenAI batch line, of either url
+openai.py    the body of `/v1/completions`, and of its answer; openai_chat.py: of `/v1/chat/completions`
 rows.py      outputs -> the JSON row that is written
 resume.py    which rows of an earlier run still stand; changes.py: what is different where one does not
 results.py   the output file: locked, appended row by row, never a row half or twice

@@ -53,7 +53,8 @@ def _described(row: Mapping[str, Any], line: BatchRequest) -> tuple[dict[str, An
     if "--shared-prefix" not in {*before, *now} and has_settings:
         (prompt,) = line.prompts
         name = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
-        before[name], now[name] = row.get(name), prompt
+        if not isinstance(prompt, dict):  # of a conversation a row has what its template made of it
+            before[name], now[name] = row.get(name), prompt
     return before, now
 
 

@@ -17,10 +17,13 @@ NAMES = frozenset(
     (
         "config.json", "generation_config.json", "checksums.json", "tokenizer.json", "tokenizer_config.json",
         "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+        "chat_template.jinja",
     )
 )  # fmt: skip
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".model")
 TENSOR_FOLDER = "params"  # of the native format
+TEMPLATE_FOLDER = "additional_chat_templates"
+FOLDERS = (TENSOR_FOLDER, TEMPLATE_FOLDER)
 WEIGHT_INDEX = "model.safetensors.index.json"
 
 
@@ -39,7 +42,7 @@ def model_identity(path: str | Path) -> str:
 
 def model_files(root: Path) -> list[Path]:
     """The files that make the model in this directory, in order."""
-    candidates = [*root.iterdir(), *(root / TENSOR_FOLDER).rglob("*")]
+    candidates = [*root.iterdir(), *(file for folder in FOLDERS for file in (root / folder).rglob("*"))]
     return sorted(file for file in candidates if file.is_file() and is_of_model(file, root))
 
 
@@ -49,7 +52,7 @@ def is_of_model(path: Path, root: Path) -> bool:
         return False
     first, *others = path.relative_to(root).parts or ("",)
     if others:
-        return first == TENSOR_FOLDER and not any(part.startswith(".") for part in others)
+        return first in FOLDERS and not any(part.startswith(".") for part in others)
     if first.startswith("."):
         return False
     return first in NAMES or first.endswith(SUFFIXES) or first in _indexed_names(root / WEIGHT_INDEX)

@@ -1,4 +1,4 @@
-"""OpenAI batch lines for `/v1/completions`: the request body in, the completion object out.
+"""The body of an OpenAI `/v1/completions` batch line: the request in, the completion object out.
 
 One line may hold a list of prompts; choice `p * n + s` is then sample s of prompt p. Besides OpenAI's parameters a body
 may set every field of `SamplingParams` (top_k, min_p, ...), or of `BeamSearchParams` with a `beam_width`. `model` is
@@ -22,28 +22,13 @@ from jaxpaged.batch.json_values import bias_from_json, check_keys, is_token_list
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, Prompt, make_request
 from jaxpaged.text.stream import Decode, TextStream, text_pieces
 
-OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
-COMPLETIONS_URL = "/v1/completions"
 LOWEST_LOGPROB = -9999.0
 BODY_KEYS = (
     "model", "prompt", "echo", "stream", "stream_options", "suffix", "user", "add_special_tokens", *PARAMETER_NAMES,
 )  # fmt: skip
 
 
-def completion_request(index: int, line: dict[str, Any], context: BatchContext) -> BatchRequest:
-    check_keys(line, sorted(OPENAI_KEYS))
-    if not isinstance(line.get("custom_id"), str):
-        raise ValueError(f"custom_id must be a string, got {shortened(line.get('custom_id'))}")
-    if line.get("method") != "POST":
-        raise ValueError(f"method must be 'POST', got {shortened(line.get('method'))}")
-    if line.get("url") != COMPLETIONS_URL:
-        raise ValueError(f"url {shortened(line.get('url'))} is not supported: only {COMPLETIONS_URL} is")
-    if not isinstance(line.get("body"), dict):
-        raise ValueError(f"body must be an object, got {shortened(line.get('body'))}")
-    return _body_request(index, line["custom_id"], line["body"], context)
-
-
-def _body_request(index: int, custom_id: str, body: dict[str, Any], context: BatchContext) -> BatchRequest:
+def completion_request(index: int, custom_id: str, body: dict[str, Any], context: BatchContext) -> BatchRequest:
     check_keys(body, BODY_KEYS, "body key")
     body = {name: value for name, value in body.items() if value is not None}  # OpenAI: null is the default
     for name in ("stream", "stream_options", "suffix"):
@@ -52,8 +37,7 @@ def _body_request(index: int, custom_id: str, body: dict[str, Any], context: Bat
     echo = body.get("echo", False)
     if not isinstance(echo, bool):
         raise ValueError(f"echo must be true or false, got {shortened(echo)}")
-    if not isinstance(body.get("model", ""), str):
-        raise ValueError(f"model must be a string, got {shortened(body['model'])}")
+    check_model(body)
     params = {name: body[name] for name in PARAMETER_NAMES if name in body}
     if "logit_bias" in params:
         params["logit_bias"] = bias_from_json(params["logit_bias"])
@@ -62,6 +46,11 @@ def _body_request(index: int, custom_id: str, body: dict[str, Any], context: Bat
     options = OpenAIOptions(body.get("model"), echo)
     adds = body.get("add_special_tokens")
     return make_request(index, custom_id, _prompts(body.get("prompt")), params, context, options, adds)
+
+
+def check_model(body: dict[str, Any]) -> None:
+    if not isinstance(body.get("model", ""), str):
+        raise ValueError(f"model must be a string, got {shortened(body['model'])}")
 
 
 def _prompts(prompt: Any) -> list[Prompt]:
@@ -86,19 +75,23 @@ def completion_body(request: BatchRequest, outputs: Sequence[RequestOutput], dec
     for params, output in zip(request.params, outputs, strict=True):
         for sample in output.outputs:
             choices.append(_choice(len(choices), request.openai.echo, params, output, sample, decode))
-    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    num_completion = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
     return {
         "id": f"cmpl-{request.fingerprint}",
         "object": "text_completion",
         "created": 0,
         "model": request.openai.model,
         "choices": choices,
-        "usage": {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_completion,
-            "total_tokens": num_prompt + num_completion,
-        },
+        "usage": usage(outputs),
+    }
+
+
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_completion = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
     }
 
 
@@ -113,7 +106,7 @@ def _choice(
     prompt_text = _prompt_text(output, sample, decode, params.skip_special_tokens) if echo else ""
     logprobs = None
     if params.logprobs is not None:
-        pieces = _output_pieces(output, sample, params, decode)
+        pieces = output_pieces(output, sample, params, decode)
         if echo and output.prompt_logprobs is not None:
             prompt_pieces = _prompt_pieces(output, prompt_text, decode, params.skip_special_tokens)
             prompt_text = "".join(prompt_pieces)
@@ -154,7 +147,7 @@ def _prompt_pieces(output: RequestOutput, text: str, decode: Decode | None, skip
     return text_pieces(decode, [], ids, skip_special)
 
 
-def _output_pieces(
+def output_pieces(
     output: RequestOutput, sample: CompletionOutput, params: RequestParams, decode: Decode | None
 ) -> list[str]:
     """The sample's text, cut as its tokens come; without a text, what each token would add to it."""

@@ -3,8 +3,8 @@
 Where its name says nothing (input_formats.py), the first line that is not blank decides: if it begins with `{`, every
 line is a JSON object, and a line that is not one is an error of that line, never a prompt; otherwise every line is a
 prompt. `file_format` overrides the choice. In a JSON file each object is an OpenAI batch line if it has one of
-`OPENAI_KEYS`, else `{"prompt": ..., parameters}`. Blank lines are skipped and counted. The line's end, and a byte order
-mark, are not part of a prompt; other blanks are.
+`OPENAI_KEYS`, else `{"prompt": ..., parameters}` or `{"messages": ..., parameters}`. Blank lines are skipped and
+counted. The line's end, and a byte order mark, are not part of a prompt; other blanks are.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import codecs
 from collections.abc import Iterator
 from typing import Any
 
+from jaxpaged.api.messages import OPTIONS
 from jaxpaged.api.values import check_encodable, shortened
 from jaxpaged.batch.input_formats import check_beginning
 from jaxpaged.batch.json_values import bias_from_json, check_keys, is_id, is_token_list, parse_object
 from jaxpaged.batch.model_files import digest
-from jaxpaged.batch.openai import OPENAI_KEYS, completion_request
+from jaxpaged.batch.openai_chat import conversation_of
+from jaxpaged.batch.openai_line import OPENAI_KEYS, openai_request
 from jaxpaged.batch.requests import (
     PARAMETER_NAMES,
     BatchContext,
@@ -28,7 +30,8 @@ from jaxpaged.batch.requests import (
 )
 
 FORMATS = ("auto", "text", "jsonl")
-LINE_KEYS = ("id", "prompt", "prompt_token_ids", "add_special_tokens", *PARAMETER_NAMES)
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+LINE_KEYS = ("id", *PROMPT_KEYS, "add_special_tokens", *OPTIONS, *PARAMETER_NAMES)
 
 
 def parse_batch(data: bytes, context: BatchContext, file_format: str = "auto") -> list[BatchRequest | InvalidLine]:
@@ -73,7 +76,7 @@ def _parse_line(
         if OPENAI_KEYS.isdisjoint(values):
             return _parse_object(index, values, context)
         _check_unique(values.get("custom_id"), index, custom_ids)
-        return completion_request(index, values, context)
+        return openai_request(index, values, context)
     except ValueError as error:
         # A line that is no JSON has no keys, but the readers of an OpenAI file expect their own form of error.
         is_openai = not OPENAI_KEYS.isdisjoint(values) if values else b'"custom_id"' in line
@@ -107,15 +110,22 @@ def _parse_object(index: int, values: dict[str, Any], context: BatchContext) -> 
     if "logit_bias" in params:
         params["logit_bias"] = bias_from_json(params["logit_bias"])
     adds = values.get("add_special_tokens")
-    return make_request(index, request_id, [_prompt(values)], params, context, add_special_tokens=adds)
+    return make_request(index, request_id, [_prompt(values, context)], params, context, add_special_tokens=adds)
 
 
-def _prompt(values: dict[str, Any]) -> Prompt:
-    given = [key for key in ("prompt", "prompt_token_ids") if values.get(key) is not None]
+def _prompt(values: dict[str, Any], context: BatchContext) -> Prompt:
+    given = [key for key in PROMPT_KEYS if values.get(key) is not None]
     if len(given) != 1:
-        raise ValueError("give one of prompt and prompt_token_ids; the line has " + ("both" if given else "neither"))
+        has = " and ".join(given) or "none of them"
+        raise ValueError(f"give one of prompt, prompt_token_ids and messages; the line has {has}")
     name = given[0]
     prompt = values[name]
+    if name == "messages":
+        if values.get("add_special_tokens") is not None:
+            raise ValueError("add_special_tokens: the chat template writes those of messages, so leave it out")
+        return conversation_of(values, context)
+    if foreign := [key for key in OPTIONS if values.get(key) is not None]:
+        raise ValueError(f"{foreign[0]} goes with messages, and the line has {name}")
     if name == "prompt" and isinstance(prompt, str):
         check_encodable(prompt, "prompt")
         return prompt

@@ -18,7 +18,7 @@ from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.batch.model_files import digest
 
-Prompt = str | list[int]
+Prompt = str | list[int] | dict[str, Any]  # the last is a conversation, {"messages": [...], ...}
 
 SAMPLING_NAMES = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name != "logits_processors")
 BEAM_NAMES = tuple(f.name for f in dataclasses.fields(BeamSearchParams) if f.name != "logits_processors")
@@ -43,6 +43,7 @@ class BatchContext:
         add_special_tokens: whether the tokenizer's go around text prompts, of lines that do not say it.
         settings: what `identity` is a digest of, by name, as far as it is not the default; written to rows, so that a
             run which cannot go on says what has changed.
+        chat_template: of messages that bring none, in place of the model's.
     """
 
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -51,6 +52,7 @@ class BatchContext:
     options: str = ""
     add_special_tokens: bool = True
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class BatchRequest:
     @property
     def is_openai(self) -> bool:
         return self.openai is not None
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.prompts[0], dict)
 
     @property
     def given_prompts(self) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.batch.openai import completion_body, rounded
+from jaxpaged.batch.openai_chat import chat_body
 from jaxpaged.batch.requests import BatchRequest, InvalidLine
 from jaxpaged.text.stream import Decode
 
@@ -23,15 +24,13 @@ ROW_START = b'{"id": '
 def result_row(request: BatchRequest, outputs: Sequence[RequestOutput], decode: Decode | None) -> dict[str, Any]:
     """The row of a finished line; `outputs` has one entry a prompt of the request, in its order."""
     if request.is_openai:
-        response = {
-            "status_code": 200,
-            "request_id": f"req_{request.fingerprint}",
-            "body": completion_body(request, outputs, decode),
-        }
+        make_body = chat_body if request.is_chat else completion_body
+        body = make_body(request, outputs, decode)
+        response = {"status_code": 200, "request_id": f"req_{request.fingerprint}", "body": body}
         return _openai_row(request, request.fingerprint, response, error=None)
     (output,), (params,), (prompt,) = outputs, request.params, request.prompts
     row: dict[str, Any] = {"id": request.id, "index": request.index, "prompt": output.prompt}
-    if not isinstance(prompt, str):
+    if isinstance(prompt, list):
         row["prompt_token_ids"] = output.prompt_token_ids
     row["num_prompt_tokens"] = len(output.prompt_token_ids)
     row["outputs"] = [_sample(sample, params) for sample in output.outputs]

@@ -35,6 +35,7 @@ from jaxpaged.batch.model_files import digest, model_identity
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
+from jaxpaged.cli.chat_template_file import read_template
 from jaxpaged.cli.errors import UsageError, usage_errors
 from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.interrupts import exit_at_interrupt
@@ -47,8 +48,9 @@ from jaxpaged.text.added_tokens import COMPANIONS
 STDOUT = 1
 EPILOG = """\
 input files, told apart by their first line: plain text, one prompt a line; JSON, one object a line, either
-  {"prompt": "..."} or {"prompt_token_ids": [...]}, with "id" and any parameter, or an OpenAI batch line
-  {"custom_id": "...", "method": "POST", "url": "/v1/completions", "body": {"prompt": "...", ...}}
+  {"prompt": "..."}, {"prompt_token_ids": [...]} or {"messages": [...]}, with "id" and any parameter, or an OpenAI
+  batch line {"custom_id": "...", "method": "POST", "url": "/v1/completions", "body": {"prompt": "...", ...}}, also for
+  "/v1/chat/completions" with {"messages": [...], ...}
   Flags are the defaults of lines that do not say otherwise.
 
 A run that was stopped, at any moment and in any way, goes on when the same command is given again.
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shared-prefix", metavar="TEXT", help="comes before every prompt; computed once and stored once for all"
     )
+    parser.add_argument("--chat-template", metavar="FILE", help="of lines with messages, in place of the model's own")
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input (default auto)")
     parser.add_argument("--output", metavar="FILE", default="-", help="rows of JSON (default '-': standard output)")
     parser.add_argument("--account", metavar="FILE", help="write where memory was at every step, as .csv or .json")
@@ -139,7 +142,8 @@ def _context(args: argparse.Namespace) -> BatchContext:
         settings["--no-special-tokens"] = True
     identity = digest(decides)
     options_in_words = repr((identity, sorted(options.items())))
-    return BatchContext(params, args.seed, identity, options_in_words, adds_special_tokens, settings)
+    template = read_template(args.chat_template)
+    return BatchContext(params, args.seed, identity, options_in_words, adds_special_tokens, settings, template)
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
@@ -189,7 +193,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         check_account_name(args.account)
         check_outputs(
             {"--output": None if args.output == "-" else args.output, "--account": args.account},
-            {"input": None if args.input == "-" else args.input},
+            {"input": None if args.input == "-" else args.input, "--chat-template": args.chat_template},
             {"MODEL": args.model, "--tokenizer": given(args, MODEL_FLAGS).get("tokenizer")},
         )
 

@@ -31,6 +31,26 @@ def exit_at_interrupt(remedy: str = "") -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def noted_interrupt() -> Iterator[threading.Event]:
+    """Within the block Control-C sets the event, for who looks at it between two steps; the second ends the process."""
+    pressed = threading.Event()
+
+    def note(*_: object) -> None:
+        if pressed.is_set():
+            leave()
+        pressed.set()
+
+    if threading.current_thread() is not threading.main_thread():  # where no signal comes
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def leave(_signal_number: int = 0, _frame: object = None, remedy: str = "") -> None:
     """End the process, as a handler of the signal; nothing that Python would still do is done."""
     show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress bar hides it

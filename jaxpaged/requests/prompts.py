@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from jaxpaged.api.messages import Conversation, read_conversation
 from jaxpaged.api.values import TEXT_AND_BYTES, as_int, check_encodable, is_list, shortened, unpacked
 from jaxpaged.text.tokenizer import Tokenizer, need_tokenizer
 
@@ -14,17 +15,19 @@ logger = logging.getLogger("jaxpaged")
 
 
 class Prompt(NamedTuple):
-    """Text, or token ids; exactly one of them."""
+    """Text, token ids, or the messages of a conversation; exactly one of them."""
 
     text: str | None
     token_ids: list[int] | None
     add_special_tokens: bool | None = None  # None: as the call says for all
+    conversation: Conversation | None = None  # becomes text by the model's chat template
 
 
 def read_prompts(prompts: Any) -> list[Prompt]:
     """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, alone or in a list -> a list of `Prompt`.
 
     A flat list of integers is one prompt of token ids. Beside a "prompt" there may be its own "add_special_tokens".
+    {"messages": [...]} is a conversation, with what else its chat template gets beside it (api/messages.py).
     """
     if is_one_prompt(prompts):
         return [read_prompt(prompts)]
@@ -55,6 +58,8 @@ def read_prompt(prompt: Any) -> Prompt:
     add_special_tokens = None
     if isinstance(prompt, Mapping):
         keys = set(prompt)
+        if "messages" in keys:
+            return Prompt(None, None, False, read_conversation(prompt))
         if "prompt" in keys and "add_special_tokens" in keys:
             add_special_tokens = prompt["add_special_tokens"]
             check_add_special_tokens(add_special_tokens)
@@ -69,8 +74,8 @@ def read_prompt(prompt: Any) -> Prompt:
                 raise ValueError('{"prompt_token_ids": ...} takes a list of integers, got text')
         else:
             raise ValueError(
-                'a prompt dict has the key "prompt" or "prompt_token_ids" ("prompt" also with "add_special_tokens"), '
-                f"got {shortened(list(prompt))}"
+                'a prompt dict has the key "prompt" (also with "add_special_tokens"), "prompt_token_ids" or "messages"'
+                f", got {shortened(list(prompt))}"
             )
     if isinstance(prompt, str):
         if not prompt:
@@ -111,6 +116,8 @@ class PromptEncoder:
         """The ids of a prompt, of which there is at least one."""
         if prompt.token_ids is not None:
             return prompt.token_ids
+        if prompt.conversation is not None:
+            raise ValueError("messages are a prompt of generate and chat alone: give text or token ids here")
         assert prompt.text is not None
         if add_special_tokens:
             self._warn_of_second_start(prompt.text)

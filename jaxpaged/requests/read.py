@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.messages import Conversation
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import is_list, read_strings, shortened
@@ -19,6 +20,7 @@ from jaxpaged.host.possible_tokens import check_some_token
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.requests.prompts import Prompt, PromptEncoder, check_add_special_tokens, read_prompt, read_prompts
 from jaxpaged.text.beam_text import BeamText
+from jaxpaged.text.chat_template import ChatTemplates
 from jaxpaged.text.stream import StopStringStream
 from jaxpaged.text.tokenizer import Tokenizer, need_tokenizer
 
@@ -37,8 +39,11 @@ class Prefix(NamedTuple):
 class RequestReader:
     """Reads the requests of one LLM, and counts them: those without a seed get one that follows from their number."""
 
-    def __init__(self, tokenizer: Tokenizer | None, directory: Path, seed: int):
+    def __init__(
+        self, tokenizer: Tokenizer | None, directory: Path, seed: int, chat_templates: ChatTemplates | None = None
+    ):
         self.tokenizer = tokenizer
+        self._chat_templates = chat_templates or ChatTemplates(directory)
         self._missing = f"{directory} has no tokenizer.json or tokenizer.model"
         self._encoder = PromptEncoder(tokenizer, self._missing)
         self._seed = seed
@@ -125,6 +130,8 @@ class RequestReader:
         _check_params(params)
         model, limits = engine.model, engine.limits
         params.check_token_ids(model.vocab_size)
+        if prompt.conversation is not None:
+            prompt = self._render(prompt.conversation, prefix)
         _check_characters("the prompt", prompt.text, engine)
         for word in params.bad_words or ():
             _check_characters("a bad word", word, engine)
@@ -161,6 +168,13 @@ class RequestReader:
         else:
             _prepare_samples(group, params, self.tokenizer)
         return group
+
+    def _render(self, conversation: Conversation, prefix: Prefix | None) -> Prompt:
+        """The text of messages, which has the special tokens that the model's chat template writes, and no others."""
+        if prefix is not None:
+            raise ValueError("shared_prefix would come before the conversation begins: leave out one of the two")
+        need_tokenizer(self.tokenizer, "messages need", self._missing)
+        return Prompt(self._chat_templates.render(conversation), None, add_special_tokens=False)
 
 
 def _with_default(prompt: Prompt, add_special_tokens: bool) -> Prompt:

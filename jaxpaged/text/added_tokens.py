@@ -42,13 +42,13 @@ class TokenizerSettings(NamedTuple):
 
 
 def read_settings(directory: Path) -> TokenizerSettings:
-    config = _read(directory / CONFIG_NAME)
-    named = {**_read(directory / MAP_NAME), **{name: config[name] for name in (*NAMED, *NAMED_LISTS) if name in config}}
+    config = read_object(directory / CONFIG_NAME)
+    named = _named(directory, config)
     with_path = f"{directory / CONFIG_NAME} or {MAP_NAME}"
     special = {token.content: token for token in _special_tokens(named, with_path)}
     added = _added_tokens(config.get("added_tokens_decoder"), directory / CONFIG_NAME)
     contents = {token.content for token in added.values()}
-    for content, token_id in _read(directory / ADDED_NAME).items():
+    for content, token_id in read_object(directory / ADDED_NAME).items():
         _check_added(content, token_id, directory / ADDED_NAME)
         if content not in contents:
             added.setdefault(token_id, special.get(content, AddedToken(content)))
@@ -61,7 +61,19 @@ def read_settings(directory: Path) -> TokenizerSettings:
     )  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_named_tokens(directory: Path) -> dict[str, str]:
+    """bos_token, eos_token, ... -> content, of those that the files name; as chat templates know them."""
+    named, place = _named(directory, read_object(directory / CONFIG_NAME)), f"{directory / CONFIG_NAME} or {MAP_NAME}"
+    contents = {name: _content(named.get(name), name, place) for name in NAMED}
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def _named(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: config[name] for name in (*NAMED, *NAMED_LISTS) if name in config}
+    return {**read_object(directory / MAP_NAME), **own}
+
+
+def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty without the file."""
     if not path.is_file():
         return {}

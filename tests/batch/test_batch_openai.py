@@ -174,7 +174,8 @@ def test_null_means_the_default():
 @pytest.mark.parametrize(
     "bad, named",
     [
-        (line({"prompt": "a"}, url="/v1/chat/completions"), "'/v1/chat/completions' is not supported"),
+        (line({"prompt": "a"}, url="/v1/embeddings"), "'/v1/embeddings' is not supported"),
+        (line({"prompt": "a"}, url=["/v1/completions"]), "url ['/v1/completions'] is not supported"),
         (line({"prompt": "a"}, method="GET"), "method must be 'POST'"),
         (line({"prompt": "a"}, extra=1), "unknown key 'extra'"),
         (line("a"), "body must be an object"),

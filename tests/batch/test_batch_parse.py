@@ -96,8 +96,8 @@ def test_logit_bias_keys_become_token_ids():
 @pytest.mark.parametrize(
     "line, named",
     [
-        ({}, "has neither"),
-        ({"prompt": "a", "prompt_token_ids": [1]}, "has both"),
+        ({}, "has none of them"),
+        ({"prompt": "a", "prompt_token_ids": [1]}, "has prompt and prompt_token_ids"),
         ({"prompt": 3}, "prompt must be a string"),
         ({"prompt": []}, "prompt must be a string"),
         ({"prompt": [True]}, "prompt must be a string"),

@@ -223,11 +223,16 @@ def test_convert_takes_the_tokenizer_along(tmp_path):
     (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     (source / "added_tokens.json").write_text('{"<|im_start|>": 97}')
     (source / "special_tokens_map.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("a template")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("another")
     convert_checkpoint(source, tmp_path / "converted")
     assert open_checkpoint(tmp_path / "converted").tokenizer_file == tmp_path / "converted" / "tokenizer.json"
     assert (tmp_path / "converted" / "tokenizer_config.json").read_text() == '{"add_bos_token": false}'
     assert (tmp_path / "converted" / "added_tokens.json").read_text() == '{"<|im_start|>": 97}'
     assert (tmp_path / "converted" / "special_tokens_map.json").read_text() == "{}"
+    assert (tmp_path / "converted" / "chat_template.jinja").read_text() == "a template"
+    assert (tmp_path / "converted" / "additional_chat_templates" / "rag.jinja").read_text() == "another"
 
 
 def test_convert_refuses_a_destination_in_use(tmp_path):
