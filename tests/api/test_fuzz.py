@@ -92,8 +92,8 @@ def test_prompts_are_read_or_refused(num_cases):
         except ValueError as error:
             assert len(str(error)) < 400
             return
-        for text, ids, _ in read:
-            assert (text is None) != (ids is None)
+        for text, ids, _, conversation in read:
+            assert [text, ids, conversation].count(None) == 2
             assert (text is None or text.encode()) and (ids is None or {type(i) for i in ids} == {int})
 
     run_cases(num_cases, check, prompts | st.lists(prompts, max_size=3))

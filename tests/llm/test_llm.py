@@ -212,7 +212,7 @@ def test_warm_up_leaves_nothing_to_compile(directory):
         ([[]], GREEDY, "the prompt has no tokens"),
         ([[1, 97]], GREEDY, "token id 97 is outside the vocabulary, which has ids 0 to 96"),
         ([[-1]], GREEDY, "token id -1 is outside"),
-        ({"text": "abc"}, GREEDY, "'prompt' or 'prompt_token_ids'|\"prompt\" or \"prompt_token_ids\""),
+        ({"text": "abc"}, GREEDY, '"prompt_token_ids" or "messages", got'),
         (3.5, GREEDY, "prompts must be text"),
         ("x" * 128, GREEDY, "prompt of 128 tokens leaves no room to generate: max_model_len is 128"),
         ("abc", SamplingParams(n=9), "9 samples of one request exceed max_num_seqs=8"),
