@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,9 @@ class KVCache(Protocol):
         ...
 
 
+Cache = TypeVar("Cache", bound=KVCache)
+
+
 @runtime_checkable
 class CopiesPages(Protocol):
     """A cache that outlives a step, so that sequences can fork: what is shared is copied before it is written."""
@@ -87,13 +90,6 @@ class LayerArrays:
         k = tuple(pool for part in parts for pool in part.k)
         return dataclasses.replace(self, k=k, v=tuple(pool for part in parts for pool in part.v))
 
-    def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
-        raise NotImplementedError
-
-    def write_heads(self, layer: int, heads: Heads, slots: Array, kernels: AttentionKernels) -> tuple[Array, Self]:
-        q, k, v = heads.split()
-        return q, self.write(layer, k, v, slots)
-
     def kept(self) -> Self:
         return self
 
@@ -113,7 +109,7 @@ class PagedCache(LayerArrays):
     def write_heads(self, layer: int, heads: Heads, slots: Array, kernels: AttentionKernels) -> tuple[Array, Self]:
         stores_as_computed = self.k[layer].dtype == heads.projected.dtype
         if heads.rotation is None or not stores_as_computed:
-            return super().write_heads(layer, heads, slots, kernels)
+            return write_split(self, layer, heads, slots)
         pages = self.k[layer], self.v[layer]
         q, k, v = kernels.write_heads(heads.projected, heads.rotation, heads.norms, slots, *pages)
         return q, dataclasses.replace(self, k=_replaced(self.k, layer, k), v=_replaced(self.v, layer, v))
@@ -153,6 +149,12 @@ class PagedCache(LayerArrays):
             for i, pool in enumerate((*self.k, *self.v))
         ]
         return dataclasses.replace(self, k=tuple(leaves[: len(self.k)]), v=tuple(leaves[len(self.k) :]))
+
+
+def write_split(cache: Cache, layer: int, heads: Heads, slots: Array) -> tuple[Array, Cache]:
+    """`write_heads` in two: what XLA makes of the heads, and the cache's own way to write it."""
+    q, k, v = heads.split()
+    return q, cache.write(layer, k, v, slots)
 
 
 def _written(pools: tuple[Array, ...], layer: int, values: Array, slots: Array) -> tuple[Array, ...]:

@@ -18,7 +18,8 @@ from flax import struct
 from jaxpaged.config import DENSE_CACHES, AttentionOptions, CacheConfig, EngineConfig, ModelConfig, num_dense_rows
 from jaxpaged.device import dense_attention
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.device.cache import LayerArrays, PagedCache, make_paged_cache
+from jaxpaged.device.cache import LayerArrays, PagedCache, make_paged_cache, write_split
+from jaxpaged.device.heads import Heads
 from jaxpaged.step_io import DecodeInputs, StepInputs
 
 Array = jax.Array
@@ -46,6 +47,10 @@ class DenseCache(LayerArrays):
             return (*pools[:layer], pool, *pools[layer + 1 :])
 
         return dataclasses.replace(self, k=written(self.k, k), v=written(self.v, v))
+
+    def write_heads(self, layer: int, heads: Heads, slots: Array, kernels: AttentionKernels) -> tuple[Array, Self]:
+        del kernels  # of pages
+        return write_split(self, layer, heads, slots)
 
     def attend(
         self, layer: int, q: Array, inputs: StepInputs, options: AttentionOptions, kernels: AttentionKernels
@@ -95,6 +100,10 @@ class OneStepCache(LayerArrays):
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> Self:
         return dataclasses.replace(self, k=(k,), v=(v,))
+
+    def write_heads(self, layer: int, heads: Heads, slots: Array, kernels: AttentionKernels) -> tuple[Array, Self]:
+        del kernels  # of pages
+        return write_split(self, layer, heads, slots)
 
     def kept(self) -> Self:
         return dataclasses.replace(self, k=(), v=())
