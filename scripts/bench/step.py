@@ -1,6 +1,6 @@
 """How long one decode step takes on this device, and how far that is from what its bytes allow.
 
-    python scripts/bench/step.py [scripts/shapes/llama-3.1-8b] [--rows 1 64 256] [--context 540] [--attention auto] ...
+    python scripts/bench/step.py [scripts/shapes/llama-3.1-8b] [--rows 8 64 256] [--context 540] [--attention auto] ...
     python scripts/bench/step.py checkpoints/tiny-python --rows 1 4 --context 40 --steps 3 --repeats 2
 
 Weights, keys and values are random, only config.json is read. First the card: bytes of weights and KV that a step must
@@ -240,7 +240,7 @@ def run_steps(setup: Setup, step: Step, pool: PagedCache, count: int) -> tuple[f
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default="scripts/shapes/llama-3.1-8b")
-    parser.add_argument("--rows", type=count, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--rows", type=count, nargs="+", default=[8, 64, 256], help="on a GPU the engine pads to 8")
     parser.add_argument("--context", type=count, default=540, help="tokens that each row reads, the new one included")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
     parser.add_argument("--page-size", type=count, default=16)
