@@ -77,6 +77,8 @@ REFERENCE = AttentionKernels(
     "reference", _attention_once(reference.paged_decode), _attention_once(reference.paged_prefill),
     write_heads=_write_heads_once(layer_reference.write_heads), add_norm=_add_norm_once(layer_reference.add_norm),
 )  # fmt: skip
+DENSE_CUDNN = REFERENCE._replace(name="dense-cudnn", dense="cudnn")
+DENSE_XLA = REFERENCE._replace(name="dense-xla")
 
 
 def resolve_attention(
@@ -121,9 +123,9 @@ def resolve_dense_attention(requested: str, device: jax.Device, model: ModelConf
     obstacle = "attention='reference' is XLA's" if requested == "reference" else cudnn_obstacle(device, model, dtype)
     if obstacle is None:
         logger.info("dense attention: cuDNN on %s", device.device_kind)
-        return REFERENCE._replace(name="dense-cudnn", dense="cudnn")
+        return DENSE_CUDNN
     logger.info("dense attention: XLA on %s: %s", device.device_kind, obstacle)
-    return REFERENCE._replace(name="dense-xla")
+    return DENSE_XLA
 
 
 def cudnn_obstacle(device: jax.Device, model: ModelConfig, dtype: str) -> str | None:
@@ -146,6 +148,14 @@ def cudnn_obstacle(device: jax.Device, model: ModelConfig, dtype: str) -> str | 
 def _obstacle(device: jax.Device, head_dim: int, page_size: int, dtype: str, kv_dtype: str | None) -> str | None:
     """Why the Pallas kernels cannot run, as "they need ..."; None if they can."""
     return missing_support(device) or unsupported_cache(head_dim, page_size, dtype, kv_dtype)
+
+
+def named_kernels(name: str, is_batch_invariant: bool) -> AttentionKernels | None:
+    """Those of this module that are called so, in every process; None if there are none."""
+    if name == "pallas":
+        return _pallas(is_batch_invariant)
+    known = {"reference": REFERENCE, "dense-cudnn": DENSE_CUDNN, "dense-xla": DENSE_XLA}
+    return None if is_batch_invariant else known.get(name)
 
 
 @functools.cache  # equal kernels are one object, so that programs compiled for them are found again

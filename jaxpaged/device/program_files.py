@@ -11,14 +11,16 @@ A program is code that this process will run, so a folder in which others may wr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import platform
 import tempfile
+import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import jax
@@ -46,10 +48,20 @@ class ProgramFiles(CacheInterface):
         self.max_bytes = max_bytes
         self._is_readable = self._is_writable = True
         self._given: set[str] = set()  # keys whose programs JAX has got
+        self._aside = threading.local()
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What this thread compiles in the block JAX does not keep here: who compiles it does, under another name."""
+        self._aside.is_on = True
+        try:
+            yield
+        finally:
+            self._aside.is_on = False
 
     def get(self, key: str) -> bytes | None:
         """The program, or None: there is none, or its file is damaged, and is then away."""
-        program = self.read(key)
+        program = None if self._is_aside else self.read(key)
         if program is not None:
             self._given.add(key)
         return program
@@ -58,7 +70,12 @@ class ProgramFiles(CacheInterface):
         if key in self._given and self._is_readable:  # JAX has it and compiled it all the same: it could not load it
             self._is_readable = False
             logger.warning("programs in %s cannot be loaded on this machine, and are compiled anew", self.path)
-        self.write(key, value)
+        if not self._is_aside:
+            self.write(key, value)
+
+    @property
+    def _is_aside(self) -> bool:
+        return getattr(self._aside, "is_on", False)
 
     def read(self, key: str) -> bytes | None:
         if not self._is_readable:

@@ -13,15 +13,18 @@ import dataclasses
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.monitoring
 
 from jaxpaged.api.request_params import LogitsProcessor
+from jaxpaged.device.lowering_workers import Jit
 from jaxpaged.device.processors import what_they_compute
+from jaxpaged.device.step_files import StepName, made_or_read, step_name
 from jaxpaged.step_io import Layout
 
 #: Programs kept at most. All that a run can need, with default limits, are some 85 on a CPU, and on a GPU, for a long
@@ -40,6 +43,8 @@ XLA_OPTIONS = {
     # XLA takes pages that are written in place for memory of their own, finds that a step exceeds the device, and looks
     # for what it could compute twice to save memory. What a step really takes is measured before the pool is made.
     "xla_gpu_memory_limit_slop_factor": 1000,
+    # XLA hands a kernel a part of an array in its place, if it begins at a multiple of 128 bytes; Mosaic's ask for 256.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 
 #: What jax reports, with the seconds, in the thread that has compiled something or read it from a file; and before
@@ -53,7 +58,7 @@ MAPS, MAPS_LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 class Kept:
     """A program, and when it was last used."""
 
-    program: Any  # a jitted function
+    program: Program
     run: int = 0
     use: int = 0
 
@@ -81,7 +86,7 @@ class Programs:
         self._run += 1
         self._computations = {}
 
-    def find(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def find(self, key: Hashable, make: Callable[[], Program]) -> Program:
         with self._lock:
             kept = self._kept.get(key)
             if kept is None:
@@ -159,6 +164,67 @@ def made_here() -> tuple[int, int]:
     return _made_here.count, _made_here.num_read
 
 
+class Program:
+    """A step for one set of static arguments, one model and one size of the cache: compiled once for each form of its
+    other arguments, by whichever thread comes first; who comes second waits."""
+
+    def __init__(self, function: Callable[..., Any], jit: Jit, name: StepName | None, cache_index: int):
+        self._jit = jit
+        self._jitted = jit(function)
+        self._name = name
+        self._others = cache_index + 1
+        self._forms: dict[Hashable, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        compiled = self._forms.get(self._form(args))
+        return (compiled or self.compile(args))(*args)
+
+    def compile(self, args: tuple[Any, ...]) -> jax.stages.Compiled:
+        """For arguments like these, of which shapes will do; nothing runs."""
+        form = self._form(args)
+        with self._lock:
+            compiled = self._forms.get(form)
+            if compiled is None:
+                compiled = self._forms[form] = self._made(args)
+        return compiled
+
+    def has(self, args: tuple[Any, ...]) -> bool:
+        return self._form(args) in self._forms
+
+    def lower(self, args: tuple[Any, ...]) -> jax.stages.Lowered:
+        return self._jitted.lower(*args)
+
+    def clear_cache(self) -> None:
+        self._forms.clear()
+        self._jitted.clear_cache()
+
+    def _made(self, args: tuple[Any, ...]) -> jax.stages.Compiled:
+        count, num_read = made_here()
+        compiled, is_read = made_or_read(self._name, self._jit, self._jitted, args)
+        PROGRAMS.note_made(made_here()[0] - count + is_read, made_here()[1] - num_read + is_read)
+        return compiled
+
+    def _form(self, args: tuple[Any, ...]) -> Hashable:
+        """The parameters and the cache are the program's own; a step's other arguments are few."""
+        return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args[self._others :]))
+
+
+class ProgramToMake(NamedTuple):
+    """A program of a step that may be needed, and what its arguments are like. Holds no array."""
+
+    program: Program
+    args: tuple[Any, ...]
+
+    @property
+    def is_there(self) -> bool:
+        return self.program.has(self.args)
+
+    def compile(self) -> jax.stages.Compiled:
+        """Compile it, or read it, in this thread: whoever runs such a step finds it."""
+        return self.program.compile(self.args)
+
+
 class Step:
     """A function that runs on the device, as programs: one for each set of keyword arguments and each size of `cache`.
 
@@ -166,34 +232,65 @@ class Step:
     """
 
     def __init__(self, function: Callable[..., Any], donates_cache: bool):
-        self._function = function
-        self._donated = "cache" if donates_cache else None
+        self.function = function
         self._cache_index = list(inspect.signature(function).parameters).index("cache")
+        donated = self._cache_index if donates_cache else ()
+        self._jit = functools.partial(jax.jit, donate_argnums=donated, compiler_options=XLA_OPTIONS)
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **static: Any) -> Any:
-        program = self._program(args, static)
-        count, num_read = made_here()
-        results = program(*args)
-        if made := _made_here.count - count:
-            PROGRAMS.note_made(made, _made_here.num_read - num_read)
-        return results
+        return self._program(args, static)(*args)
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
-        return self._program(args, static).lower(*args)
+        return self._program(args, static).lower(args)
 
-    def _program(self, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
+    def to_make(self, *args: Any, **static: Any) -> ProgramToMake:
+        """The program for such arguments, to be compiled in whichever thread."""
+        return ProgramToMake(self._program(args, static), jax.tree.map(_like, args))
+
+    def _program(self, args: tuple[Any, ...], static: dict[str, Any]) -> Program:
         values = dict(static)
         if processors := values.get("processors"):
             values["processors"] = PROGRAMS.computation_of(processors, static["layout"], static["config"].vocab_size)
         pool = jax.tree.leaves(args[self._cache_index])[:1]
-        key = (self._function, tuple(sorted(values.items())), *((leaf.shape, leaf.dtype) for leaf in pool))
-        return PROGRAMS.find(key, lambda: self._jitted(static))
+        params = tuple(shapes_of(each) for each in args[: self._cache_index])
+        key = (self.function, params, tuple(sorted(values.items())), *((leaf.shape, leaf.dtype) for leaf in pool))
+        return PROGRAMS.find(key, lambda: self._made(static))
 
-    def _jitted(self, static: dict[str, Any]) -> Any:
-        """A function of its own: jax keeps together what it compiled of one function, and this is to go alone."""
-        function = functools.partial(self._function, **static)
-        return jax.jit(function, donate_argnames=self._donated, compiler_options=XLA_OPTIONS)
+    def _made(self, static: dict[str, Any]) -> Program:
+        """With a function of its own: jax keeps together what it compiled of one function, and this is to go alone."""
+        function = functools.partial(self.function, **static)
+        return Program(function, self._jit, step_name(self.function, static), self._cache_index)
+
+
+def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+class Shapes:
+    """What programs must know of parameters, by the object, which is asked in every step and has hundreds of leaves."""
+
+    def __init__(self):
+        self._numbers: dict[Hashable, int] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __call__(self, params: Any) -> int:
+        """A number: the same one for parameters of the same shapes in the same places."""
+        found = self._known.get(id(params))
+        if found is not None:
+            return found[1]
+        leaves, tree = jax.tree.flatten(params)
+        shapes = tree, *((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+        number = self._numbers.setdefault(shapes, len(self._numbers))
+        self._known[id(params)] = weakref.ref(params, functools.partial(self._forget, id(params))), number
+        return number
+
+    def _forget(self, known: int, _reference: weakref.ref[Any]) -> None:
+        self._known.pop(known, None)
+
+
+shapes_of = Shapes()
 
 
 def takes_cache(function: Callable[..., Any]) -> Step:

@@ -9,6 +9,7 @@ next step can be launched before the host has learnt anything. programs.py keeps
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +25,7 @@ from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
 from jaxpaged.device.heads import Heads
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.param_nodes import Params
-from jaxpaged.device.programs import PROGRAMS, reads_cache, takes_cache
+from jaxpaged.device.programs import PROGRAMS, ProgramToMake, reads_cache, takes_cache
 from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failures, sample_tokens, token_logprobs
 from jaxpaged.step_io import (
     TOKENS_ALONE,
@@ -117,23 +118,19 @@ def decode_step(
     return x, cache.joined(kept)
 
 
-def lower_decode_step(
-    parts: tuple[DecodePart, ...], cache: KVCache, carried: Carried, packed: np.ndarray, device: jax.Device, *,
+def decode_programs(
+    parts: tuple[DecodePart, ...], cache: KVCache, carried: Carried, packed: np.ndarray, *,
     config: ModelConfig, kernels: AttentionKernels, layout: Layout, wanted: Wanted = TOKENS_ALONE,
     processors: tuple[LogitsProcessor, ...] = (),
-) -> list[jax.stages.Lowered]:  # fmt: skip
-    """The programs that `decode_step` launches for these arguments: once they are compiled, it finds them.
-
-    For who compiles many in several threads. Nothing is run, and no cache is taken.
-    """
-    x, programs = None, []
-    for part in parts:
+) -> list[ProgramToMake]:  # fmt: skip
+    """The programs that `decode_step` launches for these arguments. Nothing is run, and no cache is taken."""
+    batch: DecodeBatch = jax.eval_shape(functools.partial(unpack, layout=layout), packed)
+    hidden = jax.ShapeDtypeStruct((len(batch.inputs.tokens), config.hidden_size), parts[0].params.embedding.dtype)
+    programs = []
+    for x, part in zip((None, *[hidden] * len(parts)), parts, strict=False):
         static = _static_of(part, config, kernels, layout, wanted, processors)
-        lowered = decode_layers.lower(part.params, cache.part(*part.layers), x, carried, packed, **static)
-        programs.append(lowered)
-        hidden = lowered.out_info[0]
-        if not isinstance(hidden, StepResults):
-            x = jax.device_put(jnp.zeros(hidden.shape, hidden.dtype), device)
+        cache_part = cache.part(*part.layers)
+        programs.append(decode_layers.to_make(part.params, cache_part, x, carried, packed, **static))
     return programs
 
 

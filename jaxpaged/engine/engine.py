@@ -14,6 +14,7 @@ import jax
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.param_nodes import Params
+from jaxpaged.device.programs import ProgramToMake
 from jaxpaged.engine.loan import PoolLoan
 from jaxpaged.engine.record import RunRecord
 from jaxpaged.engine.runner import StepRunner
@@ -29,7 +30,7 @@ from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
-from jaxpaged.host.step.first_decode import first_decode_shape
+from jaxpaged.host.step.foreseen import first_decode_shape, foreseen_shapes
 from jaxpaged.host.systems.roles import ChunkAllocator
 
 logger = logging.getLogger("jaxpaged")
@@ -112,23 +113,34 @@ class Engine:
         loop = self._begin_loop(features, self.recorder)
         loop.record.add_requests(groups)
         made_before, read_before = steps.num_programs(), steps.num_read()
-        if shape := first_decode_shape(groups, self.runner.buckets, self.limits, self.cache_config):
-            self.runner.compile_beside(shape, features)
+        self.runner.compile_ahead(self._foreseen(groups), features)
         if prefix:
             self.scheduler.share_prefix(prefix)
-        while arrivals or loop.has_work:
-            for group in arrivals.take(loop.record.seconds):
-                self.scheduler.add(group)
-            if not loop.has_work:
-                loop.record.stats.add_pause()
-                time.sleep(arrivals.seconds_to_next(loop.record.seconds))
-                continue
-            finished = loop.step()
-            loop.record.made(steps.num_programs() - made_before, steps.num_read() - read_before)
-            yield finished
+        try:
+            while arrivals or loop.has_work:
+                for group in arrivals.take(loop.record.seconds):
+                    self.scheduler.add(group)
+                if not loop.has_work:
+                    loop.record.stats.add_pause()
+                    time.sleep(arrivals.seconds_to_next(loop.record.seconds))
+                    continue
+                finished = loop.step()
+                loop.record.made(steps.num_programs() - made_before, steps.num_read() - read_before)
+                yield finished
+        finally:
+            self.runner.stop_ahead()
         stats = loop.record.stats
         if stats.programs_made:
             logger.info("programs: %d compiled and %d read in this run", stats.compilations, stats.programs_read)
+
+    def _foreseen(self, groups: list[SequenceGroup]) -> list[StepShape]:
+        """Steps whose programs are to be compiled while the run goes on. Where the CPU computes the steps, too, only
+        the one that is sure to be needed next."""
+        limits = self.runner.buckets, self.limits, self.cache_config
+        if self.device.platform != "cpu":
+            return foreseen_shapes(groups, *limits)
+        first = first_decode_shape(groups, *limits)
+        return [] if first is None else [first]
 
     @contextlib.contextmanager
     def step_by_hand(self, features: SamplingFeatures, scheduler: Scheduler | None = None) -> Iterator[StepLoop]:
@@ -157,11 +169,10 @@ class Engine:
             self.runner.compile_steps(SamplingFeatures.of(groups, self.model.vocab_size), progress)
             return watch.result()
 
-    def lower_steps(self, shape: StepShape, features: SamplingFeatures) -> list[jax.stages.Lowered]:
-        """The programs of a step of this shape, lowered for the engine's own arrays: it finds them once they are
-        compiled, which several threads may do."""
-        with self.owner.held("Engine.lower_steps"):
-            return self.runner.lower_steps(shape, features)
+    def programs(self, shape: StepShape, features: SamplingFeatures) -> list[ProgramToMake]:
+        """The programs of a step of this shape: the engine finds them once they are compiled, which threads may do."""
+        with self.owner.held("Engine.programs"):
+            return self.runner.programs(shape, features)
 
     @contextlib.contextmanager
     def lend_pool(self) -> Iterator[PoolLoan]:

@@ -19,8 +19,9 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.cache import PagedCache
 from jaxpaged.device.dense_cache import make_cache
 from jaxpaged.device.param_nodes import Params
+from jaxpaged.device.programs import ProgramToMake
 from jaxpaged.engine.lowering import static_arguments
-from jaxpaged.engine.warm_up import CompiledBeside, Progress, compile_together, no_progress
+from jaxpaged.engine.warm_up import Ahead, Progress, compile_together, no_progress
 from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.sequence import SequenceGroup
@@ -99,7 +100,8 @@ class StepRunner:
         self._batches = BatchMaker(cache, model.vocab_size)
         self.cascade = self._find_cascade() if limits.cascade_attention else None
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
-        self._beside: CompiledBeside | None = None
+        self._ahead: Ahead | None = None
+        self._foreseen: set[tuple[StepShape, SamplingFeatures]] = set()  # what has been compiled ahead, once
 
     def _find_cascade(self) -> Cascade:
         assert self.kernels.max_members is not None, f"{self.kernels.name} has no cascade attention"
@@ -121,8 +123,6 @@ class StepRunner:
 
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
-        if self._beside is not None and self._beside.what == (step.layout, step.features):
-            self._beside.wait()
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
         carried = self._carried if step.goes_on else self._carried._replace(history=None)
         arrays = self.pool, carried, step.packed
@@ -233,10 +233,8 @@ class StepRunner:
         every copy and swap."""
         mixed = self.buckets.mixed_shapes() if features.draws_tokens else []
         shapes = sorted(self.buckets.shapes() + mixed, key=lambda shape: shape.table_width)
-        batches = (self._with_copies(self._nothing(shape, features), [], features)[0] for shape in shapes)
-        forms = [form for batch in batches for form in self._forms(batch, features)]
-        total = sum(self._num_programs(form) for form in forms)
-        compile_together((program for form in forms for program in self._lower(form)), total, progress)
+        forms = [form for shape in shapes for form in self._forms(shape, features)]
+        compile_together([program for form in forms for program in self._programs(form)], progress)
         for form in forms:
             self.run(form.step)
         self.compile_copies()
@@ -244,31 +242,38 @@ class StepRunner:
             nothing = np.full(size, NULL_PAGE, np.int32)
             self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.device)
 
-    def compile_beside(self, shape: StepShape, features: SamplingFeatures) -> None:
-        """Compile the programs of a step of this shape while the caller goes on: one that is known to be needed, and
-        was not the last that this was asked for."""
-        batch = self._with_copies(self._ready(self._nothing(shape, features), features), [], features)[0]
-        step = PreparedStep(*pack(batch), features, [])
-        what = step.layout, features
-        if self._beside is None or self._beside.what != what:
-            self._beside = CompiledBeside(what, self._lower(_Form(step)))
+    def compile_ahead(self, shapes: list[StepShape], features: SamplingFeatures) -> None:
+        """Compile the programs of steps of these shapes while the caller goes on, until he says `stop_ahead`."""
+        new = [shape for shape in shapes if (shape, features) not in self._foreseen]
+        self._foreseen.update((shape, features) for shape in new)
+        programs = [one for shape in new for form in self._forms(shape, features) for one in self._programs(form)]
+        missing = [one for one in programs if not one.is_there]
+        self._ahead = Ahead(missing) if missing else None
+
+    def stop_ahead(self) -> None:
+        """What has not been begun is not compiled."""
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
         """Run an empty batch in all its forms, so that the programs for such batches are there."""
-        for form in self._forms(batch, features):
+        for form in self._forms_of(batch, features):
             self.run(form.step)
 
     def compile_copies(self) -> None:
         for size in self.buckets.copies:
             self.copy_arrays(np.full((2, size), NULL_PAGE, np.int32))
 
-    def lower_steps(self, shape: StepShape, features: SamplingFeatures) -> list[jax.stages.Lowered]:
-        """The programs of a step of this shape, lowered for the runner's own arrays: it finds them once they are
-        compiled, which several threads may do."""
+    def programs(self, shape: StepShape, features: SamplingFeatures) -> list[ProgramToMake]:
+        """The programs of a step of this shape: its steps find them once they are compiled, which threads may do."""
         batch = self._with_copies(self._ready(self._nothing(shape, features), features), [], features)[0]
-        return self._lower(_Form(PreparedStep(*pack(batch), features, [])))
+        return self._programs(_Form(PreparedStep(*pack(batch), features, [])))
 
-    def _forms(self, batch: StepBatch, features: SamplingFeatures) -> Iterator[_Form]:
+    def _forms(self, shape: StepShape, features: SamplingFeatures) -> Iterator[_Form]:
+        return self._forms_of(self._with_copies(self._nothing(shape, features), [], features)[0], features)
+
+    def _forms_of(self, batch: StepBatch, features: SamplingFeatures) -> Iterator[_Form]:
         """A batch with and without a cascade, with its history and with the one that the device has."""
         batches = [batch]
         if isinstance(batch, DecodeBatch) and (cascade := self._cascade_of(features)) is not None:
@@ -279,20 +284,16 @@ class StepRunner:
                 goes_on = PreparedStep(*pack(without_history(one)), features, [], goes_on=True)
                 yield _Form(goes_on, one.sampling.history.shape)
 
-    def _num_programs(self, form: _Form) -> int:
-        return len(self._parts_for(form.step.features)) if form.step.layout[0] is DecodeBatch else 1
-
-    def _lower(self, form: _Form) -> list[jax.stages.Lowered]:
+    def _programs(self, form: _Form) -> list[ProgramToMake]:
         step = form.step
         history = None
         if form.history_shape is not None:
-            history = jax.device_put(np.zeros(form.history_shape, np.int32), self.device)
-        carried = self._carried._replace(history=history)
+            history = jax.ShapeDtypeStruct(form.history_shape, np.int32)
+        arguments = self.pool, self._carried._replace(history=history), step.packed
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
         if step.layout[0] is DecodeBatch:
-            parts = self._parts_for(step.features)
-            return steps.lower_decode_step(parts, self.pool, carried, step.packed, self.device, **static)
-        return [_STEPS[step.layout[0]].lower(self.params, self.pool, carried, step.packed, **static)]
+            return steps.decode_programs(self._parts_for(step.features), *arguments, **static)
+        return [_STEPS[step.layout[0]].to_make(self.params, *arguments, **static)]
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

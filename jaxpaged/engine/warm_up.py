@@ -1,19 +1,21 @@
-"""Programs ahead of need: traced one after the other, which Python does, and compiled in threads, which it does not."""
+"""Programs ahead of need, compiled in threads: all that requests of a kind can ask for, or those that a run will."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-
+from jaxpaged.device.lowering_workers import LOWERING
 from jaxpaged.device.program_files import kept_programs
-from jaxpaged.device.programs import PROGRAMS, made_here
+from jaxpaged.device.programs import PROGRAMS, ProgramToMake
 
 logger = logging.getLogger("jaxpaged")
 
@@ -51,66 +53,45 @@ class Watch:
         return WarmUp(compiled, read, time.perf_counter() - self._began, *(kept_programs() or (None, 0)))
 
 
-def compile_together(programs: Iterable[jax.stages.Lowered], total: int, progress: Progress = no_progress) -> None:
-    """Compile programs in as many threads as there are cores, while the next ones are traced; `total` is their number.
-
-    The jitted functions that they were lowered from find them.
-    """
-    num_threads = min(os.cpu_count() or 1, MAX_THREADS)
-    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
-    progress(0, total)
+def compile_together(programs: SequenceOf[ProgramToMake], progress: Progress = no_progress) -> None:
+    """Compile programs in as many threads as there are cores; the first ones first."""
+    ahead = Ahead(programs)
     try:
-        for done, _ in enumerate(_compiled(programs, threads, most=2 * num_threads), start=1):
-            progress(done, total)
-            logger.info("programs: %d of %d are ready", done, total)
+        progress(0, len(programs))
+        for done, program in enumerate(as_completed(ahead.pending), start=1):
+            program.result()
+            progress(done, len(programs))
+            logger.info("programs: %d of %d are ready", done, len(programs))
     finally:
-        threads.shutdown(cancel_futures=True)
+        ahead.stop()
 
 
-def _compiled(programs: Iterable[jax.stages.Lowered], threads: ThreadPoolExecutor, most: int) -> Iterator[None]:
-    """Yields for each when it is ready; `most` wait or are compiled, since what is traced takes memory."""
-    pending: set[Future[tuple[int, int]]] = set()
-    for program in programs:
-        pending.add(threads.submit(_made_by, program))
-        while len(pending) >= most:
-            pending = yield from _take(pending)
-    while pending:
-        pending = yield from _take(pending)
+class Ahead:
+    """Programs that are compiled while the caller goes on, the likeliest first.
 
+    Who needs one of them waits for it, if a thread has begun it, or compiles it himself; what fails here fails for him,
+    too, so nobody has to ask for results.
+    """
 
-def _take(pending: set[Future[tuple[int, int]]]) -> Generator[None, None, set[Future[tuple[int, int]]]]:
-    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-    for future in done:
-        _note(future)
-        yield
-    return pending
+    def __init__(self, programs: SequenceOf[ProgramToMake]):
+        num_threads = max(1, min(os.cpu_count() or 1, MAX_THREADS, len(programs)))
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+        self._workers = contextlib.ExitStack()
+        self._workers.enter_context(LOWERING.running(len(programs)))
+        self._left, self._lock = len(programs), threading.Lock()
+        self.pending = [self._threads.submit(program.compile) for program in programs]
+        for one in self.pending:
+            one.add_done_callback(self._note_done)
+        self._threads.shutdown(wait=False)
 
+    def stop(self) -> None:
+        """What no thread has begun is not compiled."""
+        for one in self.pending:
+            one.cancel()
 
-def _note(future: Future[tuple[int, int]]) -> None:
-    made, num_read = future.result()
-    if made:
-        PROGRAMS.note_made(made, num_read)
-
-
-class CompiledBeside:
-    """Programs of one step that are compiled while the caller goes on, until he needs them."""
-
-    def __init__(self, what: Hashable, programs: list[jax.stages.Lowered]):
-        self.what = what
-        threads = ThreadPoolExecutor(len(programs), thread_name_prefix="compile")
-        self._pending = [threads.submit(_made_by, program) for program in programs]
-        threads.shutdown(wait=False)
-
-    def wait(self) -> None:
-        """Until all are ready; and count them now, not when a thread has made one that nobody may ask for."""
-        for future in self._pending:
-            _note(future)
-        self._pending = []
-
-
-def _made_by(program: jax.stages.Lowered) -> tuple[int, int]:
-    """Programs made, and those that were read, by compiling one."""
-    before = made_here()
-    program.compile()
-    after = made_here()
-    return after[0] - before[0], after[1] - before[1]
+    def _note_done(self, _one: Future[Any]) -> None:
+        with self._lock:
+            self._left -= 1
+            is_last = not self._left
+        if is_last:
+            self._workers.close()

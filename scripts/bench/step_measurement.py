@@ -121,7 +121,7 @@ def compile_together(m: Measurement, wanted: list[StepShape], features: Sampling
     asks for them, since they are lowered for its own arrays."""
     engine, features = m.engine, features or SamplingFeatures()
     began = time.perf_counter()
-    lowered = [program for shape in wanted for program in engine.lower_steps(shape, features)]
+    lowered = [program for shape in wanted for program in engine.programs(shape, features)]
     lowered_at = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda one: one.compile(), lowered))

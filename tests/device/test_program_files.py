@@ -202,8 +202,9 @@ def test_a_folder_of_another_user_is_not_read(monkeypatch, tmp_path, caplog):
 #: A run of the bundled model in a process of its own, and what it compiled and read, in all and for its steps.
 PROGRAM = """
 import jax, sys
-made = {"compiled": 0, "read": 0}
+made = {"lowered": 0, "compiled": 0, "read": 0}
 def note(event, *args, **kwargs):
+    made["lowered"] += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
     made["compiled"] += event == "/jax/core/compile/backend_compile_duration"
     made["read"] += event == "/jax/compilation_cache/cache_hits"
 jax.monitoring.register_event_duration_secs_listener(note)
@@ -212,7 +213,7 @@ from jaxpaged import LLM, SamplingParams
 llm = LLM("checkpoints/tiny-python", num_pages=40, max_model_len=64, **eval(sys.argv[1]))
 (output,) = llm.generate(["def f"], SamplingParams(temperature=0, max_tokens=3), progress=False)
 run = llm.last_run
-print(made["compiled"] - made["read"], made["read"], run.compilations, run.programs_read, output.outputs[0].token_ids)
+print(made["lowered"], made["compiled"] - made["read"], made["read"], run.compilations, run.programs_read, output.outputs[0].token_ids)
 """
 
 
@@ -228,10 +229,10 @@ class Process:
         self._process = subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
     def result(self) -> tuple[list[int], str, str]:
-        """Programs compiled and read, in all and by the run; the tokens; what is on standard error."""
+        """Programs lowered, compiled and read in JAX's own way, then compiled and read by the run; the tokens; what is on standard error."""
         out, err = self._process.communicate()
         assert self._process.returncode == 0, err
-        *counts, tokens = out.split(maxsplit=4)
+        *counts, tokens = out.split(maxsplit=5)
         return list(map(int, counts)), tokens, err
 
 
@@ -249,22 +250,22 @@ def test_two_processes_at_once_fill_one_folder(filled):
     assert not list(folder.rglob(UNFINISHED + "*"))
 
 
-def test_a_second_process_compiles_nothing(filled):
+def test_a_second_process_compiles_nothing_and_does_not_even_trace_its_steps(filled):
     folder, (first, _) = filled
-    (compiled, read, in_run, read_in_run), tokens, err = Process(folder).result()
+    (lowered, compiled, read, in_run, read_in_run), tokens, err = Process(folder).result()
     assert compiled == in_run == 0
     assert read_in_run == 2  # a prefill step and a decode step
-    assert read == first[0][0] + first[0][1] and (tokens, err) == first[1:]
+    assert lowered == read == first[0][0] - 2 and (tokens, err) == first[1:]
 
 
 @pytest.mark.slow
 def test_damaged_programs_are_compiled_anew_once(filled):
     folder, (first, _) = filled
-    for file in folder.rglob("jit_*_step-*"):
+    for file in folder.rglob("step-*"):
         file.write_bytes(file.read_bytes()[:-100])
-    (compiled, _, in_run, read_in_run), tokens, err = Process(folder).result()
-    assert compiled == in_run == 1 and read_in_run == 1 and (tokens, err) == first[1:]
-    assert Process(folder).result()[0][0] == 0
+    (_, compiled, _, in_run, read_in_run), tokens, err = Process(folder).result()
+    assert compiled == in_run == 2 and read_in_run == 0 and (tokens, err) == first[1:]
+    assert Process(folder).result()[0][1] == 0
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_a_deep_model_that_is_waited_for_decodes_in_two_programs(monkeypatch, kv
         launched.add(layers)
         return decode_layers(*args, layers=layers, **static)
 
-    launch.lower = decode_layers.lower
+    launch.to_make = decode_layers.to_make
     monkeypatch.setattr(steps, "decode_layers", launch)
     engine = few_programs(toy_engine(num_pages=400, kv_cache=kv_cache, kernels=kernels, async_scheduling=False))
     assert run_tokens(engine, workload(seed=1)) == expected

@@ -80,7 +80,7 @@ def calls_of(llm):
         "Engine.run_steps": lambda: next(engine.run_steps(groups)),
         "Engine.step_by_hand": lambda: engine.step_by_hand(SamplingFeatures()).__enter__(),
         "Engine.lend_pool": lambda: engine.lend_pool().__enter__(),
-        "Engine.lower_steps": lambda: engine.lower_steps(shape, SamplingFeatures()),
+        "Engine.programs": lambda: engine.programs(shape, SamplingFeatures()),
         "Engine.warm_up": lambda: engine.warm_up(groups),
     }
 

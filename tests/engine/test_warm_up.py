@@ -62,7 +62,7 @@ def test_what_fails_to_compile_ends_the_warm_up_with_its_error():
             raise ValueError("no such instruction")
 
     with pytest.raises(ValueError, match="no such instruction"):
-        compile_together([Broken()] * 9, 9)
+        compile_together([Broken()] * 9)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_programs_that_were_compiled_ahead_are_found(deep, monkeypatch, caplog):
     params = jax.device_put(engine.params, engine.device)  # as a checkpoint's are
     engine.runner._parts = {False: steps.decode_parts(params, TOY, is_async=False)}
     shape = StepShape(3, engine.runner.buckets.table_widths[-1])  # like no other test's
-    programs = engine.lower_steps(shape, features)
+    programs = engine.programs(shape, features)
     assert len(programs) == (2 if TOY.num_layers >= deep else 1)
     for program in programs:
         program.compile()

@@ -7,7 +7,7 @@ from scripted_device import make_group, make_search
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.step.batching import Buckets, StepShape
-from jaxpaged.host.step.first_decode import first_decode_shape
+from jaxpaged.host.step.foreseen import first_decode_shape
 
 LIMITS = EngineConfig(max_model_len=1600, max_num_seqs=8)
 CACHE = CacheConfig(page_size=4, num_pages=401)

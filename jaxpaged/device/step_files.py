@@ -1,0 +1,144 @@
+"""Compiled steps in files by what was asked for, so that a later process does not even trace them.
+
+JAX's own key of a program is of its text, and to have the text one must trace and lower it: of a step with Pallas
+kernels that takes seconds of Python, which is more than reading what the compiler has made of it. The name here is of
+all that the text is made from: our source, JAX's version and settings, the device, the step's static arguments, and the
+shapes of the others. What cannot be named so (a function of a user's, kernels that are not ours) has no file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import pickle
+from collections.abc import Callable, Hashable
+from enum import Enum
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib.version
+import numpy as np
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+from jaxpaged.device import program_files
+from jaxpaged.device.attention import AttentionKernels, named_kernels
+from jaxpaged.device.lowering_workers import LOWERING, Jit
+
+logger = logging.getLogger("jaxpaged")
+
+#: Settings of JAX that change no program, and where they are of this process alone, must not change its name.
+NO_MATTER = ("cache", "log", "traceback", "profiler", "distributed", "coordination", "coordinator", "dump")
+
+
+Compiled = jax.stages.Compiled
+
+
+class StepName(NamedTuple):
+    """What a step is, apart from the shapes of its arguments."""
+
+    function: Callable[..., Any]
+    static: dict[str, Any]
+    described: str
+
+
+class Unnamed(Exception):
+    """A value without a name that another process would give it, too."""
+
+
+def step_name(function: Callable[..., Any], static: dict[str, Any]) -> StepName | None:
+    """None for a step that no other process would know."""
+    try:
+        return StepName(function, static, _described((function, static)))
+    except Unnamed:
+        return None
+
+
+def made_or_read(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, ...]) -> tuple[Compiled, bool]:
+    """The program of a step for arguments like these; whether it was read from a file. `jitted` is the step, `jit` what
+    makes such a function of one that computes the same."""
+    files = program_files.program_files()
+    if name is None or files is None:
+        return _lowered(name, jit, jitted, args).compile(), False
+    key = _key(name, args)
+    content = files.read(key)
+    if content is not None and (found := _loaded(content)) is not None:
+        return found, True
+    with files.set_aside():  # the program is kept once, under this name
+        compiled = _lowered(name, jit, jitted, args).compile()
+    files.write(key, pickle.dumps(serialize(compiled)))
+    return compiled, False
+
+
+def _lowered(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, ...]) -> jax.stages.Lowered:
+    """By another process, where some are at work; else here."""
+    by_worker = None if name is None else LOWERING.lower(name.function, name.static, args, jit)
+    return jitted.lower(*args) if by_worker is None else by_worker
+
+
+def _loaded(content: bytes) -> Compiled | None:
+    """None, and a line of the log, for what this device cannot load."""
+    try:
+        return deserialize_and_load(*pickle.loads(content))
+    except (jax.errors.JaxRuntimeError, ValueError, pickle.UnpicklingError) as error:
+        logger.warning("a program in a file cannot be loaded (%s), and is compiled anew", error)
+        return None
+
+
+def _key(name: StepName, args: tuple[Any, ...]) -> str:
+    leaves, tree = jax.tree.flatten(args)
+    shapes = [(leaf.shape, str(leaf.dtype), _placed(leaf)) for leaf in leaves]
+    return f"step-{_digest(repr((name.described, str(tree), shapes, made_by())))}"
+
+
+def _placed(leaf: Any) -> str | None:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return None
+    devices = sorted(device.id for device in sharding.device_set)
+    kind = "one" if isinstance(sharding, jax.sharding.SingleDeviceSharding) else repr(sharding)
+    return f"{kind} {devices} {sharding.memory_kind}"
+
+
+def made_by() -> Hashable:
+    """All that makes a program of a step: code, compiler, settings, device."""
+    settings = sorted(
+        (setting, repr(value)) for setting, value in jax.config.values.items()
+        if not any(word in setting for word in NO_MATTER)
+    )  # fmt: skip
+    device = jax.devices()[0]
+    return _versions(), device.device_kind, device.client.platform_version, len(jax.devices()), settings
+
+
+@functools.cache
+def _versions() -> Hashable:
+    return jax.__version__, jaxlib.version.__version__, os.environ.get("XLA_FLAGS"), program_files.code_digest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=program_files.DIGEST_BYTES).hexdigest()
+
+
+def _described(value: Any) -> str:
+    """Of a static argument, in words that are the same in every process."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, np.dtype)):
+        return repr(value)
+    if isinstance(value, AttentionKernels):
+        if value != named_kernels(value.name, value.is_batch_invariant):
+            raise Unnamed
+        return f"kernels {value.name} {value.is_batch_invariant}"
+    if isinstance(value, Enum):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__qualname__}({', '.join(map(_described, value))})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_described(each)}' for key, each in sorted(value.items()))}}}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{type(value).__qualname__}{_described(fields)}"
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '<locals>')}"
+    if not name.startswith(("jaxpaged.", "jax.", "numpy.")) or "<" in name:  # made in a function, or a lambda
+        raise Unnamed
+    return name
