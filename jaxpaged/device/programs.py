@@ -224,6 +224,9 @@ class ProgramToMake(NamedTuple):
         """Compile it, or read it, in this thread: whoever runs such a step finds it."""
         return self.program.compile(self.args)
 
+    def lower(self) -> jax.stages.Lowered:
+        return self.program.lower(self.args)
+
 
 class Step:
     """A function that runs on the device, as programs: one for each set of keyword arguments and each size of `cache`.
@@ -264,7 +267,7 @@ class Step:
 
 
 def _like(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    sharding = getattr(leaf, "sharding", None)  # numpy's have none
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable, Hashable
 from enum import Enum
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ logger = logging.getLogger("jaxpaged")
 #: Settings of JAX that change no program, and where they are of this process alone, must not change its name.
 NO_MATTER = ("cache", "log", "traceback", "profiler", "distributed", "coordination", "coordinator", "dump")
 
+
+#: Held by the thread that traces: Python does one of them at a time, and several at once would all be late.
+TRACING = threading.Lock()
 
 Compiled = jax.stages.Compiled
 
@@ -75,7 +79,10 @@ def made_or_read(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, 
 def _lowered(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, ...]) -> jax.stages.Lowered:
     """By another process, where some are at work; else here."""
     by_worker = None if name is None else LOWERING.lower(name.function, name.static, args, jit)
-    return jitted.lower(*args) if by_worker is None else by_worker
+    if by_worker is not None:
+        return by_worker
+    with TRACING:
+        return jitted.lower(*args)
 
 
 def _loaded(content: bytes) -> Compiled | None:

@@ -65,6 +65,8 @@ def build_engine(
     sizer.check(num_pages)
     if num_pages is not None and options.kv_cache in DENSE_CACHES:
         num_dense_rows(CacheConfig(options.page_size, num_pages, kv_dtype), limits.max_model_len)
+    if num_pages is None:
+        sizer.compile_ahead()
     if params is None:
         params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
     num_pages = sizer.choose(params) if num_pages is None else num_pages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,20 +12,21 @@ from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.dense_cache import make_cache
 from jaxpaged.device.params import param_shapes
+from jaxpaged.device.programs import ProgramToMake
 from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, with_copies
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.step_plan import StepPlan
 from jaxpaged.step_io import DecodeBatch, Layout, pack
 
 
-def lower_largest_steps(
+def largest_steps(
     model: ModelConfig,
     dtype: str,
     cache: CacheConfig,
     limits: EngineConfig,
     kernels: AttentionKernels,
     device: jax.Device,
-) -> Iterator[jax.stages.Lowered]:
+) -> list[ProgramToMake]:
     """The largest decode step and the largest one with prompts, with all that ordinary requests ask of the sampler.
 
     `dtype` is of the weights. Where steps are mixed, one of prompts alone takes no more than one with as many tokens.
@@ -38,12 +38,12 @@ def lower_largest_steps(
         is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size),
     )  # fmt: skip
     prefill = StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1])
-    for shape in (StepShape(buckets.decode_rows[-1], width), (buckets.mixed_shapes() or [prefill])[-1]):
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        yield lower_step(shape, model, dtype, cache, kernels, features, sharding, limits)
+    shapes = StepShape(buckets.decode_rows[-1], width), (buckets.mixed_shapes() or [prefill])[-1]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return [step_to_make(shape, model, dtype, cache, kernels, features, sharding, limits) for shape in shapes]
 
 
-def lower_step(
+def step_to_make(
     shape: StepShape,
     model: ModelConfig,
     dtype: str,
@@ -52,7 +52,7 @@ def lower_step(
     features: SamplingFeatures,
     sharding: jax.sharding.Sharding,
     limits: EngineConfig | None = None,
-) -> jax.stages.Lowered:
+) -> ProgramToMake:
     """The program of a step of this shape, before there are weights or a pool: to learn what it takes, or to keep it.
 
     `dtype` is of the weights. `sharding` names the device that it is for, `limits` the system that keeps KV memory, by
@@ -73,10 +73,24 @@ def lower_step(
     )
     static = static_arguments(model, kernels, layout, features)
     if shape.num_prompts is not None:
-        return steps.mixed_step.lower(params, pool, carried, packed, **static)
+        return steps.mixed_step.to_make(params, pool, carried, packed, **static)
     if shape.num_tokens is not None:
-        return steps.prefill_step.lower(params, pool, carried, packed, **static)
-    return steps.decode_layers.lower(params, pool, None, carried, packed, layers=(0, model.num_layers), **static)
+        return steps.prefill_step.to_make(params, pool, carried, packed, **static)
+    return steps.decode_layers.to_make(params, pool, None, carried, packed, layers=(0, model.num_layers), **static)
+
+
+def lower_step(
+    shape: StepShape,
+    model: ModelConfig,
+    dtype: str,
+    cache: CacheConfig,
+    kernels: AttentionKernels,
+    features: SamplingFeatures,
+    sharding: jax.sharding.Sharding,
+    limits: EngineConfig | None = None,
+) -> jax.stages.Lowered:
+    """That program's text, for whichever device and compiler."""
+    return step_to_make(shape, model, dtype, cache, kernels, features, sharding, limits).lower()
 
 
 def static_arguments(

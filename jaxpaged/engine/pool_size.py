@@ -23,8 +23,10 @@ from jaxpaged.device.memory import bytes_in_use, device_memory
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.params import param_shapes
 from jaxpaged.device.program_files import recall, remember
+from jaxpaged.device.programs import ProgramToMake
 from jaxpaged.device.swap import transfer_bytes
-from jaxpaged.engine.lowering import lower_largest_steps
+from jaxpaged.engine.lowering import largest_steps
+from jaxpaged.engine.warm_up import Ahead, compile_together
 
 logger = logging.getLogger("jaxpaged")
 
@@ -82,10 +84,8 @@ class PoolSizer:
         """Pages, NULL_PAGE included: as many as are of use and fit beside the weights, which are on the device."""
         jax.block_until_ready(params)
         weights = bytes_in_use(self.device) or self.weight_bytes
-        useful = self.limits.max_num_seqs * -(-self.limits.max_model_len // self.page_size) + 1
-        if self.device.platform == "cpu":
-            useful = min(useful, CPU_POOL_BYTES // self.page_bytes)
-        if useful >= 2 and useful <= self._room(weights, self._most_step_bytes()):
+        useful = self._useful_pages()
+        if self._fits(useful, weights):
             return useful
         step = self.measured_step_bytes()
         num_pages = min(useful, self._steady_pages(self._fitting_pages(weights, step)))
@@ -94,6 +94,19 @@ class PoolSizer:
             num_pages, num_pages * self.page_bytes / GIB, weights / GIB, step / GIB, self.memory / GIB,
         )  # fmt: skip
         return num_pages
+
+    def compile_ahead(self) -> None:
+        """Begin to compile the steps that `choose` will measure, if it will, while weights are loaded."""
+        if not self._fits(self._useful_pages(), self.weight_bytes) and recall(self._what) is None:
+            Ahead(self._largest_steps())
+
+    def _useful_pages(self) -> int:
+        useful = self.limits.max_num_seqs * -(-self.limits.max_model_len // self.page_size) + 1
+        return min(useful, CPU_POOL_BYTES // self.page_bytes) if self.device.platform == "cpu" else useful
+
+    def _fits(self, useful: int, weights: int) -> bool:
+        """Whether so many pages fit, whatever a step takes."""
+        return 2 <= useful <= self._room(weights, self._most_step_bytes())
 
     def _steady_pages(self, fitting: int) -> int:
         """A number that stays from start to start, while the pages that fit differ by a few: the pool's shape is part
@@ -120,21 +133,28 @@ class PoolSizer:
 
     def measured_step_bytes(self) -> int:
         """What the largest step allocates while it runs, as the compiler says; or has said to an earlier process."""
-        what = ("step bytes", self._identity)
-        known = recall(what)
+        known = recall(self._what)
         if known is None:
-            remember(what, known := self._compiled_step_bytes())
+            remember(self._what, known := self._compiled_step_bytes())
         return known
+
+    @property
+    def _what(self) -> Hashable:
+        """The name by which the number is remembered."""
+        return "step bytes", self._identity
 
     def _compiled_step_bytes(self) -> int:
         began = time.perf_counter()
-        cache = CacheConfig(self.page_size, self._nominal_pages, self.kv_dtype)
         persistent = self.weight_bytes + self._nominal_pages * self.page_bytes
-        largest = self._moved_bytes()
-        for lowered in lower_largest_steps(self.model, self.dtype, cache, self.limits, self.kernels, self.device):
-            largest = max(largest, transient_bytes(lowered.compile(), persistent))
-        logger.info("the largest steps were compiled in %.1f s", time.perf_counter() - began)
-        return largest
+        programs = self._largest_steps()
+        compile_together(programs)
+        taken = [transient_bytes(program.compile(), persistent) for program in programs]
+        logger.info("the largest steps: %.1f s until they were compiled", time.perf_counter() - began)
+        return max(self._moved_bytes(), *taken)
+
+    def _largest_steps(self) -> list[ProgramToMake]:
+        cache = CacheConfig(self.page_size, self._nominal_pages, self.kv_dtype)
+        return largest_steps(self.model, self.dtype, cache, self.limits, self.kernels, self.device)
 
     @property
     def _nominal_pages(self) -> int:

@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(arguments: list[str], folder: str | Path) -> dict[str, Any]:
     env = {**os.environ, "JAXPAGED_CACHE_DIR": str(folder), BEGAN: repr(time.time())}
-    done = subprocess.run([sys.executable, __file__, *arguments], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace, began: float) -> dict[str, Any]:
     logger = logging.getLogger(jaxpaged.__name__)
     logger.setLevel(logging.INFO)
     logger.addHandler(Lines(lambda text: logged.append(f"{time.time() - began:.2f} {text}")))
-    llm = LLM(args.model, load_format=args.load_format, max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len)
+    options = {name: getattr(args, name) for name in ("load_format", "max_num_seqs", "max_model_len")}
+    llm = LLM(args.model, **options)
     note("load")
 
     from generation_workloads import make_workload

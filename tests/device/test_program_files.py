@@ -213,7 +213,8 @@ from jaxpaged import LLM, SamplingParams
 llm = LLM("checkpoints/tiny-python", num_pages=40, max_model_len=64, **eval(sys.argv[1]))
 (output,) = llm.generate(["def f"], SamplingParams(temperature=0, max_tokens=3), progress=False)
 run = llm.last_run
-print(made["lowered"], made["compiled"] - made["read"], made["read"], run.compilations, run.programs_read, output.outputs[0].token_ids)
+print(made["lowered"], made["compiled"] - made["read"], made["read"])
+print(run.compilations, run.programs_read, output.outputs[0].token_ids)
 """
 
 
@@ -229,7 +230,8 @@ class Process:
         self._process = subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
     def result(self) -> tuple[list[int], str, str]:
-        """Programs lowered, compiled and read in JAX's own way, then compiled and read by the run; the tokens; what is on standard error."""
+        """Programs lowered, compiled and read as JAX counts them, and compiled and read as the run does; the tokens;
+        what is on standard error."""
         out, err = self._process.communicate()
         assert self._process.returncode == 0, err
         *counts, tokens = out.split(maxsplit=5)

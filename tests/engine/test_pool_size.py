@@ -11,7 +11,7 @@ from toy import TOY, toy_params
 from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
 from jaxpaged.device.attention import REFERENCE, AttentionKernels
 from jaxpaged.engine import pool_size
-from jaxpaged.engine.lowering import lower_largest_steps
+from jaxpaged.engine.lowering import largest_steps
 from jaxpaged.engine.pool_size import PoolSizer, coarse, transient_bytes
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def test_what_a_step_takes_does_not_depend_on_the_size_of_the_pool():
         cache = CacheConfig(16, num_pages, "float32")
         sizer = make_sizer(MIB)
         persistent = sizer.weight_bytes + num_pages * sizer.page_bytes
-        programs = lower_largest_steps(TOY, "float32", cache, LIMITS, REFERENCE, jax.devices("cpu")[0])
+        programs = largest_steps(TOY, "float32", cache, LIMITS, REFERENCE, jax.devices("cpu")[0])
         return [transient_bytes(lowered.compile(), persistent) for lowered in programs]
 
     assert transient(100) == transient(10_000)
