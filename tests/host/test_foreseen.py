@@ -1,13 +1,16 @@
-"""The first decode step is foretold where lengths alone decide it, and is then the one that comes."""
+"""Steps are foretold as far as lengths decide them, and are then the ones that come."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from scripted_device import make_group, make_search
+from scripted_device import make_group, make_scheduler, make_search, run_all
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.step.batching import Buckets, StepShape
-from jaxpaged.host.step.foreseen import first_decode_shape
+from jaxpaged.host.step.foreseen import first_decode_shape, foreseen_shapes
+from jaxpaged.host.step.features import SamplingFeatures
 
 LIMITS = EngineConfig(max_model_len=1600, max_num_seqs=8)
 CACHE = CacheConfig(page_size=4, num_pages=401)
@@ -48,3 +51,28 @@ def test_what_depends_on_more_is_not_foretold(groups):
 
 def test_nor_is_it_for_other_systems_than_paging():
     assert foretold([make_group(5)], EngineConfig(1600, 8, kv_cache="contiguous-max")) is None
+
+
+@pytest.mark.parametrize("mixed_steps", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_every_step_but_the_first_was_foretold(seed, mixed_steps):
+    rng = random.Random(seed)
+    groups = [
+        make_group(rng.randint(1, 60), rng.randint(1, 30), n=rng.choice((1, 1, 3))) for _ in range(rng.randint(1, 12))
+    ]
+    scheduler = make_scheduler(400, page_size=2, max_num_seqs=16, max_num_batched_tokens=64, mixed_steps=mixed_steps)
+    buckets = Buckets.for_limits(scheduler.limits, scheduler.cache)
+    shapes = foreseen_shapes(groups, buckets, scheduler.limits, scheduler.cache)
+    _, plans = run_all(scheduler, groups)
+    features = SamplingFeatures.of(groups, 1000)
+    assert {buckets.shape_of(plan, features) for plan in plans[1:]} <= set(shapes)
+
+
+def test_prompts_that_one_step_computes_come_no_second_time_and_one_request_decodes_in_one_row():
+    assert foreseen([make_group(60), make_group(90)]) == [StepShape(2, 256), StepShape(1, 256)]
+    assert foreseen([make_group(1500)]) == [StepShape(1, 400)]
+    assert foreseen([]) == []
+
+
+def foreseen(groups):
+    return foreseen_shapes(groups, BUCKETS, LIMITS, CACHE)

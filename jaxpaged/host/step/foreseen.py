@@ -40,17 +40,19 @@ def _with_prompts(
 ) -> list[StepShape]:
     """None where all prompts are computed in one step. Where others decode meanwhile, steps are mixed."""
     budget, total = limits.max_num_batched_tokens, sum(group.prompt_len for group in groups)
-    if len(groups) == 1 or (total <= budget and all(group.arrival_time <= 0 for group in groups)):
+    is_one_step = total <= budget and sum(group.params.num_samples for group in groups) <= limits.max_num_seqs
+    if len(groups) == 1 or (is_one_step and all(group.arrival_time <= 0 for group in groups)):
         return []
     if buckets.mixed_rows and not any(group.beams for group in groups):
         most = fit(num_rows, buckets.mixed_rows)
         return [shape for shape in reversed(buckets.mixed_shapes()) if _is_within(shape, most, widths)]
-    longest = fit(max(1, num_rows), buckets.prefill_rows)
+    most_rows, most_tokens = fit(num_rows, buckets.prefill_rows), fit(min(total, budget), buckets.prefill_tokens)
     return [
-        StepShape(longest, width, tokens)
+        StepShape(rows, width, tokens)
         for width in widths
         for tokens in reversed(buckets.prefill_tokens)
-        if tokens <= fit(min(total, budget), buckets.prefill_tokens)
+        for rows in reversed(buckets.prefill_rows)
+        if tokens <= most_tokens and rows <= most_rows
     ]
 
 
