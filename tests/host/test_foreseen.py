@@ -9,8 +9,8 @@ from scripted_device import make_group, make_scheduler, make_search, run_all
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.step.batching import Buckets, StepShape
-from jaxpaged.host.step.foreseen import first_decode_shape, foreseen_shapes
 from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.foreseen import first_decode_shape, foreseen_shapes
 
 LIMITS = EngineConfig(max_model_len=1600, max_num_seqs=8)
 CACHE = CacheConfig(page_size=4, num_pages=401)
