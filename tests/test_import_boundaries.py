@@ -38,6 +38,7 @@ ARROWS = {
         "text",
         "trace_page",
     ),
+    "integrations": ("api", "llm"),  # what other systems take
     "jaxpaged": ("api", "llm", "tree"),  # __init__.py, which may be imported by all
     "__main__": ("cli",),
     "pallas_kernels": (),
