@@ -17,9 +17,10 @@ from jaxpaged.api.names import OTHER_OPTIONS, VLLM_CHAT, VLLM_REQUESTS, check_na
 from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.api.values import is_list, read_path, shortened
+from jaxpaged.api.values import is_list, read_flag, read_path, shortened
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config.options import FIXED_OPTIONS, OPTION_NAMES, EngineOptions, lists_options
+from jaxpaged.engine.describe import describe_checkpoint
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.loading import build_engine
 from jaxpaged.engine.profile import trace_to
@@ -30,6 +31,7 @@ from jaxpaged.host.arrivals import set_arrivals
 from jaxpaged.host.beams.beam_watch import take_snapshot
 from jaxpaged.host.ownership import Hold, pool_ownership
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.hub import find_model
 from jaxpaged.requests.answer import make_output
 from jaxpaged.requests.progress import CompilingLine, ProgressBar
 from jaxpaged.requests.prompts import Prompt
@@ -42,6 +44,8 @@ from jaxpaged.tree.tree import Tree
 
 Prompts = Any  # text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": ...}, or a list of these
 
+#: What says which model it is.
+FOUND_BY = ("model", "tokenizer", "revision", "download")
 #: What is asked for in other places than in a call.
 ELSEWHERE = {
     **{name: f"it is an option of the engine: LLM(model, {name}=...)" for name in OPTION_NAMES},
@@ -49,6 +53,12 @@ ELSEWHERE = {
     **{each.name: f"it goes into SamplingParams({each.name}=...)" for each in dataclasses.fields(SamplingParams)},
     **VLLM_REQUESTS,
 }
+
+
+def _find(model: str | Path, revision: str | None, download: bool, needs_weights: bool) -> Path:
+    """The directory of the model."""
+    read_path("model", model)
+    return Path(find_model(model, revision, read_flag("download", download), needs_weights)).expanduser()
 
 
 class LLM:
@@ -64,27 +74,48 @@ class LLM:
     """
 
     @lists_options
-    def __init__(self, model: str | Path, tokenizer: str | Path | Tokenizer | None = None, **options: Any):
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | Tokenizer | None = None,
+        *,
+        revision: str | None = None,
+        download: bool = False,
+        **options: Any,
+    ):
         """Open a checkpoint directory (native or Hugging Face), load its weights and allocate the page pool.
 
         Args:
-            model: the directory.
+            model: the directory, or the name of a model on the Hugging Face Hub, such as "Qwen/Qwen3-0.6B", whose files
+                are in the Hub's cache.
             tokenizer: a file, a directory or an object with `encode` and `decode`; by default the checkpoint's own.
+            revision: of a model of the Hub: a branch, a tag or a commit; by default "main".
+            download: fetch what the Hub's cache lacks of the model; otherwise nothing is ever downloaded.
             **options: of the engine, by name, as below; docs/guide.md says more about them.
 
         Raises:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.
             TypeError: for an option that there is not, with the name that was probably meant, or that vLLM's has here.
         """
-        check_names("LLM", options, ("model", "tokenizer", *OPTION_NAMES), OTHER_OPTIONS)
+        check_names("LLM", options, (*FOUND_BY, *OPTION_NAMES), OTHER_OPTIONS)
         self._options = settled = EngineOptions(**options)
-        self._checkpoint = checkpoint = open_checkpoint(read_path("model", model))
+        self._checkpoint = checkpoint = open_checkpoint(
+            _find(model, revision, download, needs_weights=settled.load_format != "dummy")
+        )
         found = find_tokenizer(tokenizer, checkpoint.tokenizer_file)
         templates = find_chat_templates(tokenizer, checkpoint.directory)
         self._requests = RequestReader(found, checkpoint.directory, settled.seed, templates)
         self._owner = pool_ownership()
         self._engine: Engine | None = build_engine(checkpoint, settled, owner=self._owner)
         self._weights = self._engine.params
+
+    @staticmethod
+    def describe(model: str | Path, *, revision: str | None = None, download: bool = False, **options: Any) -> str:
+        """What `LLM(model, **options)` would be, in lines of text, from the model's configuration alone: its shape, and
+        how many tokens fit the pool that it would get. `jaxpaged info` prints it."""
+        check_names("describe", options, ("model", "revision", "download", *OPTION_NAMES), OTHER_OPTIONS)
+        settled = EngineOptions(**options)
+        return describe_checkpoint(_find(model, revision, download, needs_weights=False), settled)
 
     @property
     def engine(self) -> Engine:
@@ -339,7 +370,7 @@ class LLM:
         one is made. Raises ValueError as the constructor does; after one, the LLM can only be rebuilt, from the options
         of the last engine that there was. RuntimeError, which costs nothing, while a run or a tree is open.
         """
-        if fixed := sorted({"model", "tokenizer", *FIXED_OPTIONS} & set(options)):
+        if fixed := sorted({*FOUND_BY, *FIXED_OPTIONS} & set(options)):
             raise ValueError(
                 f"{', '.join(fixed)} cannot change without another LLM; rebuild takes the engine's options"
             )

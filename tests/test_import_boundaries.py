@@ -14,6 +14,7 @@ ARROWS = {
     "api": (),  # what a user writes and gets
     "config": ("api",),
     "step_io": ("pallas_kernels",),  # the door between the two sides
+    "hub": ("api",),  # names of models to directories
     "text": ("api",),
     "host": ("api", "config", "step_io"),
     "device": ("api", "config", "step_io", "pallas_kernels"),
@@ -21,7 +22,7 @@ ARROWS = {
     "engine": ("checkpoint", "config", "device", "host", "step_io"),
     "requests": ("api", "engine", "host", "step_io", "text"),
     "tree": ("api", "config", "engine", "host", "requests", "step_io", "text"),
-    "llm": ("api", "checkpoint", "config", "engine", "host", "requests", "text", "tree"),
+    "llm": ("api", "checkpoint", "config", "engine", "host", "hub", "requests", "text", "tree"),
     "study": ("api", "config", "host", "step_io"),
     "batch": ("api", "text"),
     "trace_page": (),
@@ -31,6 +32,7 @@ ARROWS = {
         "checkpoint",
         "config",
         "host",
+        "hub",
         "jaxpaged",
         "llm",
         "requests",

@@ -13,7 +13,6 @@ R = TypeVar("R")
 
 _ONE_DEVICE = "jaxpaged runs on one GPU, so leave it out"
 _NO_ADAPTERS = "jaxpaged has no adapters, so leave it out"
-_LOCAL = "a model is a local directory and nothing is downloaded, so leave it out"
 _NO_IMAGES = "jaxpaged runs models of text alone, so leave it out"
 
 #: What vLLM's arguments of `LLM` are here.
@@ -45,10 +44,9 @@ VLLM_OPTIONS = {
     "speculative_config": "jaxpaged does not speculate, so leave it out",
     "enable_lora": _NO_ADAPTERS,
     "max_loras": _NO_ADAPTERS,
-    "revision": _LOCAL,
-    "tokenizer_revision": _LOCAL,
-    "download_dir": _LOCAL,
-    "hf_token": _LOCAL,
+    "tokenizer_revision": "revision is of model and tokenizer; for another tokenizer give its directory as tokenizer=",
+    "download_dir": "the variable HF_HUB_CACHE names the folder of downloads",
+    "hf_token": "the variable HF_TOKEN has it, or huggingface_hub's login",
     "limit_mm_per_prompt": _NO_IMAGES,
     "tokenizer_mode": "give an object with encode and decode as tokenizer=",
     "skip_tokenizer_init": "give prompts as token ids and SamplingParams(detokenize=False)",

@@ -21,7 +21,7 @@ from jaxpaged.api.values import check_encodable
 from jaxpaged.batch.requests import BEAM_NAMES
 from jaxpaged.cli.beam_tree import TextOf, grow_branches, shown, tree_lines
 from jaxpaged.cli.errors import UsageError, usage_errors
-from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
+from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, MODEL_HELP, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.output_files import Named, check_outputs
 from jaxpaged.text.stream import decode_continuation
 
@@ -47,7 +47,7 @@ SEARCH_FLAGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--plot", metavar="FILE", help="draw the whole search: a .png, .pdf or .svg file")
     parser.add_argument("--delay", type=float, default=0.0, metavar="X", help="seconds to wait after each step")

@@ -21,7 +21,7 @@ from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.cli.chat_template_file import read_template
 from jaxpaged.cli.errors import reason, usage_errors
-from jaxpaged.cli.flags import MODEL_FLAGS, SAMPLING_FLAGS, add_flags, given, with_defaults
+from jaxpaged.cli.flags import MODEL_FLAGS, MODEL_HELP, SAMPLING_FLAGS, add_flags, given, with_defaults
 from jaxpaged.cli.interrupts import exit_at_interrupt, noted_interrupt
 from jaxpaged.text.chat_template import find_chat_templates
 
@@ -63,7 +63,7 @@ class Chat:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation begins")
     parser.add_argument("--chat-template", metavar="FILE", help="in place of the model's own")
     parser.add_argument(

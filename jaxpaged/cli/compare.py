@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxpaged.cli.compare_table import print_table
 from jaxpaged.cli.errors import usage_errors
-from jaxpaged.cli.flags import MODEL_FLAGS, add_flags, given, with_defaults
+from jaxpaged.cli.flags import MODEL_FLAGS, MODEL_HELP, add_flags, given, with_defaults
 from jaxpaged.cli.output_files import check_new_folder, check_outputs
 from jaxpaged.config import KV_CACHES, CacheConfig, EngineOptions
 from jaxpaged.config.options import FIXED_OPTIONS
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add = parser.add_argument
     add(
         "--systems", type=_names, default=list(DEFAULT_SYSTEMS), metavar="NAME,NAME,...",
@@ -211,7 +211,7 @@ def _facts(args: argparse.Namespace, setting: Setting, engine: Any) -> dict[str,
     """What is the same for all systems."""
     workload = setting.workload
     return {
-        "model": str(args.model),
+        "model": args.given_model,
         "weights": "random" if setting.options.get("load_format") == "dummy" else "of the checkpoint",
         "workload": args.workload,
         "requests": len(workload.prompt_lens),

@@ -106,8 +106,15 @@ def _flag_of(option: Option) -> Flag:
     return Flag(option.name, option.kind, option.help_text, choices=option.choices)
 
 
+#: Of a MODEL; `main` finds it by them.
+MODEL_HELP = "checkpoint directory, or the name of a model on the Hugging Face Hub that is in its cache"
+HUB_FLAGS = (
+    Flag("revision", str, "branch, tag or commit, of a model of the Hub (default main)"),
+    Flag("download", True, "fetch what the cache lacks of a model of the Hub"),
+)  # fmt: skip
 #: `seed` is a flag of each command, which says what it is the seed of there.
 MODEL_FLAGS = (
+    *HUB_FLAGS,
     Flag("tokenizer", str, "file or directory; by default the checkpoint's own"),
     *(_flag_of(option) for option in engine_options() if option.name != "seed"),
 )

@@ -37,7 +37,7 @@ from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.cli.chat_template_file import read_template
 from jaxpaged.cli.errors import UsageError, usage_errors
-from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
+from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, MODEL_HELP, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.interrupts import exit_at_interrupt
 from jaxpaged.cli.output_files import check_outputs
 from jaxpaged.config.options import RESULT_OPTIONS
@@ -58,7 +58,7 @@ A run that was stopped, at any moment and in any way, goes on when the same comm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for more")
     source.add_argument("--input", metavar="FILE", help="a file of prompts, '-' for standard input")

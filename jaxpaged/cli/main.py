@@ -80,6 +80,10 @@ def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = No
 
             logging.basicConfig(level=logging.WARNING)
             logging.getLogger("jaxpaged").setLevel(logging.INFO)
+        if hasattr(args, "model"):
+            from jaxpaged.cli.model import settle_model
+
+            settle_model(args)
         return args.run(args, make_llm or _make_llm)
     except UsageError as error:
         print(f"jaxpaged: {one_line(str(error))}", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.cli.errors import usage_errors
-from jaxpaged.cli.flags import MODEL_FLAGS, add_flags, given, with_defaults
+from jaxpaged.cli.flags import MODEL_FLAGS, MODEL_HELP, add_flags, given, with_defaults
 from jaxpaged.cli.output_files import check_outputs
 from jaxpaged.host.account.phases import PHASES
 from jaxpaged.study.workloads import make_workload
@@ -27,7 +27,7 @@ how long a step takes is for scripts/bench/generate.py to say.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add = parser.add_argument
     add("-o", "--output", default="trace" + SUFFIX, metavar="FILE", help=f"(default trace{SUFFIX})")
     add("--workload", default="fixed:128:32", metavar="NAME", help="prompt and output lengths (default fixed:128:32)")

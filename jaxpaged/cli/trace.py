@@ -16,7 +16,17 @@ from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import check_encodable
 from jaxpaged.cli.errors import UsageError, usage_errors
-from jaxpaged.cli.flags import MODEL_FLAGS, PROMPT_FLAGS, SAMPLING_FLAGS, Flag, add_flags, given, with_defaults
+from jaxpaged.cli.flags import (
+    MODEL_FLAGS,
+    MODEL_HELP,
+    PROMPT_FLAGS,
+    SAMPLING_FLAGS,
+    Flag,
+    add_flags,
+    given,
+    with_defaults,
+)
+from jaxpaged.cli.model import short_name
 from jaxpaged.cli.output_files import check_outputs
 from jaxpaged.trace_page import dump_trace, example_names, example_trace, make_page
 
@@ -37,7 +47,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for more")
     parser.add_argument("--example", choices=example_names(), help="a bundled run instead of a model's")
     parser.add_argument("--html", metavar="FILE", help="the page: one file, to be opened in any browser")
@@ -101,7 +111,7 @@ def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> tuple[dict[s
     errors = [f"prompt {i}: {output.error}" for i, output in enumerate(outputs, start=1) if output.error is not None]
     tokenizer = llm.tokenizer
     made = recorder.trace(
-        f"{Path(args.model).resolve().name}: {_describe(params, len(args.prompt))}",
+        f"{short_name(args)}: {_describe(params, len(args.prompt))}",
         " | ".join(args.prompt),
         piece=lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False),
     )

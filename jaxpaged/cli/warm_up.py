@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxpaged.batch import make_params
 from jaxpaged.cli.errors import usage_errors
-from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, SAMPLING_FLAGS, add_flags, given
+from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, MODEL_HELP, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.interrupts import exit_at_interrupt
 
 EPILOG = """\
@@ -18,7 +18,7 @@ of the model. Programs are kept in the folder that is printed, JAXPAGED_CACHE_DI
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, "sampling", SAMPLING_FLAGS)
     add_flags(parser, "beam search, with --beam-width", BEAM_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)

@@ -1,4 +1,4 @@
-"""From a checkpoint's path to a running engine: settles dtype, attention, lengths and the size of the page pool.
+"""From a checkpoint to a running engine: settles dtype, attention, lengths and the size of the page pool.
 
 What can be refused by arithmetic is refused before weights are read.
 """
@@ -6,6 +6,7 @@ What can be refused by arithmetic is refused before weights are read.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jaxpaged.device.memory import start_device, usable_memory
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.program_files import keep_programs
 from jaxpaged.engine.engine import Engine
-from jaxpaged.engine.pool_size import PoolSizer
+from jaxpaged.engine.pool_size import PoolSize, PoolSizer
 from jaxpaged.engine.preemption import reserve_swap_space, resolve_preemption
 from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.ownership import Ownership
@@ -34,15 +35,60 @@ from jaxpaged.host.ownership import Ownership
 logger = logging.getLogger("jaxpaged")
 
 
+@dataclass(frozen=True)
+class EnginePlan:
+    """What an engine will be, settled before there are weights."""
+
+    model: ModelConfig
+    limits: EngineConfig  # swap space as it was asked for
+    kernels: AttentionKernels
+    sizer: PoolSizer
+    num_pages: int | None  # None: as many as fit
+
+    def check(self) -> None:
+        """Refuse what is known not to fit."""
+        self.sizer.check(self.num_pages)
+        if self.num_pages is not None and self.limits.kv_cache in DENSE_CACHES:
+            num_dense_rows(self.cache_of(self.num_pages), self.limits.max_model_len)
+
+    def pool(self, params: Params | None = None) -> PoolSize:
+        """The pool that an engine gets: beside `params`, which are on the device, or as much as these will take."""
+        if self.num_pages is None:
+            return self.sizer.choose(params)
+        return PoolSize(self.num_pages, "as num_pages says")
+
+    def cache_of(self, num_pages: int) -> CacheConfig:
+        return CacheConfig(self.sizer.page_size, num_pages, self.sizer.kv_dtype)
+
+
 def build_engine(
     checkpoint: Checkpoint, options: EngineOptions, params: Params | None = None, owner: Ownership | None = None
 ) -> Engine:
     """Load the weights, or take those given, and make the page pool; ValueError, with the numbers, for what cannot run
     on this device. `owner` is of an LLM that builds several engines, one after the other."""
+    plan = plan_engine(checkpoint.config, options)
+    plan.check()
+    sizer, device = plan.sizer, plan.sizer.device
+    if plan.num_pages is None:
+        sizer.compile_ahead()
+    if params is None:
+        params = load_params(
+            checkpoint, dtype=sizer.dtype, device=device, load_format=options.load_format, seed=options.seed
+        )
+    pool = plan.pool(params)
+    cache = plan.cache_of(pool.num_pages)
+    if plan.limits.kv_cache != "none":  # which has no pool
+        logger.info("pool: %s", sizer.in_words(pool))
+    limits = reserve_swap_space(plan.limits, cache, plan.model, device)
+    return Engine(StepRunner(params, plan.model, cache, limits, plan.kernels, device), owner)
+
+
+def plan_engine(config: ModelConfig, options: EngineOptions) -> EnginePlan:
+    """What the options mean for this model on this device; ValueError for what cannot run there."""
     keep_programs(options.compilation_cache)
     device = start_device(options.memory_utilization)
-    max_model_len = _max_model_len(options, checkpoint.config)
-    model = checkpoint.config.for_length(max_model_len)
+    max_model_len = _max_model_len(options, config)
+    model = config.for_length(max_model_len)
     dtype = resolve_dtype(options.dtype, model, device)
     kv_dtype = FP8 if options.has_fp8_pages else dtype
     kernels = _resolve_kernels(options, model, device, dtype, kv_dtype)
@@ -62,17 +108,7 @@ def build_engine(
     memory = usable_memory(device, options.memory_utilization)
     sizer = PoolSizer(model, dtype, kv_dtype, options.page_size, limits, kernels, device, memory)
     num_pages = 2 if options.kv_cache == "none" and options.num_pages is None else options.num_pages  # it has no pool
-    sizer.check(num_pages)
-    if num_pages is not None and options.kv_cache in DENSE_CACHES:
-        num_dense_rows(CacheConfig(options.page_size, num_pages, kv_dtype), limits.max_model_len)
-    if num_pages is None:
-        sizer.compile_ahead()
-    if params is None:
-        params = load_params(checkpoint, dtype=dtype, device=device, load_format=options.load_format, seed=options.seed)
-    num_pages = sizer.choose(params) if num_pages is None else num_pages
-    cache = CacheConfig(options.page_size, num_pages, kv_dtype)
-    limits = reserve_swap_space(limits, cache, model, device)
-    return Engine(StepRunner(params, model, cache, limits, kernels, device), owner)
+    return EnginePlan(model, limits, kernels, sizer, num_pages)
 
 
 def _resolve_kernels(

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,13 @@ UNUSED_SHARE = 2 / COARSE_PARTS
 #: XLA tries out matrix products, holes between allocations. Programs and CUDA graphs take memory of the driver, which
 #: lies in what `memory_utilization` leaves of the card.
 RESERVE_SHARE = 0.005
+
+
+class PoolSize(NamedTuple):
+    """How large a pool is, and why."""
+
+    num_pages: int  # NULL_PAGE included
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -80,29 +88,48 @@ class PoolSizer:
         else:
             CacheConfig(self.page_size, num_pages, self.kv_dtype)  # says what is wrong with a pool of one page
 
-    def choose(self, params: Params) -> int:
-        """Pages, NULL_PAGE included: as many as are of use and fit beside the weights, which are on the device."""
-        jax.block_until_ready(params)
-        weights = bytes_in_use(self.device) or self.weight_bytes
-        useful = self._useful_pages()
-        if self._fits(useful, weights):
+    def choose(self, params: Params | None = None) -> PoolSize:
+        """As many pages as are of use and fit beside the weights: `params`, which are on the device, or what they would
+        take."""
+        weights = self.weight_bytes
+        if params is not None:
+            jax.block_until_ready(params)
+            weights = bytes_in_use(self.device) or weights
+        useful = self._useful()
+        if self._fits(useful.num_pages, weights):
             return useful
         step = self.measured_step_bytes()
-        num_pages = min(useful, self._steady_pages(self._fitting_pages(weights, step)))
-        logger.info(
-            "pool: %d pages, %.2f GiB, beside %.2f GiB in use and %.2f GiB for the largest step: at most %.2f GiB",
-            num_pages, num_pages * self.page_bytes / GIB, weights / GIB, step / GIB, self.memory / GIB,
-        )  # fmt: skip
-        return num_pages
+        num_pages = self._steady_pages(self._fitting_pages(weights, step))
+        if useful.num_pages <= num_pages:
+            return useful
+        return PoolSize(
+            num_pages,
+            f"what {weights / GIB:.2f} GiB of weights and {step / GIB:.2f} GiB for the largest step leave of the "
+            f"{self.memory / GIB:.2f} GiB that they may fill on {self.device.device_kind}",
+        )
+
+    def in_words(self, pool: PoolSize) -> str:
+        usable = CacheConfig(self.page_size, pool.num_pages).num_usable_tokens
+        return (
+            f"{pool.num_pages:,} pages of {self.page_size} tokens, so {usable:,} tokens "
+            f"({pool.num_pages * self.page_bytes / GIB:.2f} GiB): {pool.reason}"
+        )
 
     def compile_ahead(self) -> None:
         """Begin to compile the steps that `choose` will measure, if it will, while weights are loaded."""
-        if not self._fits(self._useful_pages(), self.weight_bytes) and recall(self._what) is None:
+        if not self._fits(self._useful().num_pages, self.weight_bytes) and recall(self._what) is None:
             Ahead(self._largest_steps())
 
-    def _useful_pages(self) -> int:
-        useful = self.limits.max_num_seqs * -(-self.limits.max_model_len // self.page_size) + 1
-        return min(useful, CPU_POOL_BYTES // self.page_bytes) if self.device.platform == "cpu" else useful
+    def _useful(self) -> PoolSize:
+        """All that could be filled; in main memory no more than other programs can spare."""
+        seqs, length = self.limits.max_num_seqs, self.limits.max_model_len
+        useful = seqs * -(-length // self.page_size) + 1
+        spare = CPU_POOL_BYTES // self.page_bytes
+        if self.device.platform == "cpu" and spare < useful:
+            return PoolSize(
+                spare, f"{CPU_POOL_BYTES / GIB:g} GiB of main memory at most, unless num_pages says otherwise"
+            )
+        return PoolSize(useful, f"all that {seqs} sequences of {length:,} tokens can fill")
 
     def _fits(self, useful: int, weights: int) -> bool:
         """Whether so many pages fit, whatever a step takes."""

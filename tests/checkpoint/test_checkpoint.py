@@ -15,7 +15,6 @@ from paths import GOLDENS, ROOT
 
 from jaxpaged.checkpoint import (
     convert_checkpoint,
-    describe_checkpoint,
     load_params,
     open_checkpoint,
     save_checkpoint,
@@ -249,28 +248,3 @@ def test_convert_writes_nothing_when_the_source_is_broken(tmp_path):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         convert_checkpoint(source, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
-
-
-# Description
-
-
-def test_info_counts_from_the_configuration_alone(tmp_path):
-    values = json.loads((GOLDENS / "llama_tied" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    text = describe_checkpoint(tmp_path, CPU)
-    facts = {line.split(":")[0]: line.split(":", 1)[1].strip() for line in text.splitlines()}
-    assert facts["format"] == "huggingface"
-    assert facts["parameters"] == "19,616"
-    assert facts["weights"] == "38.3 KiB as bfloat16"
-    assert facts["KV per token"] == "128 bytes as bfloat16"
-    assert facts["tokens that fit"].endswith("(this machine's main memory)")
-    assert "KV per token:" in text and "64 bytes as float8_e4m3fn" in describe_checkpoint(tmp_path, CPU, "fp8")
-    assert facts["tokenizer"] == "none: prompts must be token ids"
-
-
-def test_info_names_windows_and_tokenizer(tmp_path):
-    directory = Path(shutil.copytree(GOLDENS / "gemma3", tmp_path / "gemma3"))
-    (directory / "tokenizer.model").touch()
-    text = describe_checkpoint(directory)
-    assert "a window of 6 tokens in 2 of 3 layers, else full" in text
-    assert "tokenizer.model" in text

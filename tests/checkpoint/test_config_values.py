@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import GOLDENS
 
-from jaxpaged.checkpoint import describe_checkpoint, native, open_checkpoint
+from jaxpaged.checkpoint import native, open_checkpoint
 from jaxpaged.checkpoint.hf_config import parse_config
 from jaxpaged.config import ModelConfig
+from jaxpaged.engine.describe import describe_checkpoint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt")
 FILES = {name: json.loads((GOLDENS / name / "config.json").read_text()) for name in FAMILIES}

@@ -14,8 +14,9 @@ import tensorstore as ts
 from paths import GOLDENS
 from safetensors.numpy import load_file, save_file
 
-from jaxpaged.checkpoint import convert_checkpoint, describe_checkpoint, load_params, open_checkpoint
+from jaxpaged.checkpoint import convert_checkpoint, load_params, open_checkpoint
 from jaxpaged.checkpoint.checksums import compute_checksums
+from jaxpaged.engine.describe import describe_checkpoint
 
 CPU = jax.devices("cpu")[0]
 QUERY = "model.layers.1.self_attn.q_proj.weight"

@@ -42,7 +42,7 @@ def test_what_a_step_takes_does_not_depend_on_the_size_of_the_pool():
 def test_pool_weights_and_step_fill_the_share_they_may_use(step_bytes):
     """64 sequences of 16 pages could use 1024; the memory is for fewer."""
     sizer = make_sizer(memory=step_bytes + 3 * MIB)
-    num_pages = sizer.choose(toy_params())
+    num_pages = sizer.choose(toy_params()).num_pages
     assert num_pages < 64 * 16
     taken = num_pages * sizer.page_bytes + sizer.weight_bytes + step_bytes
     assert 0.95 * sizer.memory < taken <= sizer.memory
@@ -50,7 +50,7 @@ def test_pool_weights_and_step_fill_the_share_they_may_use(step_bytes):
 
 def test_a_few_pages_more_or_less_give_a_pool_of_the_same_size(step_bytes):
     """So that programs, of which the pool's shape is a part, are found again by the next process."""
-    num_pages = make_sizer(step_bytes + 3 * MIB).choose(toy_params())
+    num_pages = make_sizer(step_bytes + 3 * MIB).choose(toy_params()).num_pages
     assert 512 <= num_pages < 1024 and num_pages % 8 == 0
     assert [coarse(pages) for pages in (2, 63, 127, 128, 129, 36_800, 36_864, 37_375)] == [
         2, 63, 127, 128, 128, 36_352, 36_864, 36_864
@@ -67,7 +67,7 @@ def test_what_an_earlier_process_has_measured_and_chosen_is_taken_again(step_byt
 
     def choose(extra_pages: int) -> int:
         memory = step_bytes + 3 * MIB + int(extra_pages * make_sizer(MIB).page_bytes / 0.995)
-        return make_sizer(memory).choose(toy_params())
+        return make_sizer(memory).choose(toy_params()).num_pages
 
     first = choose(0)
     assert [choose(extra) for extra in range(0, 12, 3)] == [first] * 4
@@ -76,7 +76,7 @@ def test_what_an_earlier_process_has_measured_and_chosen_is_taken_again(step_byt
 
 def test_no_more_pages_than_sequences_can_use_and_nothing_is_compiled_to_know_it():
     unusable = AttentionKernels("none", pytest.fail, pytest.fail)
-    assert make_sizer(memory=1 << 34, kernels=unusable).choose(toy_params()) == 64 * 16 + 1
+    assert make_sizer(memory=1 << 34, kernels=unusable).choose(toy_params()).num_pages == 64 * 16 + 1
 
 
 def test_twice_as_many_fp8_pages_as_16_bit_ones_fit():
