@@ -9,7 +9,7 @@ TYPE_CHECKING = False  # as typing's, which takes longer to import than the rest
 if TYPE_CHECKING:
     from jaxpaged.api.beam_params import BeamSearchParams
     from jaxpaged.api.beam_snapshot import BeamSnapshot
-    from jaxpaged.api.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+    from jaxpaged.api.outputs import CompletionOutput, KVUsage, Logprob, NewToken, RequestMetrics, RequestOutput
     from jaxpaged.api.sampling_params import SamplingParams
     from jaxpaged.llm import LLM
     from jaxpaged.tree import OutOfPagesError, ToyLM, Tree
@@ -22,6 +22,7 @@ __all__ = [
     "CompletionOutput",
     "KVUsage",
     "Logprob",
+    "NewToken",
     "OutOfPagesError",
     "RequestMetrics",
     "RequestOutput",
@@ -37,6 +38,7 @@ _MODULES = {
     "CompletionOutput": "jaxpaged.api.outputs",
     "KVUsage": "jaxpaged.api.outputs",
     "Logprob": "jaxpaged.api.outputs",
+    "NewToken": "jaxpaged.api.outputs",
     "OutOfPagesError": "jaxpaged.tree",
     "RequestMetrics": "jaxpaged.api.outputs",
     "RequestOutput": "jaxpaged.api.outputs",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import weakref
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.beam_snapshot import BeamSnapshot
@@ -33,6 +34,8 @@ from jaxpaged.host.ownership import Hold, pool_ownership
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.hub import find_model
 from jaxpaged.requests.answer import make_output
+from jaxpaged.requests.async_outputs import AsyncOutputs, AsyncRuns
+from jaxpaged.requests.new_tokens import OnToken, TokenTeller
 from jaxpaged.requests.progress import CompilingLine, ProgressBar
 from jaxpaged.requests.prompts import Prompt
 from jaxpaged.requests.read import RequestReader
@@ -42,8 +45,11 @@ from jaxpaged.text.tokenizer import Tokenizer, find_tokenizer
 from jaxpaged.tree.on_engine import EngineSteps
 from jaxpaged.tree.tree import Tree
 
+T = TypeVar("T")
 Prompts = Any  # text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": ...}, or a list of these
 
+#: What an LLM says when it was closed.
+CLOSED = "this LLM was closed, and its weights and pages are freed: make another one"
 #: What says which model it is.
 FOUND_BY = ("model", "tokenizer", "revision", "download")
 #: What is asked for in other places than in a call.
@@ -106,8 +112,11 @@ class LLM:
         templates = find_chat_templates(tokenizer, checkpoint.directory)
         self._requests = RequestReader(found, checkpoint.directory, settled.seed, templates)
         self._owner = pool_ownership()
+        self._async_runs = AsyncRuns()
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators and trees that `close` may have to end
+        self._closed: RunStats | None = None  # what is left of an LLM that was closed: its last run
         self._engine: Engine | None = build_engine(checkpoint, settled, owner=self._owner)
-        self._weights = self._engine.params
+        self._weights: Any = self._engine.params
 
     @staticmethod
     def describe(model: str | Path, *, revision: str | None = None, download: bool = False, **options: Any) -> str:
@@ -120,8 +129,8 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """What runs the requests; RuntimeError where there is none: while it is rebuilt, after a rebuild that failed,
-        and in a process that was forked off."""
-        self._owner.check_process()
+        after `close`, and in a process that was forked off."""
+        self._check_usable()
         engine = self._engine
         if engine is None:
             with self._owner.held("LLM.engine"):
@@ -136,7 +145,43 @@ class LLM:
 
     @property
     def last_run(self) -> RunStats:
-        return self.engine.stats
+        return self.engine.stats if self._closed is None else self._closed
+
+    def close(self) -> None:
+        """Free the weights and the pool on the device and end what works for this LLM; once more does nothing.
+
+        Iterators and trees that are open have ended then, and an `async for` that waits gets a RuntimeError, as all do
+        that call this LLM from now on; `last_run` and `tokenizer` stay. RuntimeError, with all as before, while a call
+        is in progress in another thread. `with LLM(...) as llm:` closes it at the end of the block.
+        """
+        self._owner.check_process()
+        if self._closed is not None:
+            return
+        self._async_runs.stop_all(RuntimeError(CLOSED))
+        for iterator in list(self._open):
+            if not isinstance(iterator, Generator) or inspect.getgeneratorstate(iterator) == inspect.GEN_SUSPENDED:
+                iterator.close()
+        with self._owner.held("close"):
+            engine, self._engine, self._weights = self._engine, None, None
+            self._closed = RunStats(0, 0) if engine is None else engine.stats
+            if engine is not None:
+                engine.runner.free()
+        self._requests.close()
+
+    def _check_usable(self) -> None:
+        """RuntimeError in a process that was forked off, and for an LLM that was closed; when this returns, nothing is
+        left of runs that were dropped."""
+        self._owner.check_process()
+        if self._closed is not None:
+            raise RuntimeError(CLOSED)
+        self._async_runs.settle()
+
+    def __enter__(self) -> LLM:
+        self._check_usable()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def record_trace(self) -> TraceRecorder:
         """Have the next run taken down, step by step; the recorder's `trace` then has what the page pool did."""
@@ -148,6 +193,7 @@ class LLM:
     def profile(self, path: str | Path) -> AbstractContextManager[None]:
         """`with llm.profile("trace.json.gz"): ...` writes what host and device do in the block, for Perfetto
         (https://ui.perfetto.dev): of the host, the phases of each step. Taking it down costs time itself."""
+        self._check_usable()
         return trace_to(Path(read_path("path", path)))
 
     @explains_names(ELSEWHERE)
@@ -158,6 +204,8 @@ class LLM:
         progress: bool = True,
         shared_prefix: Any = None,
         add_special_tokens: bool = True,
+        *,
+        on_token: OnToken | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; results in input order. `progress` shows a bar where stderr is a terminal.
 
@@ -170,18 +218,26 @@ class LLM:
         `add_special_tokens=False`: texts that spell their special tokens themselves, as chat templates do, get no other
         from the tokenizer. A prompt {"prompt": text, "add_special_tokens": ...} says it for itself.
 
+        `on_token` is called with a `NewToken` for every token, when the step that chose it has ended: those of one
+        sample in their order, the samples and requests that run together in turn. What it raises is raised here, and
+        ends the run. Not with beams, whose tokens are settled at the end.
+
         Raises ValueError for a request that cannot run, before any request runs. One that cannot go on in the run, as
         no token is left to choose or numbers are not finite, comes back with its `error`; the others are not touched.
         """
         engine = self.engine
         groups = self._requests.read_all(prompts, sampling_params, None, engine, shared_prefix, add_special_tokens)
+        teller = None if on_token is None else TokenTeller(on_token, groups, self.tokenizer)
         order = {group: i for i, group in enumerate(groups)}
         outputs: list[RequestOutput | None] = [None] * len(groups)
-        run = self._run("generate", groups, weakref.ref(engine))
+        run, done = self._run_steps("generate", groups, weakref.ref(engine)), 0
         with closing(run), ProgressBar(len(groups), lambda: engine.stats, enabled=progress) as bar:
-            for done, (group, output) in enumerate(run, start=1):
-                outputs[order[group]] = output
-                bar.update(done)
+            for finished in run:
+                if teller is not None:
+                    teller.tell(engine.scheduler.running, [group for group, _ in finished])
+                for group, output in finished:
+                    outputs[order[group]] = output
+                bar.update(done := done + len(finished))
         return [output for output in outputs if output is not None]
 
     @explains_names(ELSEWHERE)
@@ -206,12 +262,45 @@ class LLM:
             prompts, sampling_params, request_ids, engine, shared_prefix, add_special_tokens
         )
         set_arrivals(groups, arrival_times)
-        return self._iterate(groups, weakref.ref(engine))
+        return self._opened(self._iterate(groups, weakref.ref(engine)))
+
+    @explains_names(ELSEWHERE)
+    def agenerate(
+        self,
+        prompts: Prompts,
+        sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
+        request_ids: SequenceOf[str] | None = None,
+        shared_prefix: Any = None,
+        add_special_tokens: bool = True,
+    ) -> AsyncOutputs[RequestOutput]:
+        """As `generate_iter`, for `async for` in an asyncio loop, which goes on with other things while steps run.
+
+        Requests are read and run in a thread, from the first result that is asked for; what is wrong with them is
+        raised there, too. Where several are open, they run one after the other, in the order in which they began, and
+        those that wait are not refused: results wait for their reader, and no run for another's. (Requests that are to
+        run together go into one call.) Any other call is refused while one has the pool.
+
+        A run ends where its iterator is dropped (`break`, an exception), closed (`aclose`), or cancelled while it is
+        waited for: after the step that runs then all pages are free, and the next call, of any kind, waits for that.
+        """
+        _ = self.engine  # there is one
+
+        def steps() -> Generator[list[RequestOutput], None, None]:
+            engine = self.engine
+            groups = self._requests.read_all(
+                prompts, sampling_params, request_ids, engine, shared_prefix, add_special_tokens
+            )
+            with closing(self._run_steps("agenerate", groups, weakref.ref(engine))) as run:
+                for finished in run:
+                    yield [output for _, output in finished]
+
+        return AsyncOutputs(self._async_runs, steps)
 
     def _iterate(self, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]) -> Iterator[RequestOutput]:
-        with closing(self._run("generate_iter", groups, checked_for)) as run:
-            for _, output in run:
-                yield output
+        with closing(self._run_steps("generate_iter", groups, checked_for)) as run:
+            for finished in run:
+                for _, output in finished:
+                    yield output
 
     @explains_names({**ELSEWHERE, **VLLM_CHAT})
     def chat(
@@ -220,6 +309,7 @@ class LLM:
         sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
         progress: bool = True,
         *,
+        on_token: OnToken | None = None,
         tools: SequenceOf[dict[str, Any]] | None = None,
         documents: SequenceOf[dict[str, Any]] | None = None,
         chat_template: str | None = None,
@@ -236,6 +326,7 @@ class LLM:
             messages: a conversation or a list of them; a content is text, or a list of {"type": "text", "text": ...}.
             sampling_params: as for `generate`.
             progress: a bar where stderr is a terminal.
+            on_token: as for `generate`.
             tools: JSON schemas of functions, for templates that read them.
             documents: objects with title and text, as well.
             chat_template: a template in place of the model's, or the name of one of several that the model has.
@@ -252,8 +343,9 @@ class LLM:
             "chat_template_kwargs": chat_template_kwargs,
         }  # fmt: skip
         if is_conversation(messages):
-            return self.generate({"messages": messages, **options}, sampling_params, progress)
-        return self.generate([{"messages": one, **options} for one in messages], sampling_params, progress)
+            return self.generate({"messages": messages, **options}, sampling_params, progress, on_token=on_token)
+        prompts = [{"messages": one, **options} for one in messages]
+        return self.generate(prompts, sampling_params, progress, on_token=on_token)
 
     @explains_names(ELSEWHERE)
     def stream(
@@ -272,7 +364,7 @@ class LLM:
             raise ValueError(f"stream takes one prompt, got {len(groups)}")
         if self.tokenizer is None:
             raise ValueError("stream gives text, and there is no tokenizer: use generate_iter, or name a tokenizer")
-        return self._stream(groups[0], self.tokenizer, weakref.ref(engine))
+        return self._opened(self._stream(groups[0], self.tokenizer, weakref.ref(engine)))
 
     def _stream(
         self, group: SequenceGroup, tokenizer: Tokenizer, checked_for: weakref.ref[Engine]
@@ -323,7 +415,7 @@ class LLM:
         groups = self._requests.read_all(prompt, params, None, engine, add_special_tokens=add_special_tokens)
         if len(groups) != 1:
             raise ValueError(f"watch_beams takes one prompt, got {len(groups)}")
-        return self._watch(groups[0], weakref.ref(engine))
+        return self._opened(self._watch(groups[0], weakref.ref(engine)))
 
     def _watch(self, group: SequenceGroup, checked_for: weakref.ref[Engine]) -> Iterator[BeamSnapshot]:
         step = 0
@@ -342,7 +434,7 @@ class LLM:
         It owns the page pool until it is closed or dropped, so it is to be used as `with llm.tree() as tree`.
         RuntimeError while another is open or a run is in progress.
         """
-        return Tree(EngineSteps(self.engine), self.tokenizer)
+        return self._opened(Tree(EngineSteps(self.engine), self.tokenizer))
 
     def warm_up(
         self, sampling_params: RequestParams | SequenceOf[RequestParams] | None = None, progress: bool = True
@@ -376,6 +468,7 @@ class LLM:
             )
         check_names("rebuild", options, [name for name in OPTION_NAMES if name not in FIXED_OPTIONS], OTHER_OPTIONS)
         new = dataclasses.replace(self._options, **options)
+        self._check_usable()
         with self._owner.held("rebuild"):
             self._engine = None  # and with it the pool
             self._engine = build_engine(self._checkpoint, new, self._weights, self._owner)
@@ -394,16 +487,26 @@ class LLM:
         """Raise ValueError where this one request could not run: the errors of `generate`, without running anything."""
         self._requests.read_one(prompt, params, self.engine, shared_prefix, add_special_tokens)
 
-    def _run(
+    def _opened(self, iterator: T) -> T:
+        """Noted, for `close`."""
+        self._open.add(iterator)
+        return iterator
+
+    def _run_steps(
         self, who: str, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]
-    ) -> Generator[tuple[SequenceGroup, RequestOutput], None, None]:
-        with self._begin(who, groups, checked_for) as hold, closing(self.engine.run(groups, hold)) as run:
-            for group in run:
-                yield group, make_output(group, self.tokenizer)
+    ) -> Generator[list[tuple[SequenceGroup, RequestOutput]], None, None]:
+        """What each step has finished, often nothing."""
+        with (
+            self._begin(who, groups, checked_for) as hold,
+            closing(self.engine.run_steps(groups, hold)) as steps,
+        ):
+            for finished in steps:
+                yield [(group, make_output(group, self.tokenizer)) for group in finished]
 
     @contextmanager
     def _begin(self, who: str, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]) -> Iterator[Hold]:
         """The pool for a run of these groups, which get their seeds now; a call that is refused takes no numbers."""
+        self._check_usable()
         with self._owner.held(who) as hold:
             engine = checked_for()
             if engine is None or engine is not self._engine:

@@ -31,6 +31,19 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class NewToken:
+    """One more token of a sample, as a function that was given as `on_token` gets it when it has come."""
+
+    request_id: str  # of the output that will have it: the number of the prompt
+    sample: int  # of those that are drawn (`best_of`, of which the best come back)
+    token_id: int
+    #: What is certain of the text by it, often nothing: what may become a stop string waits until it is none, and so
+    #: does a part of a character. The pieces of a sample join to its `text`.
+    text: str
+    finish_reason: str | None  # of the sample, with its last token
+
+
+@dataclass(frozen=True, slots=True)
 class KVUsage:
     """What one request cost in pages. "Logical" counts a page once for each sample that reads it.
 

@@ -201,6 +201,15 @@ class StepRunner:
         self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
         self._carried = steps.Carried(jax.device_put(np.zeros(self.buckets.decode_rows[-1], np.int32), self.device))
 
+    def free(self) -> None:
+        """Give back the device's memory, weights included; whoever still has the arrays has nothing. For the end."""
+        self.stop_ahead()
+        held = self.pool, self._carried, list(self._swapped.values()), self.params, self._parts
+        for array in jax.tree.leaves(held):
+            if isinstance(array, jax.Array) and not array.is_deleted():
+                array.delete()
+        self.forget_swapped()
+
     def copy_pages(self, copies: list[PageCopy]) -> None:
         for part in make_copies(copies, self.buckets):
             self.copy_arrays(part)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 #: Runs that stand still between two results, so that it is their caller who must go on.
-ITERATORS = ("generate_iter", "watch_beams", "Engine.run")
+ITERATORS = ("generate_iter", "agenerate", "watch_beams", "Engine.run")
 TREE = "tree"
 
 

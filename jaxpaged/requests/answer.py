@@ -86,7 +86,7 @@ def _sample(group: SequenceGroup, sequence: Sequence, index: int, tokenizer: Tok
         logprobs = make_logprobs(sequence.logprobs, _prompt_ids(group), output_ids, tokenizer)
     return CompletionOutput(
         index=index,
-        text=_text(group, sequence, tokenizer),
+        text=text_of(group, sequence, tokenizer),
         token_ids=output_ids,
         cumulative_logprob=sequence.cumulative_logprob,
         logprobs=logprobs,
@@ -95,7 +95,8 @@ def _sample(group: SequenceGroup, sequence: Sequence, index: int, tokenizer: Tok
     )
 
 
-def _text(group: SequenceGroup, sequence: Sequence, tokenizer: Tokenizer | None) -> str:
+def text_of(group: SequenceGroup, sequence: Sequence, tokenizer: Tokenizer | None) -> str:
+    """Of a sample that has ended."""
     params = group.params
     if tokenizer is None or not params.detokenize:
         return ""

@@ -50,6 +50,9 @@ class RequestReader:
         self._num_requests = 0
         self._prefix: Prefix | None = None  # the latest that was text: a batch file asks for one with every line
 
+    def close(self) -> None:
+        self._chat_templates.close()
+
     def read_all(
         self,
         prompts: Any,

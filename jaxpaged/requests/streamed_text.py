@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import shortened
-from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.sequence import Sequence, SequenceGroup
 from jaxpaged.text.stream import TextStream
 from jaxpaged.text.tokenizer import Tokenizer
 
@@ -20,10 +20,11 @@ def check_streamable(params: RequestParams) -> None:
 
 
 class StreamedText:
-    """Pieces of a group's only sample: `grow` after each step, `finish` with the text of the finished one."""
+    """Pieces of a sample, by default of a group's first: `grow` after each step, or `push` with each token, and
+    `finish` with the text of the finished one."""
 
-    def __init__(self, group: SequenceGroup, tokenizer: Tokenizer):
-        (self._sequence,) = group.sequences
+    def __init__(self, group: SequenceGroup, tokenizer: Tokenizer, sequence: Sequence | None = None):
+        self._sequence = sequence or group.sequences[0]
         prompt_ids = self._sequence.token_ids[: group.prompt_len]
         self._stream = TextStream(tokenizer.decode, prompt_ids, group.params.skip_special_tokens)
         self._stops = group.params.stop_strings
@@ -37,7 +38,11 @@ class StreamedText:
             return ""
         new = self._sequence.output_ids[self._num_pushed :]
         self._num_pushed += len(new)
-        self._text += "".join([self._stream.push(token_id) for token_id in new])
+        return "".join([self.push(token_id) for token_id in new])
+
+    def push(self, token_id: int) -> str:
+        """What stays of the text with one more token, of a sample that goes on."""
+        self._text += self._stream.push(token_id)
         return self._give(self._text[: len(self._text) - begun_stop(self._text, self._stops)])
 
     def finish(self, text: str) -> str:

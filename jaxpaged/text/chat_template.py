@@ -45,6 +45,10 @@ class ChatTemplates:
         found = map(read_template_files, self._directories)
         return next((files for files in found if files.templates), TemplateFiles({}, {}))
 
+    def close(self) -> None:
+        """End the process that renders; another conversation would start another."""
+        self._process.close()
+
     def choose(self, given: str | None, has_tools: bool) -> str:
         """The template that was `given`, itself or by name, or the model's own; ValueError where there is none."""
         templates = self._files.templates

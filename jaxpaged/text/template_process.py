@@ -37,6 +37,10 @@ class TemplateProcess:
             raise ValueError(f"the chat template {reply['error']}")
         return reply["text"]
 
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
     def _ask(self, request: bytes) -> dict[str, str]:
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
