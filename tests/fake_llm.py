@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.outputs import CompletionOutput, KVUsage, Logprob, RequestMetrics, RequestOutput
+from jaxpaged.config import CacheConfig
+from jaxpaged.host.account.accounting import RunStats
 
 MAX_MODEL_LEN = 200
 CHARACTERS = 'abcdefghij klmnopqrstuvwxyzäß€\n"\\ '
@@ -44,7 +46,7 @@ class FakeLLM:
         self.tokenizer = FakeTokenizer()
         self.max_len = MAX_MODEL_LEN if num_pages is None else num_pages
         self.delay = float(os.environ.get("FAKE_DELAY", "0"))
-        self.last_run = SimpleNamespace(num_generated_tokens=0, tokens_per_second=0.0, pool_used=0.5, cached_share=0.0)
+        self.last_run = RunStats.for_cache(CacheConfig(16, 11))
         self.served = []  # request ids, in the order of their results
 
     def check_request(self, prompt, params, shared_prefix=None):

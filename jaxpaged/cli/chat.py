@@ -23,6 +23,7 @@ from jaxpaged.cli.chat_template_file import read_template
 from jaxpaged.cli.errors import reason, usage_errors
 from jaxpaged.cli.flags import MODEL_FLAGS, MODEL_HELP, SAMPLING_FLAGS, add_flags, given, with_defaults
 from jaxpaged.cli.interrupts import exit_at_interrupt, noted_interrupt
+from jaxpaged.cli.model import settle_model
 from jaxpaged.text.chat_template import find_chat_templates
 
 MAX_TOKENS = 512
@@ -77,9 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
-    options = given(args, MODEL_FLAGS)
     with usage_errors():
         params = SamplingParams(**{"max_tokens": MAX_TOKENS, **given(args, CHAT_FLAGS)})
+    settle_model(args)
+    options = given(args, MODEL_FLAGS)
     chat = Chat(args.system, _template_options(args))
     with usage_errors():
         find_chat_templates(options.get("tokenizer"), Path(args.model)).render(read_conversation(chat.prompt("hello")))

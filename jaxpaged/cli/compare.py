@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from jaxpaged.cli.compare_table import print_table
 from jaxpaged.cli.errors import usage_errors
 from jaxpaged.cli.flags import MODEL_FLAGS, MODEL_HELP, add_flags, given, with_defaults
+from jaxpaged.cli.model import settle_model
 from jaxpaged.cli.output_files import check_new_folder, check_outputs
 from jaxpaged.config import KV_CACHES, CacheConfig, EngineOptions
 from jaxpaged.config.options import FIXED_OPTIONS
@@ -102,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @usage_errors()
 def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     _check_outputs(args)
+    name = str(args.model)
     setting = _setting(args)
     if args.plot is not None:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
                 llm = make_llm(model=args.model, seed=args.seed, **setting.options_of(system))
             else:
                 llm.rebuild(**_changes(setting.options_of(system)))
-            facts = facts or _facts(args, setting, llm.engine)
+            facts = facts or _facts(args, name, setting, llm.engine)
             requests = make_requests(setting.workload, llm.engine.model.vocab_size, args.seed, args.n, args.beam_width)
             results += _run_system(llm, system, requests, setting.rates, args.seed)
         except (ValueError, RuntimeError) as error:  # RuntimeError: what jax raises without memory
@@ -146,6 +148,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     check_systems(args.systems)
     if args.n < 1 or args.beam_width < 0 or (args.beam_width and args.n > 1):
         raise ValueError(f"give --n (samples, at least 1) or --beam-width: got {args.n} and {args.beam_width}")
+    settle_model(args)
     options = {**DEFAULT_LIMITS, **given(args, MODEL_FLAGS)}
     from jaxpaged.checkpoint import open_checkpoint  # imports jax, which a mistyped system need not wait for
 
@@ -207,11 +210,11 @@ def _report(args: argparse.Namespace, facts: dict[str, Any], results: list[Resul
         Path(args.json).write_text(text + "\n", encoding="utf-8")
 
 
-def _facts(args: argparse.Namespace, setting: Setting, engine: Any) -> dict[str, Any]:
+def _facts(args: argparse.Namespace, name: str, setting: Setting, engine: Any) -> dict[str, Any]:
     """What is the same for all systems."""
     workload = setting.workload
     return {
-        "model": args.given_model,
+        "model": name,
         "weights": "random" if setting.options.get("load_format") == "dummy" else "of the checkpoint",
         "workload": args.workload,
         "requests": len(workload.prompt_lens),

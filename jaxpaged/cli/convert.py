@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxpaged.cli.errors import usage_errors
 from jaxpaged.cli.flags import HUB_FLAGS, MODEL_HELP, add_flags
 from jaxpaged.cli.interrupts import exit_at_interrupt
+from jaxpaged.cli.model import settle_model
 from jaxpaged.cli.output_files import check_new_folder
 
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, _make_llm: object) -> int:
+    settle_model(args)
     with exit_at_interrupt():
         from jaxpaged.checkpoint import convert_checkpoint  # imports jax
 

@@ -35,13 +35,14 @@ from jaxpaged.batch.model_files import digest, model_identity
 from jaxpaged.batch.parse import FORMATS
 from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
+from jaxpaged.cli import run_report
 from jaxpaged.cli.chat_template_file import read_template
 from jaxpaged.cli.errors import UsageError, usage_errors
 from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, MODEL_HELP, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.interrupts import exit_at_interrupt
+from jaxpaged.cli.model import settle_model
 from jaxpaged.cli.output_files import check_outputs
 from jaxpaged.config.options import RESULT_OPTIONS
-from jaxpaged.requests.progress import ProgressBar
 from jaxpaged.study.account_file import check_account_name, write_account
 from jaxpaged.text.added_tokens import COMPANIONS
 
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "sampling", SAMPLING_FLAGS)
     add_flags(parser, "beam search, with --beam-width", BEAM_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
+    run_report.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
@@ -89,24 +91,25 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 
 
 def _generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+    settle_model(args)
     context = _context(args)
     lines = _lines(args, context)
     _check_used(context, lines)
     _check_outputs(args)
     results, earlier = _open_output(args, lines)
-    if earlier.done:
+    if earlier.done and not args.quiet:
         print(f"jaxpaged: {args.output} has {len(earlier.done)} of {len(lines)} lines already", file=sys.stderr)
     left = [line for line in lines if line.index not in earlier.done]
     invalid = [line for line in left if isinstance(line, InvalidLine)]
     requests = [line for line in left if isinstance(line, BatchRequest)]
-    if args.account is not None and not requests:
+    if args.account is not None and not requests and not args.quiet:
         print("jaxpaged: nothing is left to run, so no account is written", file=sys.stderr)
     try:
         for line in invalid:
             results.write(error_row(line, line.reason))
         remedy = "" if args.output == "-" else "; the same command (without --overwrite) goes on from here"
         with exit_at_interrupt(remedy):  # the output is made for processes that are killed
-            failures = _run(args, requests, results, len(earlier.done) + len(invalid), make_llm) if requests else []
+            failures = _run(args, requests, results, earlier, len(invalid), make_llm) if requests else []
     finally:
         results.close()
     failed = earlier.failed | {line.index for line in (*invalid, *failures)}
@@ -212,7 +215,8 @@ def _run(
     args: argparse.Namespace,
     requests: list[BatchRequest],
     results: ResultStream,
-    num_done: int,
+    earlier: EarlierRun,
+    num_invalid: int,
     make_llm: Callable[..., Any],
 ) -> list[BatchRequest]:
     """Run what is left; returns the requests that the model refused, or that could not go on."""
@@ -229,11 +233,9 @@ def _run(
     on_terminal = args.output == "-" and sys.stdout.isatty()
     is_readable = on_terminal and args.prompt is not None
     decode = None if llm.tokenizer is None else llm.tokenizer.decode
-    num_finished, failed = 0, []
+    failed = []
 
     def on_finished(request: BatchRequest, outputs: list[RequestOutput]) -> None:
-        nonlocal num_finished
-        num_finished += 1
         failure = failure_row(request, outputs)
         if failure is not None:
             failed.append(request)
@@ -245,11 +247,15 @@ def _run(
             results.write(failure)
         if failure is not None and args.prompt is not None:
             print(f"jaxpaged: prompt {request.index + 1}: {outputs[0].error}", file=sys.stderr)
-        bar.update(num_finished)
+        report.add(request, outputs, failure is not None)
 
-    num_requests, num_settled = num_done + len(requests), num_done + len(refused)
-    with ProgressBar(num_requests, lambda: llm.last_run, num_settled, enabled=not on_terminal) as bar:
+    num_done = len(earlier.done) + num_invalid
+    report = run_report.RunReport(
+        num_done + len(requests), num_done + len(refused), lambda: llm.last_run, args.quiet, on_terminal
+    )
+    with report:
         run_batch(llm, accepted, on_finished, _shared_prefix(args))
+    report.say_summary(len(earlier.done), len(earlier.failed) + num_invalid + len(refused) + len(failed))
     if args.account is not None:
         with usage_errors("cannot write the account: "):
             write_account(llm.last_run, args.account)

@@ -54,5 +54,7 @@ def noted_interrupt() -> Iterator[threading.Event]:
 def leave(_signal_number: int = 0, _frame: object = None, remedy: str = "") -> None:
     """End the process, as a handler of the signal; nothing that Python would still do is done."""
     show_cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress bar hides it
-    os.write(STDERR, f"{show_cursor}jaxpaged: interrupted{remedy}\n".encode())
+    said = f"jaxpaged: interrupted{remedy}"
+    in_form = getattr(sys.stderr, "line_of", "{}\n".format)  # of lines of JSON (json_log.py)
+    os.write(STDERR, f"{show_cursor}{in_form(said)}".encode())
     os._exit(INTERRUPTED)

@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -73,18 +74,23 @@ class CommandParser(Parser):
 
 def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = None) -> int:
     """`make_llm` takes the place of `jaxpaged.LLM`."""
+    with ExitStack() as said:
+        return _main(argv, make_llm or _make_llm, said)
+
+
+def _main(argv: list[str] | None, make_llm: Callable[..., Any], said: ExitStack) -> int:
     try:
         args = make_parser().parse_args(argv)
+        if getattr(args, "log_format", "text") == "json":
+            from jaxpaged.cli.json_log import json_lines
+
+            said.enter_context(json_lines())
         if args.verbose:
             import logging
 
             logging.basicConfig(level=logging.WARNING)
             logging.getLogger("jaxpaged").setLevel(logging.INFO)
-        if hasattr(args, "model"):
-            from jaxpaged.cli.model import settle_model
-
-            settle_model(args)
-        return args.run(args, make_llm or _make_llm)
+        return args.run(args, make_llm)
     except UsageError as error:
         print(f"jaxpaged: {one_line(str(error))}", file=sys.stderr)
         return USAGE

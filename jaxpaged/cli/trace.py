@@ -26,7 +26,6 @@ from jaxpaged.cli.flags import (
     given,
     with_defaults,
 )
-from jaxpaged.cli.model import short_name
 from jaxpaged.cli.output_files import check_outputs
 from jaxpaged.trace_page import dump_trace, example_names, example_trace, make_page
 
@@ -111,7 +110,7 @@ def _run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> tuple[dict[s
     errors = [f"prompt {i}: {output.error}" for i, output in enumerate(outputs, start=1) if output.error is not None]
     tokenizer = llm.tokenizer
     made = recorder.trace(
-        f"{short_name(args)}: {_describe(params, len(args.prompt))}",
+        f"{Path(args.model).resolve().name}: {_describe(params, len(args.prompt))}",
         " | ".join(args.prompt),
         piece=lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False),
     )

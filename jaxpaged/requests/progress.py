@@ -7,6 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+#: Columns of a bar, and of the terminals that have one.
+MOST_BAR, LEAST_BAR, WITH_BAR = 40, 8, 60
+#: The last column of a terminal makes some of them begin another line.
+SPARE_COLUMNS = 1
+
 
 class Stats(Protocol):
     """What the bar reads of a run (host/account/accounting.py, `RunStats`)."""
@@ -78,32 +83,59 @@ class CompilingLine:
 
 def _make_bar(stats: Callable[[], Stats], label: str) -> Any:
     from rich.console import Console  # only where a bar is shown: it takes as long to import as `--help` to print
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress, ProgressColumn, Task
+    from rich.progress_bar import ProgressBar as Bar
+    from rich.table import Table
     from rich.text import Text
 
-    class RunColumn(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            run = stats()
-            tokens = f"requests  {run.num_generated_tokens:,} tokens  {run.tokens_per_second:,.0f} tokens/s"
-            cached = f"  cached {run.cached_share:.0%}" if run.cached_share else ""  # of the prompts' tokens
-            return Text(f"{tokens}  pool {run.pool_used:.0%}{cached}")
+    console = Console(stderr=True)
 
-    return Progress(
-        *([TextColumn("{task.description}")] if label else []),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RunColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        redirect_stdout=False,  # results are written to standard output as bytes
-    )
+    class RunColumn(ProgressColumn):
+        """The whole line, as wide as the terminal is then."""
+
+        def render(self, task: Task) -> Table:
+            words, width = fitting(_parts(task, stats()), label, console.width)
+            line = Table.grid()
+            cells = [Bar(task.total, task.completed, width=width), " "] if width else []
+            line.add_row(*cells, Text(words, no_wrap=True, overflow="crop"))
+            return line
+
+    return Progress(RunColumn(), console=console, redirect_stdout=False)  # results are written to it as bytes
+
+
+def _parts(task: Any, run: Stats) -> list[tuple[int, str]]:
+    """What the line says, from left to right, each with its rank: the last ones are left out where there is no room."""
+    left = task.time_remaining
+    return [
+        (0, f"{task.completed:,.0f}/{task.total:,.0f}"),
+        (5, "requests"),
+        (4, f"{run.num_generated_tokens:,} tokens"),
+        (1, f"{run.tokens_per_second:,.0f} tokens/s"),
+        (3, f"pool {run.pool_used:.0%}"),
+        *([(6, f"cached {run.cached_share:.0%}")] if run.cached_share else []),  # of the prompts' tokens
+        (7, _clock(task.elapsed or 0)),
+        (2, f"{'?' if left is None else _clock(left)} left"),
+    ]
+
+
+def fitting(parts: list[tuple[int, str]], label: str, width: int) -> tuple[str, int]:
+    """As much of the line as fits, and the columns of the bar before it: none where there are few."""
+    least_bar = LEAST_BAR if width >= WITH_BAR else 0
+    room = width - SPARE_COLUMNS - (least_bar + 1 if least_bar else 0)
+    kept = {0}
+    if len(_line(parts, kept, label)) > room:
+        label = ""
+    for rank, _ in sorted(parts):
+        if len(_line(parts, kept | {rank}, label)) <= room:
+            kept.add(rank)
+    line = _line(parts, kept, label)
+    return line, min(MOST_BAR, least_bar + room - len(line)) if least_bar else 0
+
+
+def _line(parts: list[tuple[int, str]], kept: set[int], label: str) -> str:
+    return "  ".join(filter(None, [label, *(text for rank, text in parts if rank in kept)])).replace("  req", " req")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
