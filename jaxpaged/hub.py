@@ -39,7 +39,7 @@ def find_model(
     With `download`, what the cache lacks is fetched before. FileNotFoundError that says what was looked for where, and
     what is missing; `needs_weights`: weights count.
     """
-    name = str(model)
+    name = str(model).removesuffix("/")
     is_path = os.path.lexists(os.path.expanduser(name)) or not REPO_NAME.fullmatch(name) or ".." in name
     if revision is not None:
         _check_revision(revision, name if is_path else None)
@@ -57,6 +57,11 @@ def find_model(
             + ("the repository on the Hub has none" if download else HOW)
         )
     return snapshot
+
+
+def download_remedy(directory: Path, download: bool) -> str:
+    """What helps where a file is not in the directory of a model, in brackets; "" where nothing does."""
+    return f" ({HOW})" if not download and directory.is_relative_to(cache_folder()) else ""
 
 
 def cache_folder() -> Path:
@@ -97,7 +102,7 @@ def _find_snapshot(name: str, revision: str, cache: Path) -> Path:
             f"There is no {Path.cwd() / name}, and the cache {cache} has no {folder.name}: {HOW}"
         )
     reference = folder / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
+    commit = (reference.read_text().strip() if reference.is_file() else "") or revision
     snapshot = folder / "snapshots" / commit
     if not snapshot.is_dir():
         references = (file for file in (folder / "refs").rglob("*") if file.is_file())

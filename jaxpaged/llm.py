@@ -32,7 +32,7 @@ from jaxpaged.host.arrivals import set_arrivals
 from jaxpaged.host.beams.beam_watch import take_snapshot
 from jaxpaged.host.ownership import Hold, pool_ownership
 from jaxpaged.host.sequence import SequenceGroup
-from jaxpaged.hub import find_model
+from jaxpaged.hub import download_remedy, find_model
 from jaxpaged.requests.answer import make_output
 from jaxpaged.requests.async_outputs import AsyncOutputs, AsyncRuns
 from jaxpaged.requests.new_tokens import OnToken, TokenTeller
@@ -110,7 +110,8 @@ class LLM:
         )
         found = find_tokenizer(tokenizer, checkpoint.tokenizer_file)
         templates = find_chat_templates(tokenizer, checkpoint.directory)
-        self._requests = RequestReader(found, checkpoint.directory, settled.seed, templates)
+        remedy = download_remedy(checkpoint.directory, download)
+        self._requests = RequestReader(found, checkpoint.directory, settled.seed, templates, remedy)
         self._owner = pool_ownership()
         self._async_runs = AsyncRuns()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators and trees that `close` may have to end

@@ -15,7 +15,7 @@ from fake_llm import FakeLLM
 from paths import GOLDENS, ROOT
 from toy import save_toy_checkpoint
 
-from jaxpaged import LLM
+from jaxpaged import LLM, SamplingParams
 from jaxpaged.batch.model_files import FOLDERS, NAMES, SUFFIXES
 from jaxpaged.cli.main import COMMANDS, main
 from jaxpaged.hub import NOT_READ, PATTERNS, WEIGHT_PATTERNS, cache_folder, find_model
@@ -36,12 +36,17 @@ def test_a_name_is_the_snapshot_that_the_cache_has(cache):
     snapshot = add_to_cache(cache, NAME, MODEL)
     assert find_model(NAME) == snapshot
     llm = LLM(NAME, num_pages=10)
+    with pytest.raises(ValueError, match=r"has no tokenizer.json or tokenizer.model \(download=True.*fetches it\)"):
+        llm.check_request("text", SamplingParams())
     assert (llm.engine.model.vocab_size, llm.engine.params.embedding.shape[0]) == (128, 128)
 
 
 def test_a_name_without_an_owner_is_one(cache):
     snapshot = add_to_cache(cache, "gpt2", MODEL)
-    assert find_model("gpt2") == snapshot
+    assert find_model("gpt2") == find_model("gpt2/") == snapshot
+    (cache / "models--gpt2" / "refs" / "main").write_text("\n")  # cut off
+    with pytest.raises(FileNotFoundError, match="but not its revision 'main'"):
+        find_model("gpt2")
 
 
 def test_the_native_format_has_its_weights_in_a_folder(cache, tmp_path):

@@ -40,7 +40,7 @@ class NewToken:
     #: What is certain of the text by it, often nothing: what may become a stop string waits until it is none, and so
     #: does a part of a character. The pieces of a sample join to its `text`.
     text: str
-    finish_reason: str | None  # of the sample, with its last token
+    finish_reason: str | None  # of the sample, with its last token; where an error ends it, nothing more is told
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ one line on standard error that says why; 130 interrupted; 141 the reader of the
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -80,11 +81,11 @@ def main(argv: list[str] | None = None, make_llm: Callable[..., Any] | None = No
 
 def _main(argv: list[str] | None, make_llm: Callable[..., Any], said: ExitStack) -> int:
     try:
-        args = make_parser().parse_args(argv)
-        if getattr(args, "log_format", "text") == "json":
+        if _wants_json(sys.argv[1:] if argv is None else argv):
             from jaxpaged.cli.json_log import json_lines
 
             said.enter_context(json_lines())
+        args = make_parser().parse_args(argv)
         if args.verbose:
             import logging
 
@@ -101,6 +102,11 @@ def _main(argv: list[str] | None, make_llm: Callable[..., Any], said: ExitStack)
         # What Python still buffers for this pipe must not fail a second time when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
+
+
+def _wants_json(argv: list[str]) -> bool:
+    """Whether what is wrong with the arguments is to be said as JSON, too."""
+    return "--log-format=json" in argv or ("--log-format", "json") in itertools.pairwise(argv)
 
 
 def make_parser() -> Parser:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -21,9 +21,14 @@ LOOK_SECONDS = 0.05
 class _Run:
     """What an iterator and its thread both know. They have no other tie: an iterator that is dropped ends its run."""
 
-    def __init__(self):
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
         self.is_stopped = False  # a plain value, since it is set wherever an iterator is dropped
         self.reason: Exception | None = None  # of whoever stopped it, for who still waits for a result
+
+    @property
+    def is_wanted(self) -> bool:
+        return not self.is_stopped and not self.loop.is_closed()
 
 
 class _End:
@@ -41,7 +46,7 @@ class AsyncRuns:
         self._changed = threading.Condition()
         self._own = threading.local()  # the run of a thread
 
-    def drive(self, run: _Run, steps: Callable[[], Generator[Iterable[T], None, None]], loop: Any, send: Any) -> None:
+    def drive(self, run: _Run, steps: Callable[[], Generator[Iterable[T], None, None]], send: Any) -> None:
         """In a thread: when its turn has come, take steps until they end or nobody wants them; send what they yield."""
         self._own.run, error = run, None
         try:
@@ -49,27 +54,31 @@ class AsyncRuns:
                 with closing(steps()) as taken:
                     for results in taken:
                         for result in results:
-                            loop.call_soon_threadsafe(send, result)
-                        if run.is_stopped or loop.is_closed():
+                            run.loop.call_soon_threadsafe(send, result)
+                        if not run.is_wanted:
                             break
         except BaseException as raised:  # is raised where the results are waited for
             error = raised
         with self._changed:
             self._runs.remove(run)
             self._changed.notify_all()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(send, _End(error or run.reason))
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits
+            run.loop.call_soon_threadsafe(send, _End(error or run.reason))
 
     def add(self, run: _Run) -> None:
         with self._changed:
             self._runs.append(run)
 
     def settle(self) -> None:
-        """Wait for the runs that were stopped, which takes a step: then nothing is left of them."""
+        """Wait for the runs that nobody wants any more, which takes a step: then nothing is left of them."""
         own = getattr(self._own, "run", None)
-        if any(run.is_stopped and run is not own for run in tuple(self._runs)):
+
+        def are_settled() -> bool:
+            return all(run.is_wanted or run is own for run in tuple(self._runs))
+
+        if not are_settled():
             with self._changed:
-                self._changed.wait_for(lambda: not any(r.is_stopped and r is not own for r in self._runs))
+                self._changed.wait_for(are_settled)
 
     def stop_all(self, reason: Exception) -> None:
         for run in tuple(self._runs):
@@ -78,9 +87,9 @@ class AsyncRuns:
 
     def _has_turn(self, run: _Run) -> bool:
         with self._changed:
-            while not run.is_stopped and self._runs[0] is not run:
+            while run.is_wanted and self._runs[0] is not run:
                 self._changed.wait(LOOK_SECONDS)
-        return not run.is_stopped
+        return run.is_wanted
 
 
 class AsyncOutputs(Generic[T]):
@@ -136,7 +145,7 @@ class AsyncOutputs(Generic[T]):
             self._run.is_stopped = True
 
     def _begin(self) -> None:
-        self._run = run = _Run()
+        self._run = run = _Run(asyncio.get_running_loop())
         self._runs.add(run)
-        what = run, self._steps, asyncio.get_running_loop(), self._results.put_nowait
+        what = run, self._steps, self._results.put_nowait
         threading.Thread(target=self._runs.drive, args=what, name="agenerate").start()

@@ -40,11 +40,17 @@ class RequestReader:
     """Reads the requests of one LLM, and counts them: those without a seed get one that follows from their number."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, directory: Path, seed: int, chat_templates: ChatTemplates | None = None
+        self,
+        tokenizer: Tokenizer | None,
+        directory: Path,
+        seed: int,
+        chat_templates: ChatTemplates | None = None,
+        remedy: str = "",
     ):
+        """`remedy`: what helps where the directory has no tokenizer."""
         self.tokenizer = tokenizer
         self._chat_templates = chat_templates or ChatTemplates(directory)
-        self._missing = f"{directory} has no tokenizer.json or tokenizer.model"
+        self._missing = f"{directory} has no tokenizer.json or tokenizer.model{remedy}"
         self._encoder = PromptEncoder(tokenizer, self._missing)
         self._seed = seed
         self._num_requests = 0

@@ -124,6 +124,8 @@ def test_with_json_every_line_is_an_event(model, tmp_path, capfd):
     assert main([*arguments, "--log-format", "json", "--n", "0"], make_llm=FakeLLM) == 2
     (error,) = events_of(capfd.readouterr().err)
     assert error["event"] == "message" and error["message"].startswith("n must be at least 1")
+    assert main([*arguments, "--log-format=json", "--no-such"], make_llm=FakeLLM) == 2
+    assert "--no-such" in events_of(capfd.readouterr().err)[0]["message"]
     assert main([*arguments, "--seed", "-1"], make_llm=FakeLLM) == 2
     assert capfd.readouterr().err.startswith("jaxpaged: ")  # nothing of it is left
 
