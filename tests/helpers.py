@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import TOY, toy_params
+from toy import TOY, few_programs, toy_params
 
 from jaxpaged import LLM, SamplingParams
 from jaxpaged.config import ModelConfig
@@ -21,6 +21,14 @@ from jaxpaged.device.params import Params
 def all_but_slow(names: Iterable, *quick: object) -> list:
     """Parameters of a test: all names, of which those that are not `quick` are left to `make test-slow`."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def small_llm(directory: Path, **options) -> LLM:
+    """An LLM of a toy checkpoint with few programs, the same ones wherever its sizes are these."""
+    sizes = dict(page_size=4, num_pages=300, max_num_seqs=8, max_num_batched_tokens=32)
+    llm = LLM(directory, **{**sizes, **options})
+    few_programs(llm.engine)
+    return llm
 
 
 def attend_full(config: ModelConfig):

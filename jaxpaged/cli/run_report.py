@@ -119,7 +119,7 @@ def progress_line(values: dict[str, Any]) -> str:
     left = "unknown" if values["seconds_left"] is None else duration(values["seconds_left"])
     failed = f" ({values['failed']:,} failed)" if values["failed"] else ""
     return (
-        f"{values['done']:,} of {values['rows']:,} rows{failed}, {values['tokens_per_second']:,.0f} tokens/s, "
+        f"{values['done']:,} of {_rows(values)}{failed}, {values['tokens_per_second']:,.0f} tokens/s, "
         f"pool {values['pool_used']:.0%}, {duration(values['seconds'])} gone, time left {left}"
     )
 
@@ -128,10 +128,14 @@ def summary_line(values: dict[str, Any]) -> str:
     earlier = f" ({values['earlier']:,} of them there before)" if values["earlier"] else ""
     swapped = f" ({values['swapped']:,} of them swapped)" if values["swapped"] else ""
     return (
-        f"{values['rows']:,} rows{earlier}, {values['failed']:,} failed; {values['tokens']:,} tokens in "
+        f"{_rows(values)}{earlier}, {values['failed']:,} failed; {values['tokens']:,} tokens in "
         f"{duration(values['seconds'])}, {values['tokens_per_second']:,.0f} tokens/s; "
         f"{values['preemptions']:,} preemptions{swapped}; shared: {_sharing(values['shared'])}"
     )
+
+
+def _rows(values: dict[str, Any]) -> str:
+    return f"{values['rows']:,} row{'' if values['rows'] == 1 else 's'}"
 
 
 def _sharing(shared: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_llm import FakeLLM
+from helpers import all_but_slow
 from paths import GOLDENS, ROOT
 
 from jaxpaged.api.beam_params import BeamSearchParams
@@ -176,7 +177,7 @@ def test_an_interrupt_is_an_event(model):
     assert events_of(said.decode())[-1]["message"].startswith("interrupted; the same command")
 
 
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", all_but_slow([60, 80], 80))
 def test_on_a_terminal_there_is_a_bar_as_wide_as_it_and_a_summary(model, tmp_path, columns):
     (tmp_path / "in").write_text("a\nb\nc\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": str(columns), "TERM": "xterm"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import aclosing
+from contextlib import aclosing, closing
 
 import pytest
-from toy import few_programs, save_toy_checkpoint
+from helpers import small_llm
+from toy import save_toy_checkpoint
 
-from jaxpaged import LLM, SamplingParams
+from jaxpaged import SamplingParams
 
 PROMPTS = ["ab", "the cat", "x y z", "0123456789"]
 PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (20, 3, 12, 7)]
@@ -19,9 +20,7 @@ LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     directory = save_toy_checkpoint(tmp_path_factory.mktemp("async") / "toy")
-    llm = LLM(directory, page_size=4, num_pages=400, max_num_seqs=8, max_num_batched_tokens=32)
-    few_programs(llm.engine)
-    return llm
+    return small_llm(directory)
 
 
 @pytest.fixture
@@ -217,9 +216,9 @@ def test_what_is_wrong_with_a_request_is_raised_with_the_first_result(llm):
 
 def test_it_is_refused_while_another_kind_of_run_has_the_pool(llm):
     async def main():
-        with llm.tree() as tree:
-            tree.open([1, 2, 3])
-            with pytest.raises(RuntimeError, match="a tree is open and owns the page pool"):
+        with closing(llm.generate_iter(["ab", "cd"], PARAMS[1])) as outputs:
+            next(outputs)
+            with pytest.raises(RuntimeError, match=r"another run is in progress \(generate_iter\)"):
                 await anext(llm.agenerate("ab"))
         assert len(await collect(llm.agenerate("ab", PARAMS[1]))) == 1
 
@@ -228,8 +227,7 @@ def test_it_is_refused_while_another_kind_of_run_has_the_pool(llm):
 
 def test_close_ends_a_run_and_says_so_to_who_waits(tmp_path):
     directory = save_toy_checkpoint(tmp_path / "toy")
-    llm = LLM(directory, page_size=4, num_pages=400, max_num_seqs=8, max_num_batched_tokens=32)
-    few_programs(llm.engine)
+    llm = small_llm(directory)
 
     async def main():
         task = asyncio.create_task(collect(llm.agenerate(["ab", "cd"], LONG)))

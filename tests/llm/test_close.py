@@ -6,13 +6,12 @@ import threading
 
 import jax
 import pytest
-from helpers import all_but_slow
-from toy import few_programs, save_toy_checkpoint
+from helpers import all_but_slow, small_llm
+from toy import save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-SIZES = dict(page_size=4, num_pages=64, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64)
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +19,9 @@ def toy(tmp_path_factory):
     return save_toy_checkpoint(tmp_path_factory.mktemp("closed") / "toy")
 
 
-def make_llm(toy):
-    llm = LLM(toy, **SIZES)
-    few_programs(llm.engine)
-    return llm
-
-
 @pytest.fixture
 def llm(toy):
-    return make_llm(toy)
+    return small_llm(toy)
 
 
 def arrays_of(llm):
@@ -80,12 +73,12 @@ def test_every_call_of_a_closed_llm_says_that_it_was_closed(llm):
 
 
 def test_a_with_block_closes_whatever_ends_it(toy):
-    with make_llm(toy) as llm:
+    with small_llm(toy) as llm:
         outputs = llm.generate("ab", PARAMS)
     assert len(outputs[0].outputs[0].token_ids) == 6
     with pytest.raises(RuntimeError, match="was closed"):
         llm.generate("ab")
-    with pytest.raises(ZeroDivisionError), make_llm(toy) as llm:
+    with pytest.raises(ZeroDivisionError), small_llm(toy) as llm:
         kept = llm.generate_iter(["ab", "cd"], PARAMS)
         next(kept)
         arrays = arrays_of(llm)
@@ -104,9 +97,7 @@ def test_close_ends_what_stands_between_two_results(llm, kind):
         "watch_beams": lambda: llm.watch_beams("ab", BeamSearchParams(beam_width=2, max_tokens=6)),
         "tree": llm.tree,
     }[kind]()
-    if kind == "tree":
-        opened.open([1, 2, 3])
-    else:
+    if kind != "tree":
         next(opened)
     llm.close()
     if kind == "tree":

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-from toy import few_programs, save_toy_checkpoint
+from helpers import small_llm
+from toy import save_toy_checkpoint
 
-from jaxpaged import LLM, BeamSearchParams, NewToken, SamplingParams
-
-SIZES = dict(page_size=4, num_pages=64, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=64)
+from jaxpaged import BeamSearchParams, NewToken, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +18,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(toy):
-    llm = LLM(toy, **SIZES)
-    few_programs(llm.engine)
-    return llm
+    return small_llm(toy)
 
 
 def collected(tokens: list[NewToken]):
@@ -46,7 +43,7 @@ def check_told(outputs, tokens):
 
 
 PARAMS = [
-    SamplingParams(seed=0, max_tokens=9, ignore_eos=True),
+    SamplingParams(n=2, seed=0, max_tokens=9, ignore_eos=True),
     SamplingParams(n=3, seed=1, max_tokens=12),
     SamplingParams(seed=2, max_tokens=1, detokenize=False),
     SamplingParams(n=2, seed=3, max_tokens=20, skip_special_tokens=False),
@@ -69,7 +66,7 @@ def sample_ids(outputs):
 def test_no_piece_has_what_becomes_a_stop_string(llm, included):
     text = llm.generate("ab", PARAMS[0])[0].outputs[0].text
     tokens: list[NewToken] = []
-    params = SamplingParams(seed=0, max_tokens=9, stop=[text[4:7], "nothing"], include_stop_str_in_output=included)
+    params = SamplingParams(n=2, seed=0, max_tokens=9, stop=[text[4:7], "nothing"], include_stop_str_in_output=included)
     outputs = llm.generate("ab", params, on_token=tokens.append)
     assert outputs[0].outputs[0].stop_reason == text[4:7]
     check_told(outputs, tokens)
@@ -84,8 +81,7 @@ def test_tokens_are_told_while_the_run_goes_on(llm):
 @pytest.mark.slow
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_a_request_that_gives_way_is_told_once(toy, preemption):
-    llm = LLM(toy, **{**SIZES, "num_pages": 12}, preemption=preemption)
-    few_programs(llm.engine)
+    llm = small_llm(toy, num_pages=12, preemption=preemption)
     tokens: list[NewToken] = []
     params = SamplingParams(n=2, seed=7, max_tokens=12, ignore_eos=True)
     outputs = llm.generate(["abcd", "efgh", "ijkl"], params, on_token=tokens.append)
@@ -128,7 +124,7 @@ def test_a_call_from_within_is_refused_and_the_run_goes_on(llm):
         refusals.append(refusal)
 
     (output,) = llm.generate("ab", PARAMS[0], on_token=call)
-    assert len(refusals) == len(output.outputs[0].token_ids) == 9
+    assert len(refusals) == sum(len(sample.token_ids) for sample in output.outputs) == 18
 
 
 def test_beams_and_what_cannot_be_called_are_refused_before_anything_runs(llm):
