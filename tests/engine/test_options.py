@@ -27,7 +27,7 @@ def test_the_table_of_the_guide_is_what_the_options_say():
 
 def test_help_lists_every_option_with_its_default_and_its_choices():
     shown, text = inspect.signature(LLM).parameters, " ".join((inspect.getdoc(LLM.__init__) or "").split())
-    assert list(shown) == ["model", "tokenizer", *OPTION_NAMES]
+    assert list(shown) == ["model", "tokenizer", "revision", "download", *OPTION_NAMES]
     for option in engine_options():
         assert shown[option.name].default == option.default
         assert f"{option.name}: {option.help_text}" in text
@@ -113,7 +113,7 @@ def test_an_unknown_argument_of_a_call_is_answered_with_what_was_meant(llm, call
 
 def test_the_signatures_of_calls_are_their_own():
     assert list(inspect.signature(LLM.generate).parameters) == [
-        "self", "prompts", "sampling_params", "progress", "shared_prefix", "add_special_tokens",
+        "self", "prompts", "sampling_params", "progress", "shared_prefix", "add_special_tokens", "on_token",
     ]  # fmt: skip
 
 
