@@ -116,7 +116,9 @@ def ray():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray leaves files and processes to the garbage collector
 def test_every_row_comes_once_though_a_worker_dies_and_a_second_run_goes_on(ray, tmp_path, greedy):
+    import pyarrow
     import ray.data as data
+    from pyarrow import parquet
     from ray.data.checkpoint import CheckpointConfig
 
     prompts = [f"def f{i}(" for i in range(24)]
@@ -128,7 +130,9 @@ def test_every_row_comes_once_though_a_worker_dies_and_a_second_run_goes_on(ray,
     )
 
     def run(count: int) -> None:
-        rows = data.from_items([{"id": f"{i:03}", "prompt": prompt} for i, prompt in enumerate(prompts[:count])])
+        ids = [f"{i:03}" for i in range(count)]
+        parquet.write_table(pyarrow.table({"id": ids, "prompt": prompts[:count]}), tmp_path / "in.parquet")
+        rows = data.read_parquet(str(tmp_path / "in.parquet"))  # a checkpoint is of what is read
         kwargs = dict(marker=str(tmp_path / "died"), model=MODEL, params=GREEDY, id_column="id", **OPTIONS)
         stage = rows.repartition(6).map_batches(
             DiesOnce, fn_constructor_kwargs=kwargs, concurrency=2, batch_size=4, num_cpus=1
