@@ -23,9 +23,10 @@ ARROWS = {
     "requests": ("api", "engine", "host", "step_io", "text"),
     "tree": ("api", "config", "engine", "host", "requests", "step_io", "text"),
     "llm": ("api", "checkpoint", "config", "engine", "host", "hub", "requests", "text", "tree"),
+    "looks": (),  # words and colours of figures
     "study": ("api", "config", "host", "step_io"),
     "batch": ("api", "text"),
-    "trace_page": (),
+    "trace_page": ("looks",),
     "cli": (
         "api",
         "batch",
@@ -35,6 +36,7 @@ ARROWS = {
         "hub",
         "jaxpaged",
         "llm",
+        "looks",
         "requests",
         "study",
         "text",

@@ -29,6 +29,7 @@ class Replay:
         self.tables: list[list[int]] = [[] for _ in range(count)]
         self.num_slots = [0] * count
         self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.cached: set[int] = set()
         self.page_size = trace["page_size"]
 
     def apply(self, frame: dict[str, Any]) -> None:
@@ -43,6 +44,8 @@ class Replay:
             self.tables[sequence] = self.tables[parent][:]
             self.num_slots[sequence] = self.num_slots[parent]
             self.tokens[sequence] = self.tokens[parent][:kept] + tokens
+        self.cached.update(frame.get("cached", []))
+        self.cached.difference_update(frame.get("uncached", []))
 
     @property
     def ref_counts(self) -> Counter[int]:

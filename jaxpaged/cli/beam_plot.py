@@ -1,24 +1,35 @@
-"""One search as a picture: every beam that ever ran, from left to right, and which of them led to a result.
+"""One search as a picture: a row for each result in the order of their rank, and hanging from them what led nowhere.
 
-The only module that draws; matplotlib is an extra (`plots`), so nothing else imports this one before it is needed.
+The only module of a search that draws; matplotlib is an extra (`plots`), so nothing else imports this one before it is
+needed.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.beam_snapshot import BeamSnapshot, FinishedBeam
 from jaxpaged.cli.beam_tree import TextOf
+from jaxpaged.looks import style
+from jaxpaged.looks.palette import BEST, LOST, RETURNED
+from jaxpaged.looks.whitespace import visible
 
-#: With more ends than this the tokens of beams that led nowhere are left out.
-MOST_LABELLED_ENDS = 70
-BEST, RETURNED, LOST = "#d95f02", "#3b6fb6", "#b8b8b8"
+#: Of the branches that led nowhere, so many are shown where they leave a row; the others are counted.
+MOST_STUBS = 4
+#: Rows apart: from a row to its first stub, from stub to stub, and from the last one to the next row.
+TO_STUB, STUB, ROW = 0.55, 0.42, 1.0
+#: Inches of a step and of a row.
+STEP_WIDTH, ROW_HEIGHT = 0.85, 0.42
+LARGEST = 40.0  # inches
+LONGEST_LABEL = 11  # characters, as wide as a step
+FINE = "#6B7280"
 
 
 @dataclass(slots=True, eq=False)
@@ -32,12 +43,17 @@ class PlottedBeam:
     children: list[PlottedBeam] = field(default_factory=list)
     rank: int | None = None  # of the best hypothesis that it led to, from 1
     finished: FinishedBeam | None = None
-    height: float = 0.0
+    height: float = 0.0  # of what has a rank
 
     def add(self, child: PlottedBeam) -> PlottedBeam:
         child.parent = self
         self.children.append(child)
         return child
+
+    @property
+    def lost(self) -> list[PlottedBeam]:
+        """Children that led to no result, those that lived longest first."""
+        return sorted((child for child in self.children if child.rank is None), key=last_step, reverse=True)
 
 
 def build_nodes(history: list[BeamSnapshot]) -> PlottedBeam:
@@ -70,8 +86,16 @@ def all_nodes(root: PlottedBeam) -> list[PlottedBeam]:
     return found
 
 
-def rank_and_place(root: PlottedBeam, num_returned: int) -> int:
-    """Rank what led to the `num_returned` best hypotheses, place the ends one below the other; how many ends."""
+def last_step(node: PlottedBeam) -> int:
+    """The last step of what came of a beam."""
+    return max(one.step for one in all_nodes(node))
+
+
+def rank_and_place(root: PlottedBeam, num_returned: int) -> float:
+    """Rank what led to the `num_returned` best hypotheses and place these, the best on top; returns the lowest height.
+
+    A beam lies in the row of the best hypothesis that it led to.
+    """
     ends = [node for node in all_nodes(root) if node.finished is not None]
     ends.sort(key=lambda node: -node.finished.score if node.finished else 0.0)
     for rank, end in enumerate(ends[:num_returned], start=1):
@@ -79,70 +103,106 @@ def rank_and_place(root: PlottedBeam, num_returned: int) -> int:
         while node is not None and node.rank is None:
             node.rank = rank
             node = node.parent
+    rows: dict[int, list[PlottedBeam]] = {}
     for node in all_nodes(root):
-        node.children.sort(key=lambda child: (child.rank is None, child.rank or 0))
-    nodes, num_ends = all_nodes(root), 0
-    for node in nodes:
-        if not node.children:
-            node.height, num_ends = float(-num_ends), num_ends + 1
-    for node in reversed(nodes):
-        if node.children:
-            # A beam goes on straight into its best child.
-            node.height = node.children[0].height
-    return num_ends
+        rows.setdefault(node.rank or 0, []).append(node)
+    height = 0.0
+    for rank in sorted(rows.keys() - {0}):
+        for node in rows[rank]:
+            node.height = height
+        most = max(len(shown_stubs(node)) for node in rows[rank])
+        height -= ROW + (TO_STUB + STUB * (most - 1) if most else 0.0)
+    return height
+
+
+def shown_stubs(node: PlottedBeam) -> list[PlottedBeam | int]:
+    """The lost children of a node, or the first of them and how many there are besides."""
+    lost = node.lost
+    return list(lost) if len(lost) <= MOST_STUBS else [*lost[: MOST_STUBS - 1], len(lost) - MOST_STUBS + 1]
 
 
 def plot_search(
     history: list[BeamSnapshot], params: BeamSearchParams, prompt: str, text_of: TextOf, path: Path
 ) -> None:
     root = build_nodes(history)
-    num_ends = rank_and_place(root, params.num_returned)
+    lowest = rank_and_place(root, params.num_returned)
     steps = history[-1].step
-    figure = Figure(figsize=(min(5 + 0.75 * steps, 40), min(max(1.6 + 0.24 * num_ends, 3), 40)), layout="constrained")
-    axes = figure.subplots()
-    for node in all_nodes(root):
-        _draw(axes, node, text_of, num_ends <= MOST_LABELLED_ENDS)
-    axes.text(0, root.height, repr(prompt[-24:]) + " ", ha="right", va="center", fontsize=8, parse_math=False)
-    axes.margins(x=0.12, y=0.04)
-    axes.set_yticks([])
-    axes.set_xlabel("generated tokens")
-    for side in ("left", "right", "top"):
-        axes.spines[side].set_visible(False)
-    axes.set_title(_title(history, params), fontsize=9)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a token may be a character that the font lacks
-        figure.savefig(path, dpi=130)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for node in all_nodes(root):
+            if node.rank is not None:
+                _draw_row(axes, node, text_of)
+                _draw_stubs(axes, node, text_of)
+        shown = "…" * (len(prompt) > 24) + visible(prompt[-24:])
+        axes.text(-0.08, root.height, shown, ha="right", va="center", fontsize=9, parse_math=False)
+        axes.set(xlim=(-0.05, steps + 0.3), ylim=(lowest + 0.45, 0.9), yticks=[], xlabel="generated tokens")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=30, integer=True, min_n_ticks=1))
+        axes.spines["left"].set_visible(False)
+        axes.set_title(_title(history, params), fontsize=10.5, pad=10)
+        style.legend_below(figure, axes, _legend())
+
+    size = min(4.2 + STEP_WIDTH * steps, LARGEST), min(1.9 - ROW_HEIGHT * lowest, LARGEST)
+    style.draw(path, size, paint, dpi=130)
 
 
-def _draw(axes: Axes, node: PlottedBeam, text_of: TextOf, labels_all: bool) -> None:
+def _draw_row(axes: Axes, node: PlottedBeam, text_of: TextOf) -> None:
     """The line from the parent, the token above it, and what a hypothesis came to."""
     if node.parent is None:
         return
-    color = LOST if node.rank is None else BEST if node.rank == 1 else RETURNED
-    order = 3 if node.rank == 1 else 2 if node.rank is not None else 1
-    width = {1: 0.8, 2: 1.4, 3: 2.4}[order]
-    start, end = node.parent, node
-    corner = start.step + 0.25
+    is_best = node.rank == 1
+    color, order = (BEST, 4) if is_best else (RETURNED, 3)
+    start, corner = node.parent, node.parent.step + 0.2
     axes.plot(
-        [start.step, corner, end.step], [start.height, end.height, end.height],
-        color=color, linewidth=width, zorder=order, solid_capstyle="round",
+        [start.step, corner, node.step], [start.height, node.height, node.height],
+        color=color, linewidth=2.6 if is_best else 1.5, zorder=order, solid_capstyle="round", solid_joinstyle="round",
     )  # fmt: skip
-    if labels_all or node.rank is not None:
-        text = text_of(node.token_ids[:-1], node.token_ids[-1:])
-        token = repr(text)[1:-1] if text.strip(" ") else repr(text)
-        middle = (corner + end.step) / 2
-        axes.text(middle, end.height + 0.12, token, ha="center", va="bottom", fontsize=6.5, zorder=4, parse_math=False,
-                  color="#777777" if node.rank is None else "black")  # fmt: skip
+    _write(axes, (corner + node.step) / 2, node.height + 0.1, _token(node, text_of), "#16181D", 8, "center", "bottom")
     if node.finished is not None:
-        axes.plot([end.step], [end.height], marker="s", markersize=4, color=color, zorder=5)
-        rank = "" if node.rank is None else f"#{node.rank}  "
-        label = f"  {rank}{node.finished.score:.3f}  ({node.logprob:.2f})"
-        axes.text(end.step, end.height, label, ha="left", va="center", fontsize=7, color=color, zorder=5)
+        axes.plot([node.step], [node.height], marker="s", markersize=4.5, color=color, zorder=6)
+        label = f"#{node.rank}  {node.finished.score:.3f}  ({node.logprob:.2f})"
+        # Beyond the last step there is room for the longest of these, wherever in the picture a hypothesis ended.
+        _write(axes, node.step + 0.12, node.height, label, color, 8.5, "left", "center")
+
+
+def _draw_stubs(axes: Axes, node: PlottedBeam, text_of: TextOf) -> None:
+    """What left a row and led nowhere: the first token, and how many more it came to."""
+    for place, stub in enumerate(shown_stubs(node)):
+        height = node.height - TO_STUB - STUB * place
+        axes.plot(
+            [node.step + 0.04, node.step + 0.04, node.step + 0.12], [node.height, height, height],
+            color=LOST, linewidth=0.9, zorder=1,
+        )  # fmt: skip
+        if isinstance(stub, int):
+            label = f"{stub} more"
+        else:
+            further = last_step(stub) - stub.step
+            label = visible(text_of(stub.token_ids[:-1], stub.token_ids[-1:]), LONGEST_LABEL - 3 * bool(further))
+            label += f" +{further}" if further else ""
+        _write(axes, node.step + 0.15, height, label, FINE, 7, "left", "center")
+
+
+def _token(node: PlottedBeam, text_of: TextOf) -> str:
+    return visible(text_of(node.token_ids[:-1], node.token_ids[-1:]), LONGEST_LABEL)
+
+
+def _write(axes: Axes, x: float, y: float, text: str, color: str, size: float, ha: str, va: str) -> None:
+    """Over whatever line crosses it."""
+    axes.text(x, y, text, color=color, fontsize=size, ha=ha, va=va, zorder=5, parse_math=False, clip_on=False,
+              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85})  # fmt: skip
+
+
+def _legend() -> list[Line2D]:
+    return [
+        Line2D([], [], color=BEST, linewidth=2.6, label="the best"),
+        Line2D([], [], color=RETURNED, linewidth=1.5, label="returned"),
+        Line2D([], [], color=LOST, linewidth=0.9, label="led nowhere: its first token, and how many followed"),
+    ]
 
 
 def _title(history: list[BeamSnapshot], params: BeamSearchParams) -> str:
     output = history[-1].output
-    title = f"{params.beam_width} beams; at each end score and (log-probability)"
+    title = f"{params.beam_width} beams; at each end rank, score and (log-probability)"
     if output is None:
         return title
     kv = output.kv

@@ -1,130 +1,110 @@
 """The pictures of `jaxpaged compare`, for slides: where memory was, how many ran, how fast, and how long it took.
 
-matplotlib is imported here alone, without a display. Steps last as long as they did: the horizontal axis is seconds.
+matplotlib is imported with this module. Steps last as long as they did: the horizontal axis is seconds.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jaxpaged.cli.compare_table import CATEGORY_NAMES, arrivals_name
-from jaxpaged.config import KV_CACHES
-from jaxpaged.host.account.memory_account import CATEGORIES
+from jaxpaged.cli.compare_table import arrivals_name
+from jaxpaged.looks import style
+from jaxpaged.looks.palette import MARKERS, PARTS, SYSTEMS
 from jaxpaged.study.compare import Result
-
-#: Colours that stay apart in print and for the colour-blind (Okabe and Ito): what is used is strong, waste is pale.
-CATEGORY_COLORS = {
-    "used": "#0072B2",
-    "reserved": "#56B4E9",
-    "internal": "#E69F00",
-    "rounding": "#F0D27A",
-    "cached": "#C9DCCF",
-    "free": "#E9E9E9",
-}
-SYSTEM_COLORS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7A5C3E", "#555555")
-DPI = 110
-FONT = {"title": 13, "label": 12, "tick": 11, "note": 10}
 
 
 def draw(results: list[Result], directory: str | Path) -> list[Path]:
     """Write the pictures; one of memory and one of batches for each rate. Returns their paths."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    rates = list(dict.fromkeys(result.rate for result in results))
-    pictures: dict[str, Figure] = {}
-    for rate in rates:
-        of_rate = [result for result in results if result.rate == rate]
-        suffix = "" if len(rates) == 1 else "-burst" if rate is None else f"-{rate:g}"
-        pictures[f"memory{suffix}"] = memory_figure(of_rate)
-        pictures[f"batch{suffix}"] = batch_figure(of_rate)
-        pictures[f"throughput{suffix}"] = throughput_figure(of_rate)
-    if sum(rate is not None for rate in rates) > 1:
-        pictures["latency"] = latency_figure([result for result in results if result.rate is not None])
     paths = []
-    for name, figure in pictures.items():
+    for name, (size, paint) in pictures(results).items():
         paths.append(directory / f"{name}.png")
-        figure.savefig(paths[-1], dpi=DPI)
+        style.draw(paths[-1], size, paint)
     return paths
 
 
-def memory_figure(results: list[Result]) -> Figure:
+def pictures(results: list[Result]) -> dict[str, tuple[tuple[float, float], Callable[[Figure], None]]]:
+    """Name -> size in inches, and what draws it."""
+    rates = list(dict.fromkeys(result.rate for result in results))
+    found = {}
+    for rate in rates:
+        of_rate = [result for result in results if result.rate == rate]
+        suffix = "" if len(rates) == 1 else "-burst" if rate is None else f"-{rate:g}"
+        heights = {"memory": 1.3 + 1.5 * len(of_rate), "batch": 4.8, "throughput": 1.2 + 0.55 * len(of_rate)}
+        paints = {"memory": paint_memory, "batch": paint_batch, "throughput": paint_throughput}
+        for name, paint in paints.items():
+            found[name + suffix] = (style.WIDTH, heights[name]), functools.partial(paint, of_rate)
+    if sum(rate is not None for rate in rates) > 1:
+        timed = [result for result in results if result.rate is not None]
+        found["latency"] = (style.WIDTH, 4.8), functools.partial(paint_latency, timed)
+    return found
+
+
+def paint_memory(results: list[Result], figure: Figure) -> None:
     """Share of the pool in each category over time, one panel a system, all with the same axes."""
-    figure = _figure(9.5, 1.0 + 1.5 * len(results))
     panels = figure.subplots(len(results), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, result in zip(panels, results, strict=True):
         account = result.stats.memory
-        shares = {name: 100 * getattr(account, name) / account.num_slots for name in CATEGORIES}
-        times, stacked = timeline(result, np.stack(list(shares.values())), idle=[0, 0, 0, 0, 0, 100])
-        axes.stackplot(times, stacked, colors=[CATEGORY_COLORS[name] for name in CATEGORIES], linewidth=0)
+        shares = np.stack([100 * getattr(account, part) / account.num_slots for part in PARTS])
+        times, stacked = timeline(result, shares, idle=[100.0 * (part == "free") for part in PARTS])
+        looks = PARTS.values()
+        axes.stackplot(times, stacked, colors=[look.colour for look in looks], labels=[look.word for look in looks],
+                       linewidth=0)  # fmt: skip
         mean, steps = result.summary()["percent_of_pool"]["used"], result.averaged_steps_name
-        axes.set_title(f"{result.system}: {mean:.0f} % token states {steps}",
-                       loc="left", fontsize=FONT["title"])  # fmt: skip
+        axes.set_title(f"{result.system}: {mean:.0f} % {PARTS['used'].word} {steps}")
         axes.set(ylim=(0, 100), xlim=(0, max(one.seconds for one in results)), yticks=(0, 50, 100))
-        _tidy(axes)
-    figure.supylabel("% of the pool", fontsize=FONT["label"])
-    panels[-1].set_xlabel(f"seconds ({arrivals_name(results[0])})", fontsize=FONT["label"])
-    handles = panels[0].collections[: len(CATEGORIES)]
-    figure.legend(handles, [CATEGORY_NAMES[name] for name in CATEGORIES], loc="outside lower center", ncols=6,
-                  frameon=False, fontsize=FONT["note"])  # fmt: skip
-    return figure
+    figure.supylabel("% of the pool")
+    panels[-1].set_xlabel(f"seconds ({arrivals_name(results[0])})")
+    style.legend_below(figure, panels[0])
 
 
-def batch_figure(results: list[Result]) -> Figure:
+def paint_batch(results: list[Result], figure: Figure) -> None:
     """Sequences that run together, over time."""
-    figure = _figure(9.5, 4.6)
     axes = figure.subplots()
     for result in results:
         times, running = timeline(result, result.stats.running[None], idle=[0])
         mean = result.summary()["mean_running_sequences"]
-        axes.plot(times, running[0], color=_color(result.system), linewidth=1.8,
-                  label=f"{result.system} (mean {mean:.1f})")  # fmt: skip
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.set_xlabel(f"seconds ({arrivals_name(results[0])})", fontsize=FONT["label"])
-    axes.set_ylabel("running sequences", fontsize=FONT["label"])
-    axes.set_title("Batch size over time, same pool", loc="left", fontsize=FONT["title"])
-    axes.legend(frameon=False, fontsize=FONT["tick"])
-    axes.grid(axis="y", alpha=0.3)
-    _tidy(axes)
-    return figure
+        axes.plot(times, running[0], color=SYSTEMS[result.system].colour, label=f"{result.system} (mean {mean:.1f})")
+    axes.set(xlim=(0, None), ylim=(0, None), ylabel="running sequences", title="Batch size over time, same pool")
+    axes.set_xlabel(f"seconds ({arrivals_name(results[0])})")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    style.grid(axes)
+    style.legend_below(figure, axes, most_columns=2)
 
 
-def throughput_figure(results: list[Result]) -> Figure:
+def paint_throughput(results: list[Result], figure: Figure) -> None:
     """Generated tokens a second, and how many times the slowest system's."""
-    figure = _figure(9.5, 0.9 + 0.6 * len(results))
     axes = figure.subplots()
     values = [result.generated_per_second for result in results]
     bars = axes.barh([result.system for result in results], values, height=0.7,
-                     color=[_color(result.system) for result in results])  # fmt: skip
-    labels = [f" {value:,.0f}  ({value / min(values):.1f}x)" for value in values]
-    axes.bar_label(bars, labels, fontsize=FONT["tick"])
+                     color=[SYSTEMS[result.system].colour for result in results])  # fmt: skip
+    axes.bar_label(bars, [f" {value:,.0f}  ({value / min(values):.1f}x)" for value in values])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(values))
-    axes.set_xlabel(f"generated tokens a second ({arrivals_name(results[0])})", fontsize=FONT["label"])
-    axes.set_title("Throughput, same pool", loc="left", fontsize=FONT["title"])
-    _tidy(axes)
-    return figure
+    axes.set(xlim=(0, 1.2 * max(values)), title="Throughput, same pool; in brackets: of the slowest")
+    axes.set_xlabel(f"generated tokens a second ({arrivals_name(results[0])})")
 
 
-def latency_figure(results: list[Result]) -> Figure:
+def paint_latency(results: list[Result], figure: Figure) -> None:
     """Normalized latency against the request rate, a line a system, as in Figure 12 of the vLLM paper."""
-    figure = _figure(9.5, 4.6)
     axes = figure.subplots()
     for system in dict.fromkeys(result.system for result in results):
         points = sorted((r.rate or 0.0, r.normalized_latency) for r in results if r.system == system)
-        axes.plot(*zip(*points, strict=True), color=_color(system), marker="o", linewidth=1.8, label=system)
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.set_xlabel("requests a second", fontsize=FONT["label"])
-    axes.set_ylabel("normalized latency, s/token", fontsize=FONT["label"])
-    axes.set_title("Latency against request rate, same pool", loc="left", fontsize=FONT["title"])
-    axes.legend(frameon=False, fontsize=FONT["tick"])
-    axes.grid(alpha=0.3)
-    _tidy(axes)
-    return figure
+        plot_system(axes, system, *zip(*points, strict=True))
+    axes.set(xlim=(0, None), ylim=(0, None), title="Latency against request rate, same pool")
+    axes.set(xlabel="requests a second", ylabel="normalized latency, s/token")
+    style.grid(axes, "both")
+    style.legend_below(figure, axes, most_columns=4)
+
+
+def plot_system(axes: Axes, system: str, xs: tuple[float, ...], ys: tuple[float, ...]) -> None:
+    axes.plot(xs, ys, color=SYSTEMS[system].colour, marker=MARKERS[system], label=system)
 
 
 def timeline(result: Result, values: np.ndarray, idle: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,19 +124,3 @@ def timeline(result: Result, values: np.ndarray, idle: list[float]) -> tuple[np.
     lines = np.insert(lines, np.repeat(at, 2), pauses, axis=1)
     times = np.insert(times, np.repeat(at, 2), np.stack([ends[is_idle], begins[1:][is_idle[:-1]]], 1).ravel())
     return np.append(times, times[-1]), np.append(lines, np.array(idle, np.float64)[:, None], axis=1)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _color(system: str) -> str:
-    """The same for a system in every picture, whichever others are there."""
-    return SYSTEM_COLORS[KV_CACHES.index(system) % len(SYSTEM_COLORS)]
-
-
-def _tidy(axes: Axes) -> None:
-    axes.tick_params(labelsize=FONT["tick"])
-    axes.spines[["top", "right"]].set_visible(False)

@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxpaged.host.account.memory_account import CATEGORIES
+from jaxpaged.looks.palette import PARTS
 from jaxpaged.study.compare import Refusal, Result
-
-#: What the categories of the account are called where people read them (host/account/memory_account.py).
-CATEGORY_NAMES = {
-    "used": "token states",
-    "reserved": "reservation",
-    "internal": "internal fragmentation",
-    "rounding": "rounding of the allocator",
-    "cached": "kept for later requests",
-    "free": "free",
-}
 
 
 class TableRow(NamedTuple):
@@ -36,8 +26,8 @@ def _rows() -> list[TableRow]:
         TableRow("normalized latency, s/token", lambda s: s["normalized_latency_seconds"], ".4f"),
         TableRow("mean running sequences", lambda s: s["mean_running_sequences"], ".2f"),
         *(
-            TableRow(f"{CATEGORY_NAMES[part]}, %", lambda s, part=part: s["percent_of_pool"][part], ".1f")
-            for part in CATEGORIES
+            TableRow(f"{look.word}, %", lambda s, part=part: s["percent_of_pool"][part], ".1f")
+            for part, look in PARTS.items()
         ),
         TableRow("pages copied", lambda s: s["copied_pages"], ",d"),
         TableRow("preemptions", lambda s: s["preemptions"], ",d"),

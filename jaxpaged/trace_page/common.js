@@ -30,8 +30,41 @@ function stripes(sequences) {
     `${colour(s)} ${(i * step).toFixed(1)}% ${((i + 1) * step).toFixed(1)}%`).join(", ")})`;
 }
 
-// Text of a token in a place of its own: a space is shown where it is all there is, and line ends by their sign.
+// Text of a token in a place of its own, as in a code editor: line ends and tabs by their signs, and spaces where they
+// are all there is.
 function shownPiece(token) {
-  const text = replay.piece(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥");
-  return text.trim() === "" ? text.replace(/ /g, "␣") || "∅" : text.trim();
+  const text = replay.piece(token).replace(/\n/g, "↵").replace(/\t/g, "→");
+  return text.trim() === "" ? text.replace(/ /g, "·") || "∅" : text.trim();
+}
+
+function nameList(names) {
+  return names.length > 10 ? `${names.length} tables` : names.join(", ");
+}
+
+// One of many things that are alike can be reached by Tab, and the arrow keys go on from there.
+function roam(box, selector, columns) {
+  const shown = () => [...box.querySelectorAll(selector)].filter((one) => !one.hidden);
+  const reach = (one) => {
+    for (const other of box.querySelectorAll(`${selector}[tabindex="0"]`)) other.tabIndex = -1;
+    one.tabIndex = 0;
+  };
+  box.addEventListener("focusin", (event) => { if (event.target.matches(selector)) reach(event.target); });
+  box.addEventListener("keydown", (event) => {
+    if (!event.target.matches(selector) || event.ctrlKey || event.metaKey || event.altKey) return;
+    const all = shown(), at = all.indexOf(event.target), down = columns ? columns(all) : 1;
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, ArrowUp: at - down, ArrowDown: at + down,
+      Home: 0, End: all.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    event.stopPropagation();  // outside of the box these keys move through the run
+    const next = all[Math.max(0, Math.min(all.length - 1, to))];
+    reach(next);
+    next.focus();
+  });
+  return () => {  // whatever was drawn anew: one of them stays within reach of Tab
+    const within = box.querySelector(`${selector}[tabindex="0"]`);
+    if (within && !within.hidden) return;
+    const first = shown()[0];
+    if (first) reach(first);
+  };
 }

@@ -40,6 +40,14 @@ function highlight() {
   const followed = state.hovered || state.pinned;
   document.body.classList.toggle("following", Boolean(followed));
   for (const lit of document.querySelectorAll(".lit")) lit.classList.remove("lit");
+  for (const pressed of document.querySelectorAll('.page[aria-pressed="true"], .name[aria-pressed="true"]')) {
+    pressed.removeAttribute("aria-pressed");
+  }
+  if (state.pinned) {
+    const { page, sequence } = state.pinned;
+    const pinned = page ? cells[page].cell : document.querySelector(`[data-sequence="${sequence}"] .name`);
+    pinned?.setAttribute("aria-pressed", "true");
+  }
   const detail = $("detail");
   detail.textContent = "";
   if (!followed) return;
@@ -57,9 +65,10 @@ function highlight() {
   for (const [s] of holders[page]) document.querySelector(`[data-sequence="${s}"]`)?.classList.add("lit");
   for (const entry of $("tables").querySelectorAll(`[data-page="${page}"]`)) entry.classList.add("lit");
   const names = holders[page].map(([s, i]) => `${replay.names[s]} (block ${i})`);
-  const held = names.length > 10 ? `${names.length} tables` : names.join(", ");
+  const held = nameList(names);
+  const unheld = state.shown.state.cached.has(page) ? `${LOOKS.words.cached}, ${FLAGS.cached[1]}.` : "free.";
   detail.textContent = `Page ${replay.label(page)}: ` +
-    (names.length ? `held by ${held}; ${filled[page]} of ${replay.pageSize} filled.` : "free.");
+    (names.length ? `held by ${held}; ${filled[page]} of ${replay.pageSize} filled.` : unheld);
 }
 
 function follow() {
@@ -71,6 +80,12 @@ function follow() {
       state.pinned = JSON.stringify(clicked) === JSON.stringify(state.pinned) ? null : clicked;
       state.hovered = null;
       highlight();
+    });
+    box.addEventListener("keydown", (event) => {
+      if (!event.target.matches(".page, .name") || (event.key !== "Enter" && event.key !== " ")) return;
+      event.preventDefault();
+      event.stopPropagation();
+      event.target.click();
     });
   }
 }
@@ -88,11 +103,13 @@ function pause() {
   clearTimeout(state.timer);
   state.timer = 0;
   $("play").textContent = "▶ Play";
+  $("events").setAttribute("aria-live", "polite");
 }
 
 function play() {
   if (state.frame === numFrames - 1) show(0);
   $("play").textContent = "⏸ Pause";
+  $("events").setAttribute("aria-live", "off");  // what happens is too quick to be read out
   const advance = () => {
     show(state.frame + 1);
     if (state.frame === numFrames - 1) pause();
@@ -128,6 +145,7 @@ function listen() {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
     if (event.key === " " && event.target.tagName !== "BUTTON") state.timer ? pause() : play();
     else if (event.key === "t") toggleTheme();
+    else if (event.key === "f") $("free-pages").click();
     else if (event.key === "Escape") { state.pinned = null; highlight(); }
     else if (KEYS[event.key]) { pause(); KEYS[event.key](); }
     else return;
@@ -143,10 +161,10 @@ document.title = `${replay.trace.title} – page pool`;
 $("title").textContent = replay.trace.title;
 $("note").textContent = replay.trace.note || "";
 $("slider").max = numFrames - 1;
-// Few tables fit beside the account, under the pool.
-document.querySelector("main").classList.toggle("few", tablesStyle === "cards" && replay.mostLive <= 2);
 makePool();
+reachTables = roam($("tables"), ".name");
 drawLegend();
+labelChart();
 follow();
 listen();
 show(Number(location.hash.slice(1)) || 0);

@@ -11,6 +11,7 @@ class State {
     this.known = new Int32Array(numSequences);       // tokens known
     this.status = new Uint8Array(numSequences);
     this.live = [];                                  // sequences that have not finished, in order of appearance
+    this.cached = new Map();                         // pages that rest: the last [sequence, place in its table], or null
   }
 
   copy() {
@@ -20,12 +21,15 @@ class State {
     other.known = this.known.slice();
     other.status = this.status.slice();
     other.live = this.live.slice();
+    other.cached = new Map(this.cached);
     return other;
   }
 
   apply(frame, replay) {
     for (const s of frame.grow || []) this.slots[s]++;
+    const left = new Map();  // pages that a table lets go of, and where it had them
     for (const [s, kept, slots, ...pages] of frame.tables || []) {
+      if (frame.cached) this.tables[s].forEach((page, i) => { if (i >= kept) left.set(page, [s, i]); });
       this.tables[s] = this.tables[s].slice(0, kept).concat(pages);
       this.slots[s] = slots;
     }
@@ -39,6 +43,8 @@ class State {
       this.slots[s] = this.slots[parent];
       this.known[s] = kept + tokens.length;
     }
+    for (const page of frame.cached || []) this.cached.set(page, left.get(page) || null);
+    for (const page of frame.uncached || []) this.cached.delete(page);
     for (const [name, of, way] of frame.events || []) {
       if (name === "admit" || name === "resume") this.setRequest(replay, of, RUNNING);
       else if (name === "preempt") this.setRequest(replay, of, way === "swap" ? SWAPPED : WAITING);
@@ -109,7 +115,7 @@ class Replay {
         this.colours[s] = colour;
       }
       for (const s of before) used[this.colours[s]] = undefined;
-      this.accounts.push(account(this, pagesOf(state, this)));
+      this.accounts.push(account(this, pagesOf(state, this), state.cached.size));
       this.mostLive = Math.max(this.mostLive, state.live.length);
       for (const s of state.live) this.longestTable = Math.max(this.longestTable, state.tables[s].length);
     });
@@ -145,10 +151,11 @@ function pagesOf(state, replay) {
   return { holders, filled };
 }
 
-// Token slots of the pool, each counted once: own + shared + unfilled + free is the pool. `saved` is what copies of the
-// shared pages would take on top.
-function account(replay, { holders, filled }) {
-  const size = replay.pageSize, sum = { own: 0, shared: 0, unfilled: 0, free: 0, saved: 0, pages: 0 };
+// Token slots of the pool, each counted once: own + shared + unfilled + cached + free is the pool. `saved` is what copies
+// of the shared pages would take on top.
+function account(replay, { holders, filled }, numCached) {
+  const size = replay.pageSize;
+  const sum = { own: 0, shared: 0, unfilled: 0, cached: numCached * size, free: -numCached * size, saved: 0, pages: 0 };
   for (let page = 1; page <= replay.numPages; page++) {
     const count = holders[page].length;
     if (count === 0) { sum.free += size; continue; }

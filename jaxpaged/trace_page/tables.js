@@ -1,5 +1,6 @@
 // The block tables: a card each with the tokens where there are few and short ones, a line each otherwise.
 
+let reachTables = () => {};
 const rows = new Map();  // of each sequence shown: its element and what it was made from
 
 function drawTables(now, frame) {
@@ -32,6 +33,7 @@ function drawTables(now, frame) {
     if (row.made !== place) tables.insertBefore(row.made, place);
     else place = place.nextSibling;
   }
+  reachTables();
   if (shown.length) delete tables.dataset.empty;
   else tables.dataset.empty = "No sequence holds pages.";
 }
@@ -44,6 +46,7 @@ function changedEntries(frame) {
   const pages = new Map();
   for (const [name, s, ...rest] of frame.events || []) {
     if (name === "copy") pages.set(`${s}:${rest[1]}`, "copied");
+    if (name === "find") rest.forEach((page) => pages.set(`${s}:${page}`, "found"));
     if (name === "fork") changed.set(s, new Map([["all", "forked"]]));
   }
   for (const [s, kept, , ...added] of frame.tables || []) {
@@ -67,7 +70,10 @@ function statusText(s, now, ended) {
 
 function makeHead(s, now, ended) {
   const head = element("div", "head");
-  const name = element("b", "name", replay.names[s]);
+  const name = element("button", "name", replay.names[s]);
+  name.type = "button";
+  name.tabIndex = -1;
+  name.setAttribute("aria-label", `${replay.names[s]}, ${statusText(s, now, ended)}: follow`);
   name.style.background = colour(s);
   head.append(name, element("span", "status", statusText(s, now, ended)));
   return head;
@@ -79,8 +85,13 @@ function makeCard(s, now, ended, marks, shared) {
   card.append(makeHead(s, now, ended));
   if (!now.state.tables[s].length) return card;
   const table = element("table");
+  table.setAttribute("aria-label", `Block table of ${replay.names[s]}`);
   const head = table.createTHead().insertRow();
-  for (const title of ["block", "tokens", "page", "# filled"]) head.append(element("th", "", title));
+  for (const title of ["block", "tokens", "page", "# filled"]) {
+    const cell = element("th", "", title);
+    cell.scope = "col";
+    head.append(cell);
+  }
   const body = table.createTBody();
   now.state.tables[s].forEach((page, i) => {
     const row = body.insertRow();

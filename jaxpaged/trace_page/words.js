@@ -9,10 +9,14 @@ function pageList(pages) {
 
 const SENTENCES = {
   admit: (r) => `Request ${replay.requestNames[r]} is admitted.`,
+  find: (s, ...pages) => `${replay.names[s]} finds ${pageList(pages)}, known by ${pages.length > 1 ? "their" : "its"} ` +
+    `tokens: nothing of ${pages.length > 1 ? "them" : "it"} is computed again.`,
   append: (s, ...pages) => `${replay.names[s]} takes ${pageList(pages)}.`,
   copy: (s, source, copy) => `${replay.names[s]} is to write to page ${replay.label(source)}, which others hold: ` +
     `it is copied to page ${replay.label(copy)}.`,
   fork: (s, parent) => `${replay.names[s]} forks from ${replay.names[parent]}: the same pages, one more reference each.`,
+  cache: (...pages) => { const text = pageList(pages); return `${text[0].toUpperCase()}${text.slice(1)} ` +
+    `${pages.length > 1 ? "stay" : "stays"} ${LOOKS.words.cached}: held by nobody, and kept until room is needed.`; },
   free: (...pages) => { const text = pageList(pages); return `${text[0].toUpperCase()}${text.slice(1)} ` +
     `${pages.length > 1 ? "are" : "is"} free.`; },
   preempt: (r, way) => `Request ${replay.requestNames[r]} gives way: its pages ` +
@@ -35,12 +39,12 @@ function writes(frame, now) {
 
 // Where many sequences do the same, one line for all of them.
 const SUMMARIES = {
-  admit: "requests are admitted", preempt: "requests give way", resume: "requests return", append: "sequences take pages",
+  admit: "requests are admitted", preempt: "requests give way", resume: "requests return", append: "sequences take pages", find: "sequences find pages that are known by their tokens",
   copy: "sequences get a copy of a shared page", fork: "sequences fork", finish: "sequences end",
 };
 
 function drawEvents(frame, now) {
-  const kinds = new Map(["preempt", "resume", "admit", "copy", "fork", "finish", "append", "free"].map((name) => [name, []]));
+  const kinds = new Map(["preempt", "resume", "admit", "find", "copy", "fork", "finish", "append", "cache", "free"].map((name) => [name, []]));
   for (const [name, ...rest] of frame.events || []) kinds.get(name).push(rest);
   const list = $("events");
   list.replaceChildren();

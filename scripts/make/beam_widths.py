@@ -82,24 +82,25 @@ def judge(header: str, output: RequestOutput) -> tuple[list[bool], int]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
+    from jaxpaged.looks import style
+    from jaxpaged.looks.palette import BEST, RETURNED
 
-    widths = [row["width"] for row in rows]
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(widths, [row["logprob"] for row in rows], "o-", color="#3b6fb6")
-    left.set_ylabel("mean log-probability of the best")
-    right.plot(widths, [row["valid"] for row in rows], "o-", color="#d95f02", label="the best parses")
-    right.plot(widths, [row["any"] for row in rows], "s--", color="#7a7a7a", label="any of the beams parses")
-    right.set_ylabel("share of prompts")
-    right.set_ylim(0, 1.02)
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(widths, [str(width) for width in widths])
-        axes.set_xlabel("beam width")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    def paint(figure: Any) -> None:
+        widths = [row["width"] for row in rows]
+        left, right = figure.subplots(1, 2)
+        left.plot(widths, [row["logprob"] for row in rows], "o-", color=BEST)
+        left.set_ylabel("mean log-probability of the best")
+        right.plot(widths, [row["valid"] for row in rows], "o-", color=BEST, label="the best parses")
+        right.plot(widths, [row["any"] for row in rows], "s--", color=RETURNED, label="any of the beams parses")
+        right.set(ylabel="share of prompts", ylim=(0, 1.02))
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(widths, [str(width) for width in widths])
+            axes.set_xlabel("beam width")
+            style.grid(axes, "both")
+        style.legend_below(figure, right)
+
+    style.draw(path, (style.WIDTH, 3.8), paint)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

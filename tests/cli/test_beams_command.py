@@ -9,9 +9,10 @@ import pytest
 from toy import save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams
-from jaxpaged.cli.beam_plot import all_nodes, build_nodes, rank_and_place
+from jaxpaged.cli.beam_plot import PlottedBeam, all_nodes, build_nodes, last_step, rank_and_place, shown_stubs
 from jaxpaged.cli.beam_tree import grow_branches, shown, tree_lines
 from jaxpaged.cli.main import main
+from jaxpaged.looks.whitespace import visible
 
 PROMPT = "four score"
 
@@ -99,16 +100,37 @@ def test_the_picture_has_every_beam_and_ranks_what_led_to_a_result(llm, fields):
     params = BeamSearchParams(**{"beam_width": 4, "max_tokens": 6, "n": 2, "ignore_eos": True, **fields})
     history = list(llm.watch_beams(PROMPT, params))
     root = build_nodes(history)
-    num_ends = rank_and_place(root, params.num_returned)
+    lowest = rank_and_place(root, params.num_returned)
     nodes = all_nodes(root)
     assert len(nodes) == 1 + 4 * (params.max_tokens - 1) + 4  # running beams of all steps but the last; what finished
-    assert sum(not node.children for node in nodes) == num_ends
-    assert {node.height for node in nodes if not node.children} == {-float(i) for i in range(num_ends)}
+    rows = [{node.height for node in nodes if node.rank == rank} for rank in range(1, params.num_returned + 1)]
+    assert all(len(row) == 1 for row in rows)  # a row for each result, the best on top
+    heights = [row.pop() for row in rows]
+    assert heights == sorted(heights, reverse=True) and heights[0] == 0 and lowest < heights[-1]
     for node in nodes:
         assert node.parent is None or node.token_ids[:-1] == node.parent.token_ids
     ranked = {node.rank: node.token_ids for node in nodes if node.finished is not None and node.rank is not None}
     assert ranked == {i + 1: beam.token_ids for i, beam in enumerate(history[-1].output.outputs)}
     assert root.rank == 1
+
+
+def test_what_led_nowhere_is_counted_where_it_left_its_row():
+    root = PlottedBeam(0, [], 0.0)
+    best = root.add(PlottedBeam(1, [1], -1.0))
+    for token in range(2, 9):
+        root.add(PlottedBeam(1, [token], -2.0))
+    root.children[-1].add(PlottedBeam(2, [8, 9], -3.0))
+    best.rank = root.rank = 1
+    *shown_first, others = shown_stubs(root)
+    assert [node.token_ids for node in shown_first] == [[8], [2], [3]] and others == 4  # the longest-lived first
+    assert [last_step(node) - node.step for node in shown_first] == [1, 0, 0]
+    assert shown_stubs(best) == []
+
+
+def test_whitespace_is_shown_as_in_a_code_editor():
+    assert visible("\n    return\tx") == "↵····return→x"
+    assert visible("") == "∅" and visible("\x00") == "\\x00"
+    assert visible("identifier", 6) == "ident…" and visible("ident", 5) == "ident"
 
 
 # The command

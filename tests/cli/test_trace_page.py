@@ -9,10 +9,12 @@ import tomllib
 import pytest
 from chromium import find_chromium, visit
 from paths import ROOT
+from scripted_device import PoolModel, make_group
 from trace_replay import Replay, make_scheduler, record_random_load
 
 from jaxpaged.config import CacheConfig, PreemptionConfig
 from jaxpaged.host.account.trace import TraceRecorder
+from jaxpaged.looks.palette import PARTS
 from jaxpaged.trace_page import dump_trace, example_names, example_trace, make_page
 
 CHROMIUM = find_chromium()
@@ -30,7 +32,10 @@ function look() {
   const tables = Object.fromEntries([...document.querySelectorAll(".sequence")].map((box) => [box.dataset.sequence,
     [...box.querySelectorAll("[data-page]")].map((entry) => [Number(entry.dataset.page),
       Number(entry.querySelector("i, td.filled").textContent)])]));
-  return { pages, account, tables, step: document.getElementById("step").textContent };
+  const free = [...document.querySelectorAll("#pool .run")].map((run) => run.querySelector("b").textContent);
+  const hidden = [...document.querySelectorAll("#pool .page[hidden]")].map((cell) => Number(cell.dataset.page));
+  const cached = [...document.querySelectorAll("#pool .page.cached")].map((cell) => Number(cell.dataset.page));
+  return { pages, account, tables, free, hidden, cached, step: document.getElementById("step").textContent };
 }
 window.result = [];
 for (let i = 0; i <= Number(slider.max); i++) {
@@ -63,7 +68,13 @@ def check_frames(trace: dict, seen: list) -> None:
         assert account["own"] + account["shared"] == sum(filled.values())
         assert account["shared"] == sum(filled[page] for page, count in counts.items() if count > 1)
         assert account["unfilled"] == held * size - sum(filled.values())
-        assert account["free"] == (num_pages - held) * size
+        assert set(shown["cached"]) == replay.cached
+        assert account["cached"] == len(replay.cached) * size
+        assert account["free"] == (num_pages - held - len(replay.cached)) * size
+        assert account["reserved"] == account["rounding"] == 0
+        in_runs = [page for run in shown["free"] for page in range(*map(int, run.split("–")))]
+        last = [int(run.split("–")[1]) for run in shown["free"]]
+        assert sorted(in_runs + last) == shown["hidden"] and not {*shown["hidden"]} & (counts.keys() | replay.cached)
         assert account["saved"] == (counts.total() - held) * size
         assert account["total"] == num_pages * size
 
@@ -75,6 +86,7 @@ def test_every_frame_of_a_run_with_preemption_shows_what_the_trace_says(tmp_path
     visited = visit(CHROMIUM, make_page(trace), READ_ALL_FRAMES, tmp_path)
     assert visited.console == []
     check_frames(trace, visited.result)
+    assert any(shown["cached"] for shown in visited.result) and any(shown["free"] for shown in visited.result)
 
 
 @needs_chromium
@@ -102,6 +114,28 @@ window.result.push(document.getElementById("detail").textContent);
 window.result.push([...document.querySelectorAll(".sequence.lit")].map((box) => box.dataset.sequence));
 window.result.push([1, 3].map((page) => cell(page).className.trim().split(/\\s+/).at(-1)));
 window.result.push([...document.querySelectorAll("#events li")].map((line) => line.textContent));
+
+// By keyboard alone: into the pool, past the free pages, and the page that is reached is followed.
+const focused = () => document.activeElement;
+const keyOn = (key) => focused().dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+press("Escape");
+const stops = (box) => [...document.querySelectorAll(`${box} [tabindex="0"]`)];
+window.result.push([stops("#pool").length, stops("#tables").length]);
+stops("#pool")[0].focus();
+["Home", "ArrowRight", "ArrowRight", "Enter"].forEach(keyOn);
+window.result.push([step(), focused().getAttribute("aria-label"), focused().getAttribute("aria-pressed"),
+  document.getElementById("detail").textContent]);
+stops("#tables")[0].focus();
+["ArrowDown", "Enter"].forEach(keyOn);
+window.result.push([focused().getAttribute("aria-label"), document.getElementById("detail").textContent]);
+press("f");
+window.result.push([document.querySelectorAll("#pool .page[hidden]").length,
+  document.getElementById("free-pages").getAttribute("aria-pressed")]);
+// Whatever takes the focus has a name.
+const named = "button, select, input, [role=button], [role=img], table";
+window.result.push([...document.querySelectorAll(named)].filter((one) =>
+  !(one.getAttribute("aria-label") || one.textContent.trim() || one.closest("label"))).map((one) => one.outerHTML));
+window.result.push([...document.querySelectorAll("#ticks span, .scale span")].map((one) => one.textContent));
 """
 
 
@@ -109,7 +143,7 @@ window.result.push([...document.querySelectorAll("#events li")].map((line) => li
 def test_keys_move_it_a_click_follows_a_page_and_a_copy_is_said_in_words(tmp_path):
     visited = visit(CHROMIUM, make_page(example_trace("parallel-sampling")), KEYS, tmp_path)
     assert visited.console == []
-    steps, (detail, lit, flags, events) = visited.result[:9], visited.result[9:]
+    steps, (detail, lit, flags, events, *by_keys) = visited.result[:9], visited.result[9:]
     first, second, third, end = (
         "Step 1 of 6: prefill, 7 tokens", "Step 2 of 6: decode, 2 tokens", "Step 3 of 6: decode, 2 tokens",
         "After step 6 of 6",
@@ -122,6 +156,55 @@ def test_keys_move_it_a_click_follows_a_page_and_a_copy_is_said_in_words(tmp_pat
         "A1 is to write to page 1, which others hold: it is copied to page 3.",
         "A2 writes “mothers” to page 1.",
     ]
+    stops, page, sequence, free, nameless, labels = by_keys
+    assert stops == [1, 1]  # Tab stops once at each; the arrow keys go on from there
+    copied = "Page 3, held by A1, 4 of 4 filled, a copy of page 1"
+    assert page == [second, copied, "true", "Page 3: held by A1 (block 1); 4 of 4 filled."]
+    assert sequence == ["A2, 8 filled, next: saw: follow", "A2: pages 7 and 1, 8 positions filled."]
+    assert free == [0, "true"] and nameless == []
+    assert labels[:4] == ["100 %", "of slots", "0 %", "events"] and labels[4:6] == ["step 1", "2"]
+
+
+CACHED = """
+const slider = document.getElementById("slider");
+const go = (i) => { slider.value = i; slider.dispatchEvent(new Event("input")); };
+const look = () => [...document.querySelectorAll("#pool .page:not([hidden])")].map((cell) => [
+  cell.getAttribute("aria-label"),
+  [...cell.querySelectorAll(".slot.filled")].map((slot) => slot.textContent).join(" ")]);
+const texts = () => [...document.querySelectorAll("#events li")].map((line) => line.textContent);
+go(4); window.result = [look(), texts()];
+go(5); window.result.push(look(), texts());
+"""
+
+
+@needs_chromium
+def test_cached_pages_are_coloured_named_and_show_what_they_keep(tmp_path):
+    scheduler = make_scheduler(num_pages=20, page_size=4, preemption=PreemptionConfig())
+    recorder, pool = TraceRecorder(scheduler.cache), PoolModel(4)
+    for _ in range(2):  # the same prompt of 9 tokens, one after the other
+        scheduler.add(make_group(9, 4))
+        while (plan := scheduler.schedule()) is not None:
+            recorder.planned(plan, scheduler)
+            scheduler.commit(plan, pool.run(plan))
+            recorder.committed(scheduler)
+    page = make_page(recorder.trace("Twice"))
+    visited = visit(CHROMIUM, page, CACHED, tmp_path)
+    assert visited.console == []
+    kept, kept_text, found, found_text = visited.result
+    waits = "cached, held by nobody, kept for who begins with its tokens"
+    assert kept[:2] == [[f"Page 1, {waits}", "1000 1001 1002 1003"], [f"Page 2, {waits}", "1004 1005 1006 1007"]]
+    assert "Pages 1, 2 and 3 stay cached: held by nobody, and kept until room is needed." in " ".join(kept_text)
+    assert [name for name, _ in found[:2]] == [
+        f"Page {page}, held by B, 4 of 4 filled, found by its tokens" for page in (1, 2)
+    ]
+    assert "B finds pages 1 and 2, known by their tokens: nothing of them is computed again." in found_text
+
+
+def test_the_page_has_the_words_and_colours_of_the_figures():
+    page = make_page(example_trace("one-request"))
+    for part in ("used", "internal", "cached", "free", "reserved", "rounding"):
+        look = PARTS[part]
+        assert f'"{look.word}"' in page and page.count(look.colour) >= 1 and page.count(look.dark) == 2
 
 
 @pytest.mark.parametrize("name", ["one-request", "two-requests", "parallel-sampling", "beam-search", "preemption"])
@@ -130,7 +213,7 @@ def test_a_page_is_one_file_that_asks_for_nothing_else(name):
     page = make_page(example_trace(name))
     assert not re.search(r"""https?:|\b(src|href)=|@import|url\(""", page)
     assert "default-src 'none'" in page
-    assert len(page) < 60_000
+    assert len(page) < 65_000
 
 
 def test_a_trace_of_nothing_is_refused():

@@ -42,7 +42,7 @@ class Watch:
             for page in range(1, scheduler.cache.num_pages)
             if (count := scheduler.allocator.ref_count(page))
         }
-        self.by_frame[len(recorder.frames)] = (tables, counts)
+        self.by_frame[len(recorder.frames)] = (tables, counts, set(scheduler.allocator.known.resting))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -57,13 +57,14 @@ def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at
     assert len(trace["frames"]) == max(watch.by_frame) > 40
     for number, frame in enumerate(trace["frames"], start=1):
         replay.apply(frame)
-        tables, counts = watch.by_frame[number]
+        tables, counts, resting = watch.by_frame[number]
         assert dict(replay.ref_counts) == counts
+        assert replay.cached == resting
         assert {i: table for i, table in enumerate(replay.tables) if table} == {i: t for i, (t, _, _) in tables.items()}
         for i, (_, num_slots, tokens) in tables.items():
             assert (replay.num_slots[i], replay.tokens[i]) == (num_slots, tokens)
     names = {event[0] for frame in trace["frames"] for event in frame.get("events", [])}
-    assert names == {"admit", "append", "fork", "copy", "preempt", "resume", "finish", "free"}
+    assert names - {"find"} == {"admit", "append", "fork", "copy", "preempt", "resume", "finish", "free", "cache"}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -105,17 +106,21 @@ def test_events_are_those_of_the_scheduler(way):
     assert ways == {"swap": {"swap"}, "recompute": {"recompute"}, "swap that overflows": {"swap", "recompute"}}[way]
 
 
-def test_every_page_that_becomes_free_is_said_to():
+def test_every_page_that_becomes_free_or_is_kept_is_said_to():
     scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS["recompute"])
     trace = record_random_load(4, 20, scheduler).trace("load")
     replay, before = Replay(trace), set()
     for frame in trace["frames"]:
         replay.apply(frame)
         held = set(replay.ref_counts)
-        freed = [page for event in frame.get("events", []) if event[0] == "free" for page in event[1:]]
-        assert freed == sorted(before - held)
+        events = frame.get("events", [])
+        freed, kept = (
+            {page for name, *pages in events if name == kind for page in pages} for kind in ("free", "cache")
+        )
+        assert kept == (before - held) & replay.cached
+        assert freed >= before - held - replay.cached and not freed & (held | replay.cached)
         before = held
-    assert not before
+    assert not before and replay.cached
 
 
 def test_who_waits_for_the_end_of_a_static_batch_has_finished_in_the_trace():
@@ -130,3 +135,22 @@ def test_who_waits_for_the_end_of_a_static_batch_has_finished_in_the_trace():
         recorder.committed(scheduler)
     ends = [(frame["step"], *event[1:]) for frame in recorder.frames for event in frame["events"] if "finish" in event]
     assert ends == [(1, 0, "length"), (3, 1, "length")]
+
+
+def test_pages_that_a_later_request_finds_are_cached_until_then_and_found_by_it():
+    scheduler = make_scheduler(num_pages=20, page_size=4, preemption=WAYS["recompute"])
+    recorder, pool = TraceRecorder(scheduler.cache), PoolModel(4)
+    frames = []
+    for _ in range(2):  # the same prompt of 9 tokens, one after the other: two full pages
+        scheduler.add(make_group(9, 1))
+        while (plan := scheduler.schedule()) is not None:
+            recorder.planned(plan, scheduler)
+            scheduler.commit(plan, pool.run(plan))
+            recorder.committed(scheduler)
+        frames.append(len(recorder.frames))
+    first, second = recorder.frames[: frames[0]], recorder.frames[frames[0] :]
+    assert [frame["cached"] for frame in first if frame["cached"]] == [[1, 2]]
+    assert ["cache", 1, 2] in first[-1]["events"] and ["free", 3] in first[-1]["events"]
+    assert second[0]["uncached"] == [1, 2]
+    assert second[0]["events"] == [["admit", 1], ["find", 1, 1, 2], ["append", 1, 3]]
+    assert second[-1]["cached"] == [1, 2]

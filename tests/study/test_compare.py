@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from figure_checks import painted
 from toy import save_toy_checkpoint
 
 from jaxpaged import LLM
-from jaxpaged.cli.compare_plots import timeline
+from jaxpaged.cli.compare_plots import pictures, timeline
 from jaxpaged.cli.main import main
 from jaxpaged.config import KV_CACHES, CacheConfig
+from jaxpaged.looks.palette import PARTS, SYSTEMS
 from jaxpaged.study.account_file import saturated_steps
 from jaxpaged.study.compare import (
     at_rate,
@@ -147,6 +150,18 @@ def test_a_staircase_falls_to_nothing_where_nothing_runs(results):
     times, lines = timeline(Run, np.array([[3, 4, 5]]), idle=[0])
     assert times.tolist() == [0, 1.5, 1.5, 2, 2, 5, 5, 6, 6]
     assert lines.tolist() == [[3, 3, 4, 4, 0, 0, 5, 5, 0]]
+
+
+def test_nothing_in_the_pictures_covers_anything_and_paging_has_its_colour(results):
+    timed = [dataclasses.replace(one, rate=rate) for one in results.values() for rate in (1.0, 2.0)]
+    drawn = {**pictures(list(results.values())), "latency": pictures(timed)["latency"]}
+    for name, (size, paint) in drawn.items():
+        figure = painted(size, paint)
+        if name == "batch":
+            assert figure.axes[0].lines[0].get_color() == SYSTEMS["paged"].colour
+        if name == "memory":
+            words = [text.get_text() for text in figure.legends[0].get_texts()]
+            assert words == [look.word for look in PARTS.values()]
 
 
 def test_the_command_prints_a_table_writes_json_and_draws(directory, tmp_path, capfd):

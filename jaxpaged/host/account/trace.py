@@ -21,13 +21,17 @@ computes), and what changed, to be applied in this order (absent where nothing d
     tables    [sequence, kept, num_slots, page, ...]: the first `kept` pages stay, these follow, `num_slots` are filled
     tokens    [sequence, token, ...] that are new: a prompt at its first sight, then what each step chose
     forks     [sequence, parent, kept, token, ...]: it has the parent's table, the parent's first `kept` tokens, these
+    cached    pages that rest from now on: no table holds them, and whoever begins with their tokens finds them
+    uncached  pages that rested and do so no more: somebody found them, or got them for other tokens
     events    what it means, for people: ["admit", request], ["preempt", request, way], ["resume", request, way] with
-              the way "swap" or "recompute"; ["append", sequence, page, ...]; ["copy", sequence, source, copy];
-              ["fork", sequence, parent]; ["finish", sequence, reason] with "stop", "length", "error", or for a beam
-              "dropped" or "done"; ["free", page, ...]. The pages to which a request returns are in "tables" alone
+              the way "swap" or "recompute"; ["append", sequence, page, ...]; ["find", sequence, page, ...] for pages
+              that were known by their tokens; ["copy", sequence, source, copy]; ["fork", sequence, parent]; ["finish",
+              sequence, reason] with "stop", "length", "error", or for a beam "dropped" or "done"; ["free", page, ...]
+              and ["cache", page, ...] when the last table lets go of them. The pages to which a request returns are in
+              "tables" alone
 
 Reference counts are not stored: they are the number of tables that name a page. A sequence that is swapped out, waits
-or has finished has an empty table.
+or has finished has an empty table. A page that is cached is in none.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from typing import Any
 
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.pages.block_table import PageCopy
+from jaxpaged.host.pages.page_allocator import PageAllocator
+from jaxpaged.host.pages.prefix_cache import PrefixCache
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import StepPlan
@@ -45,7 +51,7 @@ from jaxpaged.host.step.step_plan import StepPlan
 FORMAT, VERSION = "jaxpaged trace", 1
 
 Frame = dict[str, Any]
-_CHANGES = ("grow", "tables", "tokens", "forks", "events")
+_CHANGES = ("grow", "tables", "tokens", "forks", "cached", "uncached", "events")
 
 
 @dataclass(slots=True)
@@ -72,6 +78,8 @@ class TraceRecorder:
         self._token_ids: set[int] = set()
         self._num_steps = 0
         self._prefix_pages: set[int] = set()  # of a prefix that all requests share
+        self._resting: dict[int, bytes] = {}  # pages that nobody holds but that are known, and by which hash
+        self._found: set[int] | None = None  # pages that a sequence need not compute if it gets them at this look
 
     def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
         """Call when the scheduler has made `plan`."""
@@ -85,7 +93,7 @@ class TraceRecorder:
         """Call when the scheduler has learnt what the step gave."""
         frame = self._new_frame("commit")
         self._look(frame, scheduler, [])
-        if frame["events"] or frame["tables"] or frame["forks"]:
+        if any(frame[name] for name in ("events", "tables", "forks", "cached", "uncached")):
             self.frames.append(frame)
         else:
             _add_tokens(self.frames[-1], frame["tokens"])
@@ -112,6 +120,8 @@ class TraceRecorder:
         shared = [] if scheduler.prefix is None else [scheduler.prefix]
         self._prefix_pages = {page for table in scheduler.prefix_tables for page in table.pages}
         groups = [*shared, *scheduler.running, *scheduler.waiting]
+        if isinstance(scheduler.allocator, PageAllocator):
+            self._note_resting(frame, scheduler.allocator.known)
         lost: list[int] = []  # pages that some table had at the last look and has no more
         for group in groups:
             if group.beams and group.is_forked:
@@ -130,9 +140,21 @@ class TraceRecorder:
             for sequence in group.unfinished:
                 if sequence not in self._live:
                     self._note_new(frame, sequence, group, known)
-        freed = set(lost).difference(*(seen.pages for seen in self._live.values())) if lost else ()
-        if freed:
-            frame["events"].append(["free", *sorted(freed)])
+        lost += frame["uncached"]
+        freed = set(lost).difference(*(seen.pages for seen in self._live.values())) if lost else set()
+        for name, pages in (("free", freed - self._resting.keys()), ("cache", freed & self._resting.keys())):
+            if pages:
+                frame["events"].append([name, *sorted(pages)])
+
+    def _note_resting(self, frame: Frame, known: PrefixCache) -> None:
+        """Which pages rest now; and which hold what a sequence may find: those that rested, and those of tables."""
+        if not known.is_on:
+            return
+        before, self._resting = self._resting, {page: known.hashes[page] for page in known.resting}
+        frame["cached"] += sorted(self._resting.keys() - before.keys())
+        frame["uncached"] += sorted(before.keys() - self._resting.keys())
+        held = {page for seen in self._live.values() for page in seen.pages}
+        self._found = {page for page, one in before.items() if known.hashes.get(page) == one} | held
 
     def _open(self, sequence: Sequence, group: SequenceGroup) -> _Seen:
         seen = self._live[sequence] = _Seen(len(self._owners), group)
@@ -200,9 +222,18 @@ class TraceRecorder:
             frame["events"].append(["copy", seen.index, copied[taken[at]], taken[at]])
             taken = taken[at + 1 :]
         if taken and is_append:
-            frame["events"].append(["append", seen.index, *taken])
+            self._note_taken(frame, seen.index, taken)
         seen.pages, seen.num_slots = pages, num_slots
         return lost
+
+    def _note_taken(self, frame: Frame, sequence: int, pages: list[int]) -> None:
+        if self._found is None:
+            frame["events"].append(["append", sequence, *pages])
+            return
+        for name, is_found in (("find", True), ("append", False)):
+            if some := [page for page in pages if (page in self._found) is is_found]:
+                frame["events"].append([name, sequence, *some])
+        self._found.update(pages)  # another sequence of this step that has them, too, found them
 
     def _note_tokens(self, frame: Frame, sequence: Sequence) -> None:
         seen = self._live[sequence]

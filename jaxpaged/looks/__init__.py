@@ -1,0 +1,1 @@
+"""How what people see is called and coloured, the same in every figure, table and page."""
