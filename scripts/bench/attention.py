@@ -9,7 +9,7 @@
 First the card: what a copy of a large array and a large matrix product reach. Then a table a kernel: microseconds a
 call; the KV that must be read, in GB/s, as a share of the copy (for prefill TFLOP/s, as a share of the matrix product);
 the largest difference to the reference. A share above 100 % is possible: pure reading can be faster than copying. What
-cannot run is listed with its reason. The last line is all of it as JSON.
+cannot run is listed with its reason. All of it goes to a file of JSON, whose name is the last line.
 
 A time is the median of differences between runs of one and of three lengths, of programs that hold many calls, each of
 which waits for the one before; launches cancel. The calls take several pools in turn, so that KV comes from memory, not
@@ -29,7 +29,6 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import json
 import math
 import re
 import sys
@@ -73,6 +72,7 @@ from device_timing import Card, Program, measure_card, seconds_per_call
 
 import jaxpaged
 from jaxpaged.device.cache import PagedCache
+from jaxpaged.study.report_file import report_path, write_report
 from pallas_kernels import checks, reference
 from pallas_kernels.decode_tile import max_members
 
@@ -105,19 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     for kernel in args.kernels:
         report.begin(kernel)
         benchmarks[kernel](args, report)
-    print(
-        json.dumps(
-            {
-                **card._asdict(),
-                "jax": jax.__version__,
-                "jaxpaged": jaxpaged.__version__,
-                "shape": dataclasses.asdict(args.shape),
-                "seconds": round(time.perf_counter() - start, 1),
-                "results": report.rows,
-            },
-            allow_nan=False,
-        )
-    )
+    figures = {
+        **card._asdict(),
+        "jax": jax.__version__,
+        "jaxpaged": jaxpaged.__version__,
+        "shape": dataclasses.asdict(args.shape),
+        "seconds": round(time.perf_counter() - start, 1),
+        "results": report.rows,
+    }
+    write_report(figures, args.json, "attention")
     return 0
 
 
@@ -381,6 +377,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-members", type=int, help="rows that read a shared run together (default: the most)")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, help="default: all")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=report_path, metavar="FILE", help="of all figures (default: a temporary file)")
     args = parser.parse_args(argv)
     given = {"decode": args.decode, "prefill": args.prefill, "shared": args.cascade is not None}
     args.kernels = args.kernels or [kernel for kernel in KERNELS if given.get(kernel)] or list(KERNELS)

@@ -2,9 +2,10 @@
 
     python scripts/bench/tune_decode.py [--decode 64x2048 8x8192] [--heads 32/8] [--head-dim 128] [--page-size 16]
 
-For each case a table, the fastest tile first, with the time over the fastest; `chosen` marks the rule's choice. The
-last line is JSON: every time, and for each case how much slower than the fastest the choice is. Programs are compiled
-side by side, then timed one after the other, as bench/attention.py times them. Needs a GPU that runs the kernels.
+For each case a table, the fastest tile first, with the time over the fastest; `chosen` marks the rule's choice. A
+file of JSON, whose name is the last line, has every time, and for each case how much slower than the fastest the choice
+is. Programs are compiled side by side, then timed one after the other, as bench/attention.py times them. Needs a GPU
+that runs the kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from attention import numbers
 from attention_cases import DecodeCase, Heads, PagedData, calls_a_program, decode_cases, decode_data, uniform_decode
 from device_timing import Program, chained, seconds_per_call
 
+from jaxpaged.study.report_file import report_path, write_report
 from pallas_kernels import checks
 from pallas_kernels.decode_tile import DecodeTile, check_tile, choose_tile, columns_per_row
 
@@ -60,11 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         times_us = {name: round(seconds * 1e6, 2) for name, seconds in times.items()}
         lost = round(times[str(chosen)] / fastest - 1, 4)
         results.append({"case": label, "chosen": str(chosen), "lost": lost, "us": times_us})
-    print(
-        json.dumps(
-            {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "results": results}, allow_nan=False
-        )
-    )
+    figures = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "results": results}
+    write_report(figures, args.json, "tune_decode")
     return 0
 
 
@@ -126,6 +124,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float8_e4m3fn"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=report_path, metavar="FILE", help="of all figures (default: a temporary file)")
     args = parser.parse_args(argv)
     args.shape = Heads(*args.heads, head_dim=args.head_dim, page_size=args.page_size, dtype=args.dtype)
     return args

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from figure import Figure, Row
-from rates import described, make_run, ratios
+from rates import described, device_of, make_run, ratios
+from verdict import aim, at_least
 
 from jaxpaged.config import num_dense_rows
+from jaxpaged.looks import palette
 from jaxpaged.study.simulate import PAPER_POOL
 from jaxpaged.study.step_table import StepTable
 from jaxpaged.study.workloads import Workload, make_workload
@@ -47,29 +49,37 @@ def figure_batching(seeds: range, requests: int, steps: StepTable) -> Figure:
         of_bound = ratios(gains[dense_name], bounds[cap])
         is_widest = cap == CAPS[-1]
         rows += [
-            Row(f"cap {cap}: static / naive", gains["static"], 4.0 if is_widest else None),
-            Row(f"cap {cap}: continuous / naive", gains[dense_name], 8.0 if is_widest else None),
+            _claim(f"cap {cap}: static / naive", gains["static"], 4.0 if is_widest else None),
+            _claim(f"cap {cap}: continuous / naive", gains[dense_name], 8.0 if is_widest else None),
             Row(f"cap {cap}: bound of continuous / naive by rows", bounds[cap]),
-            Row(f"cap {cap}: continuous, share of that bound", of_bound, None, 0.9),
-            Row(f"cap {cap}: paged / naive", gains["paged"], 23.0 if is_widest else None, 23.0 if is_widest else None),
-            Row(f"cap {cap}: paged / continuous", ratios(rates["paged", cap], rates[dense_name, cap]), None, 2.0),
+            Row(f"cap {cap}: continuous, share of that bound", of_bound, None, aim(0.9)),
+            _claim(f"cap {cap}: paged / naive", gains["paged"], 23.0 if is_widest else None),
+            Row(f"cap {cap}: paged / continuous", ratios(rates["paged", cap], rates[dense_name, cap]), None, aim(2.0)),
         ]
 
-    def draw(axes: Any) -> None:
-        for name in SYSTEMS:
-            axes.plot(CAPS, [float(np.mean(rates[name, cap])) for cap in CAPS], "o-", label=name)
+    def draw(canvas: Any) -> None:
+        from jaxpaged.looks.style import grid, legend_below
+
+        axes = canvas.subplots()
+        for name, kv_cache in SYSTEMS.items():
+            axes.plot(CAPS, [float(np.mean(rates[name, cap])) for cap in CAPS], color=palette.SYSTEMS[kv_cache].colour,
+                      marker=palette.MARKERS[kv_cache], label=name)  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.set_xticks(CAPS, [str(cap) for cap in CAPS])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("tokens of an output at most")
-        axes.set_ylabel("tokens a second, prompts included")
-        axes.legend()
+        axes.set_xticks(CAPS, [f"{cap:,}" for cap in CAPS])
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set(xlabel="tokens of an output at most", ylabel="tokens a second, prompts included", ylim=(0, None))
+        grid(axes)
+        legend_below(canvas, axes)
 
     method = (
         f"{described(steps)}; {count} requests at once, prompt tokens count, as in Anyscale's harness. The bound "
         "counts decode steps of equally many rows; prefill, the same for all, keeps the measured ratio below it"
     )
-    return Figure("Continuous batching (Anyscale 2023)", method, rows, draw)
+    return Figure("Continuous batching (Anyscale 2023)", method, rows, draw, device_of(steps), beside="Anyscale")
+
+
+def _claim(what: str, ours: list[float], claimed: float | None) -> Row:
+    return Row(what, ours, claimed, None if claimed is None else at_least(claimed, note="Anyscale's"))
 
 
 def row_bound(workload: Workload, num_rows: int) -> float:

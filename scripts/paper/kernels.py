@@ -9,27 +9,36 @@ import contextlib
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from figure import Figure, Row
+from verdict import aim, within
+
+from jaxpaged.looks.palette import OTHERS
 
 #: Batches and contexts of the paper, and longer contexts.
 SHORT, LONG = (64, 128, 256), (1024, 2048, 4096, 8192)
 BATCHES = (8, 32)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
-MODEL = Path(__file__).parent.parent / "shapes" / "opt-13b"
+SCRIPTS = Path(__file__).parent.parent
+MODEL = SCRIPTS / "shapes" / "opt-13b"
+sys.path.append(str(SCRIPTS / "bench"))  # where the scripts are that measure
 
 
 def figure_18a(seeds: range, requests: int) -> Figure:
     """The paged kernel over pages of 16 against cuDNN over a dense cache."""
+    device = need_gpu("18a")
     import attention as bench_attention
 
-    device = need_gpu("18a")
     cases = [f"{rows}x{context}" for rows in BATCHES for context in (*SHORT, *LONG)]
     options = ["--heads", "40/40", "--head-dim", "128", "--page-size", "16", "--implementations", "pallas", "cudnn"]
-    report = last_line(bench_attention.main, ["--decode", *cases, *options])
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "attention.json"
+        bench_attention.main(["--decode", *cases, *options, "--json", str(path)])
+        report = json.loads(path.read_text())
     micros = {(row["case"], row["implementation"]): row.get("us") for row in report["results"]}
     rows, curves = [], {}
     for batch in BATCHES:
@@ -38,22 +47,26 @@ def figure_18a(seeds: range, requests: int) -> Figure:
             paged, dense = micros.get((case, "pallas")), micros.get((case, "cudnn"))
             if paged is None or dense is None:
                 continue
-            low, high = (None, 26.0) if context in SHORT else (None, 5.0)
-            rows.append(Row(f"{case}: % slower (paper: 20 to 26)", [100 * (paged / dense - 1)], None, low, high))
+            held = within(20.0, 26.0, better="less") if context in SHORT else aim(high=5.0)
+            rows.append(Row(f"{case}: % slower", [100 * (paged / dense - 1)], None, held))
             curves.setdefault(batch, []).append((context, paged, dense))
     if not rows:
         raise ValueError("figure 18a has nothing to show: no case ran on both kernels, see the table above")
 
-    def draw(axes: Any) -> None:
-        for batch, points in curves.items():
+    def draw(canvas: Any) -> None:
+        from jaxpaged.looks.style import grid, legend_below
+
+        axes = canvas.subplots()
+        for (batch, points), colour in zip(curves.items(), OTHERS, strict=False):
             contexts, paged, dense = zip(*points, strict=True)
-            (line,) = axes.plot(contexts, paged, "o-", label=f"paged, {batch} rows")
-            axes.plot(contexts, dense, "o--", color=line.get_color(), label=f"dense (cuDNN), {batch} rows")
+            axes.plot(contexts, paged, "o-", color=colour, label=f"paged, {batch} rows")
+            axes.plot(contexts, dense, "s--", color=colour, label=f"dense (cuDNN), {batch} rows")
         axes.set_xscale("log", base=2)
+        axes.set_xticks((*SHORT, *LONG), [f"{context:,}" for context in (*SHORT, *LONG)])
         axes.set_yscale("log")
-        axes.set_xlabel("tokens of context")
-        axes.set_ylabel("microseconds of a layer")
-        axes.legend()
+        axes.set(xlabel="tokens of context", ylabel="microseconds of a layer")
+        grid(axes)
+        legend_below(canvas, axes, most_columns=4)
 
     method = (
         f"decode attention of one layer on {device}, 40 heads of 128, bfloat16, pages of 16 against cuDNN over dense "
@@ -64,9 +77,9 @@ def figure_18a(seeds: range, requests: int) -> Figure:
 
 def figure_19(seeds: range, requests: int) -> Figure:
     """256 tokens of KV swapped out and back, or computed again."""
+    device = need_gpu("19")
     import preemption as bench_preemption
 
-    device = need_gpu("19")
     sizes = [str(size) for size in PAGE_SIZES]
     options = ["--tokens", "256", "--page-sizes", *sizes, "--page-by-page", "--repeats", "7"]
     results = last_line(bench_preemption.main, [str(MODEL), *options])["results"]
@@ -78,20 +91,26 @@ def figure_19(seeds: range, requests: int) -> Figure:
         rows.append(Row(f"pages of {size:3}: recompute, ms", [one["recompute_ms"]]))
     swaps, singly, computed = ([one[key] for one in results] for key in ("swap_ms", "single_swap_ms", "recompute_ms"))
     rows += [
-        Row("page by page: smallest pages / largest (paper: many times)", [singly[0] / singly[-1]], None, 2.0),
-        Row("recompute: slowest / quickest page size (paper: 1)", [max(computed) / min(computed)], None, None, 1.2),
-        Row("swap: slowest / quickest page size (our aim: flat)", [max(swaps) / min(swaps)], None, None, 1.25),
+        Row("page by page: smallest pages / largest", [singly[0] / singly[-1]], None,
+            within(2.0, None, why="many times in the paper")),
+        Row("recompute: slowest / quickest page size", [max(computed) / min(computed)], None,
+            within(None, 1.2, why="the same at every size in the paper")),
+        Row("swap: slowest / quickest page size", [max(swaps) / min(swaps)], None, aim(high=1.25)),
     ]  # fmt: skip
 
-    def draw(axes: Any) -> None:
-        for label, values in (("swap", swaps), ("swap page by page", singly), ("recompute", computed)):
-            axes.plot(PAGE_SIZES, values, "o-", label=label)
+    def draw(canvas: Any) -> None:
+        from jaxpaged.looks.style import grid, legend_below
+
+        axes = canvas.subplots()
+        lines = {"swap": swaps, "swap page by page": singly, "recompute": computed}
+        for (label, values), colour, marker in zip(lines.items(), OTHERS, "osD", strict=False):
+            axes.plot(PAGE_SIZES, values, marker=marker, color=colour, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(PAGE_SIZES, sizes)
         axes.set_yscale("log")
-        axes.set_xlabel("tokens in a page")
-        axes.set_ylabel("milliseconds")
-        axes.legend()
+        axes.set(xlabel="tokens in a page", ylabel="milliseconds")
+        grid(axes)
+        legend_below(canvas, axes)
 
     method = f"256 tokens of OPT-13B's KV on {device}: out and back, or one prefill; pinned host memory"
     return Figure("Figure 19: swap or compute again", method, rows, draw)

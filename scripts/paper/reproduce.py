@@ -9,19 +9,19 @@
 2, 13, 15, 18b   memory: lengths drawn from published distributions (jaxpaged/study/workloads.py) are replayed through
                  the engine's scheduler over the paper's pool of 983 pages of 16 tokens, outputs forced to their lengths
 12, 14, 16, 18b-time, batching
-                 speed: likewise, and each step takes what steps like it took on a device, so that arrivals, latencies
-                 and rates are that device's (jaxpaged/study/step_table.py); needs --step-times
+                 speed, as replays: likewise, and each step takes what steps like it took on a device, so that arrivals,
+                 latencies and rates are that device's (jaxpaged/study/step_table.py); needs --step-times
 18a, 19          measured here, on a GPU: the paged kernel, and swapping against computing again
 validate         whether replays take as long as runs of the engine that the step times came with
 
-Prints the method, our figures beside the paper's with a verdict, and the same as JSON on the last line; --plot writes
-one PNG a figure. Figures are means over seeds.
+Prints the method and our figures beside the paper's, each with a verdict and the range that it is held to
+(scripts/paper/verdict.py has the words); the same goes to a file of JSON, whose name is the last line, and --plot
+writes one PNG a figure. Figures are means over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -36,6 +36,7 @@ import rates as paper_rates
 from figure import Figure, Row, check_plotting, plot, table
 from validate import validate
 
+from jaxpaged.study.report_file import report_path, write_report
 from jaxpaged.study.step_table import StepTable
 
 #: Name -> function of (seeds, requests). Another figure is another function.
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--model", type=Path, default=MODEL, help="whose step times they are (default shapes/opt-13b)")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figure-NAME.png there; needs matplotlib")
+    parser.add_argument("--json", type=report_path, metavar="FILE", help="of all figures (default: a temporary file)")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.requests < 64:
         parser.error("a figure takes at least 1 seed and 64 requests")
@@ -78,25 +80,38 @@ def main(argv: list[str] | None = None) -> int:
             steps = steps.with_stand_ins()
         for name in args.figures:
             if name == VALIDATE:
-                status = max(status, validate(_needed(steps, name)))
+                results[name] = validate(_needed(steps, name))
+                status = max(status, int(results[name]["verdict"] != "agree"))
                 continue
             figure = _make(name, range(args.seeds), args.requests, steps, args.model)
             print("\n".join(table(figure, args.seeds)), flush=True)
-            results[name] = [_values(row) for row in figure.rows]
+            results[name] = _report(figure)
             if args.plot is not None:
                 plot(figure, args.plot / f"figure-{name}.png")
     except (ValueError, OSError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
-    if results:
-        print(json.dumps({"seeds": args.seeds, "requests": args.requests, "figures": results}, allow_nan=False))
+    write_report({"seeds": args.seeds, "requests": args.requests, "figures": results}, args.json, "reproduce")
     return status
+
+
+def _report(figure: Figure) -> dict[str, Any]:
+    facts = {"title": figure.full_title, "method": figure.method, "beside": figure.beside}
+    return {**facts, "replayed_on": figure.replayed_on or None, "rows": [_values(row) for row in figure.rows]}
 
 
 def _values(row: Row) -> dict[str, Any]:
     """A row for JSON, which has no NaN: a rate that no run reached is null."""
     ours, mean = ([None if math.isnan(value) else value for value in values] for values in (row.ours, [row.mean]))
-    return {**row._asdict(), "ours": ours, "mean": mean[0], "verdict": row.verdict}
+    held = None if row.held is None else {**row.held._asdict(), "range": row.held.range}
+    return {
+        "what": row.what,
+        "ours": ours,
+        "mean": mean[0],
+        "paper": row.paper,
+        "held_to": held,
+        "verdict": row.verdict,
+    }
 
 
 def _make(name: str, seeds: range, requests: int, steps: StepTable | None, model: Path) -> Figure:

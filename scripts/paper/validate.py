@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from jaxpaged.config import CacheConfig, EngineConfig
@@ -15,8 +14,8 @@ from jaxpaged.study.workloads import make_workload
 TOLERANCE = 0.1
 
 
-def validate(table: StepTable) -> int:
-    """Print every measured run beside its replay; 1 where one is farther off than `TOLERANCE`, else 0."""
+def validate(table: StepTable) -> dict[str, Any]:
+    """Print every measured run beside its replay; all figures, and the verdict, which is "agree" within `TOLERANCE`."""
     runs = table.facts.get("runs", [])
     if not runs:
         raise ValueError("the step times have no runs to hold a replay against: measure them with step_times.py")
@@ -36,9 +35,8 @@ def validate(table: StepTable) -> int:
         )
     worst = max(max(abs(one["off"]), abs(one["latency_off"] or 0.0)) for one in results)
     verdict = "agree" if worst <= TOLERANCE else "do not agree"
-    print(f"\nReplays {verdict}: at most {worst:.1%} off, {TOLERANCE:.0%} asked")
-    print(json.dumps({"runs": results, "worst": worst, "verdict": verdict}, allow_nan=False))
-    return int(worst > TOLERANCE)
+    print(f"\nReplays {verdict} with the runs: at most {worst:.1%} off, held to {TOLERANCE:.0%}")
+    return {"runs": results, "worst": worst, "tolerance": TOLERANCE, "verdict": verdict}
 
 
 def replay(table: StepTable, run: dict[str, Any]) -> dict[str, Any]:

@@ -97,8 +97,11 @@ def test_an_account_that_cannot_be_written_is_refused_before_the_model_is_opened
 
 def test_the_memory_figure_of_the_paper_is_reproduced(tmp_path, capsys):
     """One seed and few requests: the full run is in docs/results.md."""
-    assert reproduce_paper.main(["2", "--seeds", "1", "--requests", "400", "--plot", str(tmp_path)]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]["2"]
+    path = tmp_path / "figures.json"
+    arguments = ["2", "--seeds", "1", "--requests", "400", "--plot", str(tmp_path), "--json", str(path)]
+    assert reproduce_paper.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {path}"
+    rows = json.loads(path.read_text())["figures"]["2"]["rows"]
     used = {row["what"].split(":")[0]: row["mean"] for row in rows if "token states" in row["what"]}
     assert used["Orca (Max)"] == pytest.approx(20.4, abs=3.5)
     assert used["Orca (Pow2)"] == pytest.approx(26.8, abs=3)

@@ -24,13 +24,14 @@ def bench(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_every_kernel_has_its_table_and_every_implementation_its_time_or_its_reason(bench, capsys):
+def test_every_kernel_has_its_table_and_every_implementation_its_time_or_its_reason(bench, capsys, tmp_path):
+    path = tmp_path / "figures.json"
     shape = ["--heads", "4/2", "--head-dim", "64", "--page-size", "8", "--dtype", "float16"]
     cases = ["--decode", "3x40", "--prefill", "8+16", "--cascade", "2x3@32+9", "--kernels", *bench.KERNELS]
-    assert bench.main([*shape, *cases, "--quick", "--repeats", "1"]) == 0
+    assert bench.main([*shape, *cases, "--quick", "--repeats", "1", "--json", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "WRONG" not in out
-    results = json.loads(out.splitlines()[-1])["results"]
+    assert "WRONG" not in out and out.splitlines()[-1] == f"wrote {path}"
+    results = json.loads(path.read_text())["results"]
     assert [(row["kernel"], row["case"], row["implementation"]) for row in results] == [
         ("decode", "3 x 40", "pallas"),
         ("decode", "3 x 40", "pallas-invariant"),
