@@ -29,7 +29,7 @@ class Replay:
         self.tables: list[list[int]] = [[] for _ in range(count)]
         self.num_slots = [0] * count
         self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.cached: set[int] = set()
+        self.cached: set[int] = set(trace.get("cached", []))
         self.page_size = trace["page_size"]
 
     def apply(self, frame: dict[str, Any]) -> None:

@@ -158,6 +158,8 @@ class Engine:
 
     def _begin_loop(self, features: SamplingFeatures, trace: TraceRecorder | None = None) -> StepLoop:
         """While a trace is recorded nothing overlaps: it shows what is known when a step is planned."""
+        if trace is not None:
+            trace.begin(self.scheduler)
         self.record = RunRecord(self.cache_config, self.runner.page_bytes, trace)
         is_async = self.limits.async_scheduling and trace is None
         return StepLoop(self.runner, self.scheduler, features, self.record, is_async)

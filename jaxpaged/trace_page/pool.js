@@ -132,7 +132,8 @@ function drawSlots(cell, now, holders, filled, old) {
 function drawLegend() {
   for (const [name, [, meaning]] of Object.entries(FLAGS)) {
     if (name === "written" && poolStyle !== "tokens") continue;
-    if ((name === "found" || name === "cached") && !replay.frames.some((frame) => frame.cached)) continue;
+    if ((name === "found" || name === "cached") && !replay.accounts.some((sum) => sum.cached) &&
+      !replay.trace.cached) continue;
     const item = element("span", `key ${name}`);
     item.append(element("i"), meaning);
     $("legend").append(item);

@@ -98,7 +98,7 @@ class Replay {
 
   // One pass over the run: snapshots, accounts, tokens, and colours such that no two live sequences share one early.
   prepare() {
-    const state = new State(this.trace.sequences.length), used = [];
+    const state = this.start(), used = [];
     this.frames.forEach((frame, i) => {
       if (i % SNAPSHOT_EVERY === 0) this.snapshots.push(state.copy());
       const before = new Set(state.live);
@@ -121,9 +121,16 @@ class Replay {
     });
   }
 
+  // Before the first frame.
+  start() {
+    const state = new State(this.trace.sequences.length);
+    for (const page of this.trace.cached || []) state.cached.set(page, null);
+    return state;
+  }
+
   // The state after frame i; -1 is before the first.
   at(i) {
-    if (i < 0) return new State(this.trace.sequences.length);
+    if (i < 0) return this.start();
     const nearest = Math.floor(i / SNAPSHOT_EVERY);
     const state = this.snapshots[nearest].copy();
     for (let j = nearest * SNAPSHOT_EVERY; j <= i; j++) state.apply(this.frames[j], this);

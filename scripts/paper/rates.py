@@ -77,9 +77,10 @@ def figure_12(seeds: range, requests: int, steps: StepTable) -> Figure:
             axes.plot(*zip(*curve, strict=True), color=look.colour, marker=marker, label=name)
         for threshold in THRESHOLDS:
             axes.axhline(threshold, color=palette.PAPER.colour, linewidth=0.8, linestyle=":")
-            axes.annotate(f"{threshold} s/token", (1, threshold), xycoords=("axes fraction", "data"), ha="right",
-                          va="bottom", fontsize=9.5)  # fmt: skip
+            axes.annotate(f"{threshold} s/token", (1.005, threshold), xycoords=("axes fraction", "data"), va="center",
+                          fontsize=9.5, annotation_clip=False)  # fmt: skip
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="requests a second", ylabel="normalized latency, s/token", xlim=(0, None))
         axes.margins(x=0.1)
         grid(axes)

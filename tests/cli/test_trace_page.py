@@ -187,8 +187,10 @@ def test_cached_pages_are_coloured_named_and_show_what_they_keep(tmp_path):
             recorder.planned(plan, scheduler)
             scheduler.commit(plan, pool.run(plan))
             recorder.committed(scheduler)
-    page = make_page(recorder.trace("Twice"))
-    visited = visit(CHROMIUM, page, CACHED, tmp_path)
+    trace = recorder.trace("Twice")
+    for i, request in enumerate(trace["requests"]):
+        request["id"] = str(i)
+    visited = visit(CHROMIUM, make_page(trace), CACHED, tmp_path)
     assert visited.console == []
     kept, kept_text, found, found_text = visited.result
     waits = "cached, held by nobody, kept for who begins with its tokens"

@@ -154,3 +154,25 @@ def test_pages_that_a_later_request_finds_are_cached_until_then_and_found_by_it(
     assert second[0]["uncached"] == [1, 2]
     assert second[0]["events"] == [["admit", 1], ["find", 1, 1, 2], ["append", 1, 3]]
     assert second[-1]["cached"] == [1, 2]
+
+
+def test_what_was_known_before_the_run_is_in_its_trace_and_found():
+    scheduler = make_scheduler(num_pages=20, page_size=4, preemption=WAYS["recompute"])
+    pool = PoolModel(4)
+
+    def run(recorder=None):
+        scheduler.add(make_group(9, 1))
+        while (plan := scheduler.schedule()) is not None:
+            if recorder:
+                recorder.planned(plan, scheduler)
+            scheduler.commit(plan, pool.run(plan))
+            if recorder:
+                recorder.committed(scheduler)
+
+    run()
+    recorder = TraceRecorder(scheduler.cache)
+    recorder.begin(scheduler)
+    run(recorder)
+    trace = recorder.trace("the same again")
+    assert trace["cached"] == [1, 2]
+    assert trace["frames"][0]["events"] == [["admit", 0], ["find", 0, 1, 2], ["append", 0, 3]]

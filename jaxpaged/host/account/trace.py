@@ -11,6 +11,7 @@ look: nothing in the scheduler knows of it. A trace is one JSON object:
     requests           [{"id", "kind": "sample" | "samples" | "beams", "width", "prompt_len"}], in order of arrival; a
                        prefix that all of them share is the first, and never ends
     sequences          the request of each sequence, in order of appearance
+    cached             pages that are known by their tokens from earlier runs, and rest when this one begins; or absent
     pieces             {token id: text}, if there is a tokenizer
     frames             the run: a frame a plan, and one a commit that changed block tables
 
@@ -67,7 +68,8 @@ class _Seen:
 
 
 class TraceRecorder:
-    """Takes one run down: as `Engine.recorder`, or by calls of `planned` and `committed` around each step."""
+    """Takes one run down: as `Engine.recorder`, or by calls of `planned` and `committed` around each step, and of
+    `begin` before the first where pages are known from earlier runs."""
 
     def __init__(self, cache: CacheConfig):
         self.frames: list[Frame] = []
@@ -79,7 +81,15 @@ class TraceRecorder:
         self._num_steps = 0
         self._prefix_pages: set[int] = set()  # of a prefix that all requests share
         self._resting: dict[int, bytes] = {}  # pages that nobody holds but that are known, and by which hash
+        self._cached_before: list[int] = []  # which rested before the run
         self._found: set[int] | None = None  # pages that a sequence need not compute if it gets them at this look
+
+    def begin(self, scheduler: Scheduler) -> None:
+        """Call before the first plan."""
+        if isinstance(scheduler.allocator, PageAllocator):
+            known = scheduler.allocator.known
+            self._resting = {page: known.hashes[page] for page in known.resting}
+            self._cached_before = sorted(self._resting)
 
     def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
         """Call when the scheduler has made `plan`."""
@@ -107,6 +117,8 @@ class TraceRecorder:
             "sequences": self._owners,
             "frames": [{name: value for name, value in frame.items() if value != []} for frame in self.frames],
         }  # fmt: skip
+        if self._cached_before:
+            trace["cached"] = self._cached_before
         if piece is not None:
             trace["pieces"] = {str(token_id): piece(token_id) for token_id in sorted(self._token_ids)}
         return trace
