@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxpaged.cli.compare_table import arrivals_name
 from jaxpaged.looks import style
@@ -74,7 +75,7 @@ def paint_batch(results: list[Result], figure: Figure) -> None:
         axes.plot(times, running[0], color=SYSTEMS[result.system].colour, label=f"{result.system} (mean {mean:.1f})")
     axes.set(xlim=(0, None), ylim=(0, None), ylabel="running sequences", title="Batch size over time, same pool")
     axes.set_xlabel(f"seconds ({arrivals_name(results[0])})")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     style.grid(axes)
     style.legend_below(figure, axes, most_columns=2)
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 DPI = 110
 #: The width in inches of a figure that stands alone in a page of documentation or on a slide.
 WIDTH = 9.5
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 11, "axes.titlesize": 12.5, "axes.labelsize": 11, "legend.fontsize": 10.5, "figure.labelsize": 11,
     "xtick.labelsize": 10.5, "ytick.labelsize": 10.5, "axes.titlelocation": "left", "axes.titlepad": 8.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "axes.axisbelow": True,
