@@ -174,6 +174,7 @@ const look = () => [...document.querySelectorAll("#pool .page:not([hidden])")].m
 const texts = () => [...document.querySelectorAll("#events li")].map((line) => line.textContent);
 go(4); window.result = [look(), texts()];
 go(5); window.result.push(look(), texts());
+window.result.push(document.documentElement.scrollWidth <= document.documentElement.clientWidth);
 """
 
 
@@ -190,9 +191,10 @@ def test_cached_pages_are_coloured_named_and_show_what_they_keep(tmp_path):
     trace = recorder.trace("Twice")
     for i, request in enumerate(trace["requests"]):
         request["id"] = str(i)
-    visited = visit(CHROMIUM, make_page(trace), CACHED, tmp_path)
+    visited = visit(CHROMIUM, make_page(trace), CACHED, tmp_path, size="390,800")
     assert visited.console == []
-    kept, kept_text, found, found_text = visited.result
+    kept, kept_text, found, found_text, fits_a_phone = visited.result
+    assert fits_a_phone
     waits = "cached, held by nobody, kept for who begins with its tokens"
     assert kept[:2] == [[f"Page 1, {waits}", "1000 1001 1002 1003"], [f"Page 2, {waits}", "1004 1005 1006 1007"]]
     assert "Pages 1, 2 and 3 stay cached: held by nobody, and kept until room is needed." in " ".join(kept_text)
