@@ -1,1 +1,1 @@
-"""Where other systems take jaxpaged in: each module needs a package that jaxpaged itself does not."""
+"""Where other systems take jaxpaged in: a folder for each of them."""

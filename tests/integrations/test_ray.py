@@ -10,7 +10,8 @@ import pytest
 from paths import ROOT
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
-from jaxpaged.integrations.ray import COLUMNS, Generate
+from jaxpaged.integrations.ray import Generate
+from jaxpaged.integrations.ray.generate import COLUMNS
 
 MODEL = str(ROOT / "checkpoints" / "tiny-python")
 GREEDY = dict(temperature=0, max_tokens=6)
