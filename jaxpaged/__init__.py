@@ -9,7 +9,9 @@ TYPE_CHECKING = False  # as typing's, which takes longer to import than the rest
 if TYPE_CHECKING:
     from jaxpaged.api.beam_params import BeamSearchParams
     from jaxpaged.api.beam_snapshot import BeamSnapshot
+    from jaxpaged.api.dataframe import to_dataframe
     from jaxpaged.api.outputs import CompletionOutput, KVUsage, Logprob, NewToken, RequestMetrics, RequestOutput
+    from jaxpaged.api.rows import Rows
     from jaxpaged.api.sampling_params import SamplingParams
     from jaxpaged.llm import LLM
     from jaxpaged.tree import OutOfPagesError, ToyLM, Tree
@@ -26,10 +28,12 @@ __all__ = [
     "OutOfPagesError",
     "RequestMetrics",
     "RequestOutput",
+    "Rows",
     "SamplingParams",
     "ToyLM",
     "Tree",
     "__version__",
+    "to_dataframe",
 ]
 _MODULES = {
     "LLM": "jaxpaged.llm",
@@ -42,9 +46,11 @@ _MODULES = {
     "OutOfPagesError": "jaxpaged.tree",
     "RequestMetrics": "jaxpaged.api.outputs",
     "RequestOutput": "jaxpaged.api.outputs",
+    "Rows": "jaxpaged.api.rows",
     "SamplingParams": "jaxpaged.api.sampling_params",
     "ToyLM": "jaxpaged.tree",
     "Tree": "jaxpaged.tree",
+    "to_dataframe": "jaxpaged.api.dataframe",
 }
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise of any name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -22,13 +22,13 @@ from jaxpaged.api.values import is_list, read_flag, read_path, shortened
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config.options import FIXED_OPTIONS, OPTION_NAMES, EngineOptions, lists_options
 from jaxpaged.engine.describe import describe_checkpoint
-from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.engine import Engine, Groups
 from jaxpaged.engine.loading import build_engine
 from jaxpaged.engine.profile import trace_to
 from jaxpaged.engine.warm_up import WarmUp
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
-from jaxpaged.host.arrivals import set_arrivals
+from jaxpaged.host.arrivals import StreamedGroups, set_arrivals
 from jaxpaged.host.beams.beam_watch import take_snapshot
 from jaxpaged.host.ownership import Hold, pool_ownership
 from jaxpaged.host.sequence import SequenceGroup
@@ -46,7 +46,7 @@ from jaxpaged.tree.on_engine import EngineSteps
 from jaxpaged.tree.tree import Tree
 
 T = TypeVar("T")
-Prompts = Any  # text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": ...}, or a list of these
+Prompts = Any  # text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, {"messages": ...}; many of these; a table
 
 #: What an LLM says when it was closed.
 CLOSED = "this LLM was closed, and its weights and pages are freed: make another one"
@@ -219,6 +219,10 @@ class LLM:
         `add_special_tokens=False`: texts that spell their special tokens themselves, as chat templates do, get no other
         from the tokenizer. A prompt {"prompt": text, "add_special_tokens": ...} says it for itself.
 
+        Prompts may also be any iterable, whose prompts are all read first, or a table with a column prompt,
+        prompt_token_ids, messages or text: a Hugging Face dataset, a DataFrame, or `jaxpaged.Rows`, which names another
+        column. What else a row has is its result's `carried`.
+
         `on_token` is called with a `NewToken` for every token, when the step that chose it has ended: those of one
         sample in their order, the samples and requests that run together in turn. What it raises is raised here, and
         ends the run. Not with beams, whose tokens are settled at the end.
@@ -246,7 +250,7 @@ class LLM:
         self,
         prompts: Prompts,
         sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
-        request_ids: SequenceOf[str] | None = None,
+        request_ids: Iterable[str] | None = None,
         arrival_times: SequenceOf[float] | None = None,
         shared_prefix: Any = None,
         add_special_tokens: bool = True,
@@ -257,11 +261,13 @@ class LLM:
         service; by default all are there. Requests are checked when this is called, not at the first result; the pool
         is theirs from the first result that is asked for, which is where RuntimeError comes if another has it. Leaving
         the loop early drops the others.
+
+        Prompts of a generator, another iterable that is no list, or a Hugging Face dataset are read while others run,
+        at most twice `max_num_seqs` ahead of the results; a prompt that cannot run is a ValueError behind the results
+        of those before it. `request_ids` may then be an iterable, too; `arrival_times` need a list.
         """
         engine = self.engine
-        groups = self._requests.read_all(
-            prompts, sampling_params, request_ids, engine, shared_prefix, add_special_tokens
-        )
+        groups = self._requests.open(prompts, sampling_params, request_ids, engine, shared_prefix, add_special_tokens)
         set_arrivals(groups, arrival_times)
         return self._opened(self._iterate(groups, weakref.ref(engine)))
 
@@ -270,7 +276,7 @@ class LLM:
         self,
         prompts: Prompts,
         sampling_params: RequestParams | SequenceOf[RequestParams] | None = None,
-        request_ids: SequenceOf[str] | None = None,
+        request_ids: Iterable[str] | None = None,
         shared_prefix: Any = None,
         add_special_tokens: bool = True,
     ) -> AsyncOutputs[RequestOutput]:
@@ -288,7 +294,7 @@ class LLM:
 
         def steps() -> Generator[list[RequestOutput], None, None]:
             engine = self.engine
-            groups = self._requests.read_all(
+            groups = self._requests.open(
                 prompts, sampling_params, request_ids, engine, shared_prefix, add_special_tokens
             )
             with closing(self._run_steps("agenerate", groups, weakref.ref(engine))) as run:
@@ -297,7 +303,7 @@ class LLM:
 
         return AsyncOutputs(self._async_runs, steps)
 
-    def _iterate(self, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]) -> Iterator[RequestOutput]:
+    def _iterate(self, groups: Groups, checked_for: weakref.ref[Engine]) -> Iterator[RequestOutput]:
         with closing(self._run_steps("generate_iter", groups, checked_for)) as run:
             for finished in run:
                 for _, output in finished:
@@ -494,7 +500,7 @@ class LLM:
         return iterator
 
     def _run_steps(
-        self, who: str, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]
+        self, who: str, groups: Groups, checked_for: weakref.ref[Engine]
     ) -> Generator[list[tuple[SequenceGroup, RequestOutput]], None, None]:
         """What each step has finished, often nothing."""
         with (
@@ -503,14 +509,17 @@ class LLM:
         ):
             for finished in steps:
                 yield [(group, make_output(group, self.tokenizer)) for group in finished]
+        if isinstance(groups, StreamedGroups) and groups.error is not None:
+            raise groups.error
 
     @contextmanager
-    def _begin(self, who: str, groups: list[SequenceGroup], checked_for: weakref.ref[Engine]) -> Iterator[Hold]:
+    def _begin(self, who: str, groups: Groups, checked_for: weakref.ref[Engine]) -> Iterator[Hold]:
         """The pool for a run of these groups, which get their seeds now; a call that is refused takes no numbers."""
         self._check_usable()
         with self._owner.held(who) as hold:
             engine = checked_for()
             if engine is None or engine is not self._engine:
                 raise RuntimeError(f"the engine was rebuilt since {who} checked these requests: call it again")
-            self._requests.give_seeds(groups)
+            if isinstance(groups, list):  # others get theirs when they are read
+                self._requests.give_seeds(groups)
             yield hold

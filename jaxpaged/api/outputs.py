@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxpaged.api.carried import carried_of
+
+LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,23 @@ class CompletionOutput:
     finish_reason: str
     stop_reason: int | str | None  # the stop string or token id; None for the model's own end-of-sequence
     score: float | None = None  # of a finished beam: cumulative_logprob / generated length ** length_penalty
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a row of JSON."""
+        row: dict[str, Any] = {
+            "index": self.index,
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        if self.score is not None:
+            row["score"] = rounded(self.score)
+        if self.logprobs is not None or self.score is not None:
+            row["cumulative_logprob"] = rounded(self.cumulative_logprob)
+        if self.logprobs is not None:
+            row["logprobs"] = [_candidates(candidates) for candidates in self.logprobs]
+        return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +109,34 @@ class RequestOutput:
     metrics: RequestMetrics
     kv: KVUsage
     error: str | None = None  # why the request could not go on; None where all is well
+    carried: Mapping[str, Any] = field(default_factory=dict)  # what its row had besides the prompt, by column
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a row of `jaxpaged generate` has, but for what only a file needs: plain values, which JSON takes.
+
+        What the row has carried stands beside it, under its names; those that are taken here begin with `input_`.
+        """
+        row: dict[str, Any] = {"id": self.request_id, "prompt": self.prompt}
+        if self.prompt is None:
+            row["prompt_token_ids"] = list(self.prompt_token_ids)
+        row["num_prompt_tokens"] = len(self.prompt_token_ids)
+        row["outputs"] = [sample.to_dict() for sample in self.outputs]
+        if self.prompt_logprobs is not None:
+            row["prompt_logprobs"] = [_candidates(candidates) for candidates in self.prompt_logprobs]
+        if self.error is not None:
+            row["error"] = {"message": self.error}
+        return {**row, **carried_of(self.carried)}
+
+
+def rounded(logprob: float) -> float:
+    """Float32 has seven digits; more would only make rows longer. JSON has no -inf, so what is below -9999 is that."""
+    return max(round(logprob, 6), LOWEST_LOGPROB)
+
+
+def _candidates(candidates: dict[int, Logprob] | None) -> list[dict[str, Any]] | None:
+    if candidates is None:  # the first prompt token
+        return None
+    return [
+        {"token_id": token_id, "token": c.decoded_token, "logprob": rounded(c.logprob), "rank": c.rank}
+        for token_id, c in candidates.items()
+    ]

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpaged.api.carried import carried_in
 from jaxpaged.batch.requests import BatchRequest, InvalidLine
 
 MAX_NAMED = 4
@@ -50,6 +51,8 @@ def _described(row: Mapping[str, Any], line: BatchRequest) -> tuple[dict[str, An
     if line.is_openai:
         return before, now
     before["seed"], now["seed"] = row.get("seed"), line.params[0].seed
+    before |= {f"column {name}": value for name, value in carried_in(row).items()}
+    now |= {f"column {name}": value for name, value in line.carried.items()}
     if "--shared-prefix" not in {*before, *now} and has_settings:
         (prompt,) = line.prompts
         name = "prompt" if isinstance(prompt, str) else "prompt_token_ids"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxpaged.api.values import shortened
@@ -14,15 +14,8 @@ from jaxpaged.api.values import shortened
 def parse_object(text: str) -> tuple[dict[str, Any], list[str]]:
     """A line's object, and the keys that it has twice in some object: of these, JSON does not say which is meant."""
     repeated: list[str] = []
-
-    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return made
-
     try:
-        parsed = json.loads(text, object_pairs_hook=make_object)
+        parsed = json.loads(text, object_pairs_hook=pairs_hook(repeated))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets thousands deep
@@ -30,6 +23,18 @@ def parse_object(text: str) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(parsed, dict):
         raise ValueError(f"not a JSON object but {shortened(parsed)}: every line of this file needs to be an object")
     return parsed, repeated
+
+
+def pairs_hook(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Makes objects for Python's JSON, and notes in `repeated` the keys that one has twice."""
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return made
+
+    return make_object
 
 
 def check_keys(values: dict[str, Any], known: Iterable[str], what: str = "key") -> None:

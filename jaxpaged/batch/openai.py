@@ -15,14 +15,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput, rounded
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.values import check_encodable, shortened
 from jaxpaged.batch.json_values import bias_from_json, check_keys, is_token_list
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, Prompt, make_request
 from jaxpaged.text.stream import Decode, TextStream, text_pieces
 
-LOWEST_LOGPROB = -9999.0
 BODY_KEYS = (
     "model", "prompt", "echo", "stream", "stream_options", "suffix", "user", "add_special_tokens", *PARAMETER_NAMES,
 )  # fmt: skip
@@ -188,8 +187,3 @@ def _top_logprobs(candidates: dict[int, Logprob], chosen_id: int, chosen: str) -
             name = f"token_id:{token_id}" if not text or text in names else text
             names[name] = token_id
     return {name: rounded(candidates[token_id].logprob) for name, token_id in names.items()}
-
-
-def rounded(logprob: float) -> float:
-    """Float32 has seven digits; more would only make rows longer. JSON has no -inf, so what is below -9999 is that."""
-    return max(round(logprob, 6), LOWEST_LOGPROB)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpaged.api.messages import OPTIONS, read_conversation
-from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput, rounded
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.values import shortened
 from jaxpaged.batch.json_values import bias_from_json, check_keys
-from jaxpaged.batch.openai import check_model, output_pieces, rounded, usage
+from jaxpaged.batch.openai import check_model, output_pieces, usage
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, make_request
 from jaxpaged.text.stream import Decode
 

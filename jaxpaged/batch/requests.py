@@ -44,6 +44,7 @@ class BatchContext:
         settings: what `identity` is a digest of, by name, as far as it is not the default; written to rows, so that a
             run which cannot go on says what has changed.
         chat_template: of messages that bring none, in place of the model's.
+        prompt_column: the key or column that has the prompts; None: one of those that are known (parse.py).
     """
 
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,6 +54,7 @@ class BatchContext:
     add_special_tokens: bool = True
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     chat_template: str | None = None
+    prompt_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class BatchRequest:
     error_fingerprint: str  # of this line's row if the model refuses it
     settings: Mapping[str, Any]  # what decides its result, by name and readable; prompts and default values left out
     add_special_tokens: bool = True
+    carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # from the line to its row
+    unit: str = "line"  # what the file calls it
 
     @property
     def is_openai(self) -> bool:
@@ -102,6 +106,8 @@ class InvalidLine:
     reason: str
     is_openai: bool
     error_fingerprint: str
+    carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unit: str = "line"
 
 
 def make_request(
@@ -112,6 +118,7 @@ def make_request(
     context: BatchContext,
     openai: OpenAIOptions | None = None,
     add_special_tokens: bool | None = None,
+    carried: Mapping[str, Any] | None = None,
 ) -> BatchRequest:
     """Check the parameters (`ValueError` names the bad one), fill in seeds, take the fingerprint."""
     given_seed = values.get("seed", context.params.get("seed"))
@@ -132,13 +139,15 @@ def make_request(
     if not add_special_tokens:
         content.append({"add_special_tokens": False})
         settings["add_special_tokens"] = False
+    if carried:
+        content.append({"carried": carried})
     if openai is not None:
         settings |= {"echo": True} if openai.echo else {}
         settings |= {} if openai.model is None else {"body.model": openai.model}
     fingerprint = digest(content)
     return BatchRequest(
         index, request_id, prompts, params, openai, fingerprint, digest([fingerprint, context.options]),
-        {name: readable(value) for name, value in settings.items()}, add_special_tokens,
+        {name: readable(value) for name, value in settings.items()}, add_special_tokens, carried or {},
     )  # fmt: skip
 
 

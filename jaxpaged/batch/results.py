@@ -43,7 +43,7 @@ class ResultStream:
         # backslashreplace turns half a surrogate pair (in an error that quotes its line) into a JSON escape.
         line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
         assert line.startswith(ROW_START)
-        with self._write_errors():
+        with write_errors():
             _write_all(self._descriptor, line)
             if self._is_file and time.monotonic() - self._synced_at > SYNC_SECONDS:
                 os.fsync(self._descriptor)
@@ -51,18 +51,25 @@ class ResultStream:
 
     def close(self) -> None:
         if self._is_file:
-            with self._write_errors():
-                os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            try:
+                with write_errors():
+                    os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
 
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:  # not a fault: the reader has seen enough
-            raise
-        except OSError as error:
-            raise WriteError(f"cannot write the output: {error.strerror}") from error
+    def finish(self) -> None:
+        """The run is over, and has written all its rows: for outputs that are made of them then (packed_results.py)."""
+
+
+@contextmanager
+def write_errors() -> Iterator[None]:
+    """What the system says of a write, as a `WriteError`."""
+    try:
+        yield
+    except BrokenPipeError:  # not a fault: the reader has seen enough
+        raise
+    except OSError as error:
+        raise WriteError(f"cannot write the output: {error.strerror or error}") from error
 
 
 def open_result_file(
@@ -77,7 +84,7 @@ def open_result_file(
             raise IsADirectoryError(f"{path} is a directory: name a file in it")
         return ResultStream(os.open(path, os.O_WRONLY)), EarlierRun()
     path = path.resolve()  # a link stays a link when stale rows are dropped
-    descriptor = _open_locked(path)
+    descriptor = open_locked(path)
     try:
         if overwrite:
             os.ftruncate(descriptor, 0)
@@ -93,7 +100,7 @@ def open_result_file(
         raise
 
 
-def _open_locked(path: Path) -> int:
+def open_locked(path: Path) -> int:
     """Two runs appending to one file would each think the other's lines missing."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpaged.api.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxpaged.api.request_params import RequestParams
-from jaxpaged.batch.openai import completion_body, rounded
+from jaxpaged.api.outputs import RequestOutput
+from jaxpaged.batch.openai import completion_body
 from jaxpaged.batch.openai_chat import chat_body
 from jaxpaged.batch.requests import BatchRequest, InvalidLine
 from jaxpaged.text.stream import Decode
@@ -28,15 +27,16 @@ def result_row(request: BatchRequest, outputs: Sequence[RequestOutput], decode: 
         body = make_body(request, outputs, decode)
         response = {"status_code": 200, "request_id": f"req_{request.fingerprint}", "body": body}
         return _openai_row(request, request.fingerprint, response, error=None)
-    (output,), (params,), (prompt,) = outputs, request.params, request.prompts
-    row: dict[str, Any] = {"id": request.id, "index": request.index, "prompt": output.prompt}
-    if isinstance(prompt, list):
-        row["prompt_token_ids"] = output.prompt_token_ids
-    row["num_prompt_tokens"] = len(output.prompt_token_ids)
-    row["outputs"] = [_sample(sample, params) for sample in output.outputs]
-    if output.prompt_logprobs is not None:
-        row["prompt_logprobs"] = [_candidates(candidates) for candidates in output.prompt_logprobs]
-    return {**row, "seed": params.seed, "fingerprint": request.fingerprint}
+    (output,), (params,) = outputs, request.params
+    own = {"id": request.id, "index": request.index}
+    return {
+        **own,
+        **output.to_dict(),
+        **own,
+        "seed": params.seed,
+        "fingerprint": request.fingerprint,
+        **request.carried,
+    }
 
 
 def error_row(line: BatchRequest | InvalidLine, reason: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def failure_row(request: BatchRequest, outputs: Sequence[RequestOutput]) -> dict
 
 
 def _error_row(line: BatchRequest | InvalidLine, reason: str, code: str, fingerprint: str) -> dict[str, Any]:
-    message = f"line {line.index + 1}: {reason}"
+    message = f"{line.unit} {line.index + 1}: {reason}"
     if line.is_openai:
         row = _openai_row(line, fingerprint, response=None, error={"code": code, "message": message})
         return {**row, "line": line.index + 1}
@@ -67,6 +67,7 @@ def _error_row(line: BatchRequest | InvalidLine, reason: str, code: str, fingerp
         "line": line.index + 1,
         "error": {"message": message},
         "fingerprint": fingerprint,
+        **line.carried,
     }
 
 
@@ -79,29 +80,3 @@ def _openai_row(line: BatchRequest | InvalidLine, fingerprint: str, response: An
         "index": line.index,
         "fingerprint": fingerprint,
     }
-
-
-def _sample(sample: CompletionOutput, params: RequestParams) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "index": sample.index,
-        "text": sample.text,
-        "token_ids": list(sample.token_ids),
-        "finish_reason": sample.finish_reason,
-        "stop_reason": sample.stop_reason,
-    }
-    if sample.score is not None:
-        row["score"] = rounded(sample.score)
-    if params.logprobs is not None or sample.score is not None:
-        row["cumulative_logprob"] = rounded(sample.cumulative_logprob)
-    if params.logprobs is not None:
-        row["logprobs"] = [_candidates(candidates) for candidates in sample.logprobs or []]
-    return row
-
-
-def _candidates(candidates: dict[int, Logprob] | None) -> list[dict[str, Any]] | None:
-    if candidates is None:  # the first prompt token
-        return None
-    return [
-        {"token_id": token_id, "token": c.decoded_token, "logprob": rounded(c.logprob), "rank": c.rank}
-        for token_id, c in candidates.items()
-    ]

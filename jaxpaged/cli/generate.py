@@ -24,18 +24,22 @@ from jaxpaged.batch import (
     error_row,
     failure_row,
     format_of_name,
+    journal_of,
     make_params,
     make_request,
+    open_packed_file,
     open_result_file,
+    packing_of,
     parse_batch,
+    read_data,
     result_row,
     run_batch,
 )
+from jaxpaged.batch.input_formats import FORMATS
 from jaxpaged.batch.model_files import digest, model_identity
-from jaxpaged.batch.parse import FORMATS
 from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
-from jaxpaged.cli import run_report
+from jaxpaged.cli import run_report, texts
 from jaxpaged.cli.chat_template_file import read_template
 from jaxpaged.cli.errors import UsageError, usage_errors
 from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, MODEL_HELP, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
@@ -48,11 +52,12 @@ from jaxpaged.text.added_tokens import COMPANIONS
 
 STDOUT = 1
 EPILOG = """\
-input files, told apart by their first line: plain text, one prompt a line; JSON, one object a line, either
+input files, by the end of their name (without one, and of '-', by their first line), all but Parquet also gzipped:
+  .txt, a prompt a line; .csv, .tsv, .parquet and .json, a prompt a row; .jsonl, an object a line, either
   {"prompt": "..."}, {"prompt_token_ids": [...]} or {"messages": [...]}, with "id" and any parameter, or an OpenAI
   batch line {"custom_id": "...", "method": "POST", "url": "/v1/completions", "body": {"prompt": "...", ...}}, also for
   "/v1/chat/completions" with {"messages": [...], ...}
-  Flags are the defaults of lines that do not say otherwise.
+  Flags are the defaults of lines that do not say otherwise. What else a line has is carried to its row.
 
 A run that was stopped, at any moment and in any way, goes on when the same command is given again.
 """
@@ -67,8 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared-prefix", metavar="TEXT", help="comes before every prompt; computed once and stored once for all"
     )
     parser.add_argument("--chat-template", metavar="FILE", help="of lines with messages, in place of the model's own")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input (default auto)")
-    parser.add_argument("--output", metavar="FILE", default="-", help="rows of JSON (default '-': standard output)")
+    parser.add_argument(
+        "--prompt-column", metavar="NAME", help="the column or key with the prompts (default: prompt, messages or text)"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input (default: by its name)")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        default="-",
+        help="rows of JSON, as .parquet or .jsonl.gz where its name ends so (default '-': standard output)",
+    )
+    texts.add_arguments(parser)
     parser.add_argument("--account", metavar="FILE", help="write where memory was at every step, as .csv or .json")
     parser.add_argument("--overwrite", action="store_true", help="start anew where the output has results already")
     parser.add_argument(
@@ -91,6 +105,7 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 
 
 def _generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
+    texts.check(args)
     settle_model(args)
     context = _context(args)
     lines = _lines(args, context)
@@ -100,6 +115,8 @@ def _generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     if earlier.done and not args.quiet:
         print(f"jaxpaged: {args.output} has {len(earlier.done)} of {len(lines)} lines already", file=sys.stderr)
     left = [line for line in lines if line.index not in earlier.done]
+    if args.text:
+        results = texts.PrintedTexts(None if args.output == "-" else results, [line.index for line in left])
     invalid = [line for line in left if isinstance(line, InvalidLine)]
     requests = [line for line in left if isinstance(line, BatchRequest)]
     if args.account is not None and not requests and not args.quiet:
@@ -110,11 +127,12 @@ def _generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
         remedy = "" if args.output == "-" else "; the same command (without --overwrite) goes on from here"
         with exit_at_interrupt(remedy):  # the output is made for processes that are killed
             failures = _run(args, requests, results, earlier, len(invalid), make_llm) if requests else []
+        results.finish()
     finally:
         results.close()
     failed = earlier.failed | {line.index for line in (*invalid, *failures)}
     if failed and args.prompt is None:
-        _report_failed(args.output, failed, len(lines))
+        _report_failed("" if args.text and args.output == "-" else args.output, failed, len(lines))
     return 1 if failed else 0
 
 
@@ -144,9 +162,11 @@ def _context(args: argparse.Namespace) -> BatchContext:
         decides.append({"add_special_tokens": False})
         settings["--no-special-tokens"] = True
     identity = digest(decides)
-    options_in_words = repr((identity, sorted(options.items())))
+    options_in_words = repr((identity, sorted(options.items()), *filter(None, [args.prompt_column])))
     template = read_template(args.chat_template)
-    return BatchContext(params, args.seed, identity, options_in_words, adds_special_tokens, settings, template)
+    return BatchContext(
+        params, args.seed, identity, options_in_words, adds_special_tokens, settings, template, args.prompt_column
+    )
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
@@ -174,11 +194,12 @@ def _lines(args: argparse.Namespace, context: BatchContext) -> Sequence[BatchReq
     with usage_errors(f"{args.input}: "):
         file_format = format_of_name(args.input, args.format)
     with usage_errors("cannot read the input: "):
-        data = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
+        data, cut = read_data(args.input, file_format.is_gzip)
     with usage_errors(f"{args.input}: "):
-        lines = parse_batch(data, context, file_format)
+        lines = parse_batch(data, context, file_format, cut)
     if not lines:
-        print(f"jaxpaged: {args.input} has no prompts", file=sys.stderr)
+        if not args.quiet:
+            print(f"jaxpaged: {args.input} has no prompts", file=sys.stderr)
     return lines
 
 
@@ -194,8 +215,10 @@ def _check_used(context: BatchContext, lines: Sequence[BatchRequest | InvalidLin
 def _check_outputs(args: argparse.Namespace) -> None:
     with usage_errors():
         check_account_name(args.account)
+        output = None if args.output == "-" else Path(args.output)
+        journal = None if output is None or packing_of(output) is None else journal_of(output)
         check_outputs(
-            {"--output": None if args.output == "-" else args.output, "--account": args.account},
+            {"--output": output, "--output, whose rows go to": journal, "--account": args.account},
             {"input": None if args.input == "-" else args.input, "--chat-template": args.chat_template},
             {"MODEL": args.model, "--tokenizer": given(args, MODEL_FLAGS).get("tokenizer")},
         )
@@ -208,6 +231,9 @@ def _open_output(
         return ResultStream(STDOUT), EarlierRun()
     path = Path(args.output)
     with usage_errors("cannot write the output: "):
+        packing = packing_of(path)
+        if packing is not None:
+            return open_packed_file(path, packing, lines, args.overwrite)
         return open_result_file(path, lines, args.overwrite)
 
 
@@ -230,8 +256,10 @@ def _run(
             raise UsageError(f"prompt {request.index + 1}: {why}")
         results.write(error_row(request, why))
 
-    on_terminal = args.output == "-" and sys.stdout.isatty()
-    is_readable = on_terminal and args.prompt is not None
+    if args.text and llm.tokenizer is None:
+        raise UsageError("--text prints texts, and the model has no tokenizer: name one with --tokenizer")
+    on_terminal = (args.output == "-" or args.text) and sys.stdout.isatty()
+    is_readable = on_terminal and args.prompt is not None and not args.text and args.output == "-"
     decode = None if llm.tokenizer is None else llm.tokenizer.decode
     failed = []
 
@@ -274,5 +302,5 @@ def _print(output: RequestOutput) -> None:
 def _report_failed(output: str, failed: set[int], num_lines: int) -> None:
     numbers = [str(index + 1) for index in sorted(failed)]
     shown = ", ".join(numbers[:5]) + (", ..." if len(numbers) > 5 else "")
-    where = "on standard output" if output == "-" else f"in {output}"
+    where = {"-": "on standard output", "": "above"}.get(output, f"in {output}")
     print(f"jaxpaged: {len(numbers)} of {num_lines} lines failed: {shown}; the reasons are {where}", file=sys.stderr)

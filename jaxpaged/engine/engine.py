@@ -22,7 +22,7 @@ from jaxpaged.engine.step_loop import StepLoop
 from jaxpaged.engine.warm_up import Progress, WarmUp, Watch, no_progress
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
-from jaxpaged.host.arrivals import Arrivals
+from jaxpaged.host.arrivals import Arrivals, StreamedGroups
 from jaxpaged.host.ownership import TREE, Hold, Ownership, pool_ownership
 from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.shared_prefix import prefix_of
@@ -34,6 +34,8 @@ from jaxpaged.host.step.foreseen import first_decode_shape, foreseen_shapes
 from jaxpaged.host.systems.roles import ChunkAllocator
 
 logger = logging.getLogger("jaxpaged")
+
+Groups = list[SequenceGroup] | StreamedGroups
 
 
 class Engine:
@@ -84,43 +86,46 @@ class Engine:
         """Of the latest run."""
         return self.record.stats
 
-    def run(self, groups: list[SequenceGroup], hold: Hold | None = None) -> Generator[SequenceGroup, None, None]:
+    def run(self, groups: Groups, hold: Hold | None = None) -> Generator[SequenceGroup, None, None]:
         """Run the groups together; yields each when all its samples have ended. Leaving early drops the others.
 
         A group is queued when its `arrival_time` has come; while nothing is there to run, the engine sleeps. Where the
         groups have a `prefix_len`, their first so many tokens are the same, and are computed and kept once.
+        Streamed groups are read while others run, at most twice `max_num_seqs` ahead of the results.
         """
         with contextlib.closing(self.run_steps(groups, hold)) as steps_taken:
             for finished in steps_taken:
                 yield from finished
 
-    def run_steps(
-        self, groups: list[SequenceGroup], hold: Hold | None = None
-    ) -> Generator[list[SequenceGroup], None, None]:
+    def run_steps(self, groups: Groups, hold: Hold | None = None) -> Generator[list[SequenceGroup], None, None]:
         """As `run`, but yields after every step: the groups that it finished, often none."""
         with self._from_idle("Engine.run", hold):
-            for group in groups:  # before any of them runs
+            for group in _known(groups):  # before any of them runs
                 self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
             try:
                 yield from self._run_steps(groups)
             finally:
                 self.recorder = None
 
-    def _run_steps(self, groups: list[SequenceGroup]) -> Iterator[list[SequenceGroup]]:
-        prefix = prefix_of(groups)
-        arrivals = Arrivals(groups)
-        features = SamplingFeatures.of(groups, self.model.vocab_size)
+    def _run_steps(self, groups: Groups) -> Iterator[list[SequenceGroup]]:
+        prefix = prefix_of(_known(groups))
+        listed = groups if isinstance(groups, list) else []
+        self.scheduler.expect(_known(groups))
+        arrivals = groups if isinstance(groups, StreamedGroups) else Arrivals(groups)
+        features = SamplingFeatures.of(_known(groups), self.model.vocab_size)
         loop = self._begin_loop(features, self.recorder)
-        loop.record.add_requests(groups)
+        loop.record.add_requests(listed)
         made_before, read_before = steps.num_programs(), steps.num_read()
-        self.runner.compile_ahead(self._foreseen(groups), features)
+        self.runner.compile_ahead(self._foreseen(listed), features)
         if prefix:
             self.scheduler.share_prefix(prefix)
         try:
             while arrivals or loop.has_work:
-                for group in arrivals.take(loop.record.seconds):
+                for group in self._arrived(arrivals, loop):
                     self.scheduler.add(group)
                 if not loop.has_work:
+                    if isinstance(arrivals, StreamedGroups):
+                        continue  # it is at its end
                     loop.record.stats.add_pause()
                     time.sleep(arrivals.seconds_to_next(loop.record.seconds))
                     continue
@@ -132,6 +137,18 @@ class Engine:
         stats = loop.record.stats
         if stats.programs_made:
             logger.info("programs: %d compiled and %d read in this run", stats.compilations, stats.programs_read)
+
+    def _arrived(self, arrivals: Arrivals | StreamedGroups, loop: StepLoop) -> list[SequenceGroup]:
+        """What is to be queued before the next step."""
+        now = loop.record.seconds
+        if isinstance(arrivals, Arrivals):
+            return arrivals.take(now)
+        num_inside = len(self.scheduler.waiting) + len(self.scheduler.running)
+        taken = arrivals.take(2 * self.limits.max_num_seqs - num_inside, is_idle=not loop.has_work)
+        loop.record.add_requests(taken)
+        for group in taken:
+            group.arrival_time = now
+        return taken
 
     def _foreseen(self, groups: list[SequenceGroup]) -> list[StepShape]:
         """Steps whose programs are to be compiled while the run goes on. Where the CPU computes the steps, too, only
@@ -232,3 +249,8 @@ class Engine:
         with self.owner.held("reset_prefix_cache"):
             self._left = None
             self._reset()
+
+
+def _known(groups: Groups) -> list[SequenceGroup]:
+    """What says before a run what its groups will ask for."""
+    return groups.examples if isinstance(groups, StreamedGroups) else groups

@@ -45,8 +45,8 @@ class RunRecord:
         return time.perf_counter() - self._began
 
     def add_requests(self, groups: list[SequenceGroup]) -> None:
-        self.stats.num_requests = len(groups)
-        self.stats.num_prompt_tokens = sum(group.prompt_len for group in groups)
+        self.stats.num_requests += len(groups)
+        self.stats.num_prompt_tokens += sum(group.prompt_len for group in groups)
 
     def made(self, num_programs: int, num_read: int) -> None:
         """Programs that the run did not find and has waited for so far, and how many of them were read from files."""

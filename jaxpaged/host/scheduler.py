@@ -120,6 +120,10 @@ class Scheduler:
             raise ValueError(f"{num_samples} samples of one request exceed max_num_seqs={self.limits.max_num_seqs}")
         self.policy.check(prompt_len, num_samples, max_len, prefix_len)
 
+    def expect(self, groups: list[SequenceGroup]) -> None:
+        """Groups like these will be added in this run."""
+        self.longest_output = max((group.max_len - group.prompt_len for group in groups), default=0)
+
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. It will finish, however small the pool: what can never fit is refused here (ValueError)."""
         self.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -110,6 +110,7 @@ class SequenceGroup:
     eos_ids: frozenset[int] = frozenset()  # empty when the request ignores them
     stop_ids: frozenset[int] = frozenset()
     make_stream: Callable[[], StopStrings] | None = None  # for requests with stop strings
+    carried: Mapping[str, Any] = field(default_factory=dict)  # what the caller's row had besides the prompt
     beams: list[BeamState] = field(default_factory=list)  # of a beam search, one for each of its groups of beams
     ends_text: Callable[[list[int]], bool] | None = None  # whether output ids of a beam complete a stop string
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`

@@ -38,6 +38,7 @@ def make_output(group: SequenceGroup, tokenizer: Tokenizer | None) -> RequestOut
             group.num_preemptions, group.recomputed_tokens, group.num_swaps, group.cached_tokens,
         ),
         error=group.error,
+        carried=group.carried,
     )  # fmt: skip
 
 

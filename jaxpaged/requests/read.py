@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,13 @@ from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.api.values import is_list, read_strings, shortened
 from jaxpaged.engine.engine import Engine
+from jaxpaged.host.arrivals import StreamedGroups
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.possible_tokens import check_some_token
 from jaxpaged.host.sequence import Sequence, SequenceGroup
-from jaxpaged.requests.prompts import Prompt, PromptEncoder, check_add_special_tokens, read_prompt, read_prompts
+from jaxpaged.requests.prompts import Prompt, PromptEncoder, check_add_special_tokens, read_prompt
+from jaxpaged.requests.sources import ReadPrompt, open_source, read_source
+from jaxpaged.requests.streamed_groups import PromptReader
 from jaxpaged.text.beam_text import BeamText
 from jaxpaged.text.chat_template import ChatTemplates
 from jaxpaged.text.stream import StopStringStream
@@ -63,7 +67,7 @@ class RequestReader:
         self,
         prompts: Any,
         params: RequestParams | SequenceOf[RequestParams] | None,
-        request_ids: SequenceOf[str] | None,
+        request_ids: Iterable[str] | None,
         engine: Engine,
         shared_prefix: Any = None,
         add_special_tokens: bool = True,
@@ -73,17 +77,65 @@ class RequestReader:
         `shared_prefix`: a prompt that comes before each of them. Seeds come when the groups begin to run: `give_seeds`.
         """
         prefix = self.read_prefix(shared_prefix, engine, add_special_tokens)
-        read = [_with_default(prompt, add_special_tokens) for prompt in read_prompts(prompts)]
+        read = list(read_source(open_source(prompts)))
         all_params = _one_for_each(params, len(read))
         ids = _request_ids(request_ids, len(read))
         groups = []
-        for i, (prompt, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
+        for i, (one, one_params, request_id) in enumerate(zip(read, all_params, ids, strict=True)):
             try:
-                seed = 0 if one_params.seed is None else one_params.seed
-                groups.append(self.read(prompt, one_params, request_id, seed, engine, prefix))
+                groups.append(self._read_item(one, one_params, request_id, engine, prefix, add_special_tokens))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(read) > 1 else str(error)) from None
         return groups
+
+    def open(self, prompts: Any, *given: Any) -> list[SequenceGroup] | StreamedGroups:
+        """As `read_all`, but of prompts that need not stand in memory as `stream`."""
+        stream = self.stream(prompts, *given)
+        return self.read_all(prompts, *given) if stream is None else stream
+
+    def stream(
+        self,
+        prompts: Any,
+        params: RequestParams | SequenceOf[RequestParams] | None,
+        request_ids: Iterable[str] | None,
+        engine: Engine,
+        shared_prefix: Any = None,
+        add_special_tokens: bool = True,
+    ) -> StreamedGroups | None:
+        """The same for prompts that need not stand in memory, a group at a time; None for those that do anyway.
+
+        What can be checked without the prompts is checked here: the prefix, and all parameters.
+        """
+        source = open_source(prompts)
+        if not source.is_lazy:
+            return None
+        prefix = self.read_prefix(shared_prefix, engine, add_special_tokens)
+        given: Any = params if is_list(params) else [SamplingParams() if params is None else params]
+        distinct = {id(one): one for one in given}.values()
+        examples = [self.read(Prompt(None, [0]), one, "", 0, engine, prefix) for one in distinct]
+
+        def make_group(item: ReadPrompt, one: RequestParams, request_id: str) -> SequenceGroup:
+            group = self._read_item(item, one, request_id, engine, prefix, add_special_tokens)
+            self.give_seeds([group])
+            return group
+
+        reader = PromptReader(read_source(source), params, request_ids, make_group)
+        return StreamedGroups(reader, examples)
+
+    def _read_item(
+        self,
+        item: ReadPrompt,
+        params: RequestParams,
+        request_id: str,
+        engine: Engine,
+        prefix: Prefix | None,
+        adds: bool,
+    ) -> SequenceGroup:
+        _check_params(params)
+        prompt = _with_default(item.prompt, adds)
+        group = self.read(prompt, params, request_id, params.seed or 0, engine, prefix)
+        group.carried = item.carried
+        return group
 
     def give_seeds(self, groups: list[SequenceGroup]) -> None:
         """Count the requests, and give those without a seed one that follows from the LLM's and their number.
@@ -255,7 +307,7 @@ def _one_for_each(params: RequestParams | SequenceOf[RequestParams] | None, coun
     return list(params)
 
 
-def _request_ids(given: SequenceOf[str] | None, count: int) -> list[str]:
+def _request_ids(given: Iterable[str] | None, count: int) -> list[str]:
     if given is None:
         return [str(i) for i in range(count)]
     ids = read_strings("request_ids", given)

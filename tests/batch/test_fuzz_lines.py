@@ -154,11 +154,9 @@ def test_a_file_of_bad_lines_has_a_row_for_each_and_the_results_of_the_good_ones
 @pytest.mark.parametrize(
     "name, data, named",
     [
-        ("q.csv", b"prompt\na\n", ".csv files are not read"),
-        ("q.TSV", b"prompt\na\n", ".tsv files are not read"),
-        ("q.json", b'[{"prompt": "a"}]', ".json files are not read"),
-        ("q.txt.gz", b"\x1f\x8b", ".gz files are not read: "),
-        ("q.parquet", b"PAR1", ".parquet files are not read"),
+        ("q.csv", b"a\nprompt\n", "no column is called prompt"),
+        ("q.TSV", b"a\nprompt\n", "no column is called prompt"),
+        ("q.parquet", b"PAR1", "not a whole Parquet file"),
         ("q.arrow", b"ARROW1", ".arrow files are not read"),
         ("q.xlsx", b"PK\x03\x04", ".xlsx files are not read"),
         ("q", b"\x1f\x8b\x08", "the input is gzip"),
@@ -168,7 +166,12 @@ def test_a_file_of_bad_lines_has_a_row_for_each_and_the_results_of_the_good_ones
         ("q.tab", b"prompt\tid\n", ".tab files are not read"),
         ("q", b"%PDF-1.7\n", "the input is PDF"),
         ("q", "a prompt\n".encode("utf-16-le"), "the input has NUL bytes"),  # without a mark that says so
-        ("q.data", b"ORC\n\x0b\x08\x00\x12", "the input has NUL bytes"),
+        ("q", b"ORC\n\x0b\x08\x00\x12", "the input has NUL bytes"),
+        (
+            "q.data",
+            b"a\n",
+            ".data files are not read; what is read: .jsonl, .ndjson, .json, .csv, .tsv",
+        ),
     ],
 )
 def test_a_file_that_is_no_lines_is_refused_unless_it_is_said_to_be_text(name, data, named, tmp_path, capfd):
