@@ -197,9 +197,8 @@ def _lines(args: argparse.Namespace, context: BatchContext) -> Sequence[BatchReq
         data, cut = read_data(args.input, file_format.is_gzip)
     with usage_errors(f"{args.input}: "):
         lines = parse_batch(data, context, file_format, cut)
-    if not lines:
-        if not args.quiet:
-            print(f"jaxpaged: {args.input} has no prompts", file=sys.stderr)
+    if not lines and not args.quiet:
+        print(f"jaxpaged: {args.input} has no prompts", file=sys.stderr)
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`--text` prints what was generated and nothing else, in the order of the input; `-q` is quiet."""
+"""`--text` prints what was generated and nothing else, in the order of the input; with `-q` nobody says more."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_texts_come_in_the_order_of_the_input_with_errors_beside_them(run, tmp_p
     expected = texts(map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()))
     assert len(expected) == 6
     capfd.readouterr()
-    assert run("--input", "in.jsonl", "--text") == 1
+    assert run("--input", "in.jsonl", "--text", "-q") == 1
     printed = capfd.readouterr()
     assert printed.out == "".join(f"{text}\n" for text in expected)
     lines = printed.err.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -102,6 +103,18 @@ def test_a_generator_is_read_no_further_ahead_than_twice_what_runs_together(llm)
     results.close()
     assert max(ahead) <= 2 * MAX_NUM_SEQS and read < 50 + 2 * MAX_NUM_SEQS
     assert llm.generate(["again"], GREEDY)  # the pool is free
+
+
+def test_agenerate_reads_a_generator_so_too_and_names_what_cannot_run(llm):
+    async def run():
+        ids = []
+        try:
+            async for output in llm.agenerate((text for text in [*texts(9), ""]), GREEDY):
+                ids.append(int(output.request_id))
+        except ValueError as error:
+            return sorted(ids), str(error)
+
+    assert asyncio.run(run()) == (list(range(9)), "prompt 9: the prompt is empty")
 
 
 def test_prompts_do_not_stand_in_memory(llm):
