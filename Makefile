@@ -20,7 +20,7 @@ CUDA_INSTALLED = $(CUDA)/.installed
 .PHONY: help venv demo test test-short test-slow lint compile-check clean FORCE
 
 help:
-	@echo 'make demo         complete a few prompts with the bundled checkpoint'
+	@echo 'make demo         complete a few prompts with the bundled model'
 	@echo 'make test         lint, types and the tests'
 	@echo 'make test-slow    the tests that take long, which make test leaves out'
 	@echo 'make test-short   what make test runs, without lint and types'
@@ -43,7 +43,7 @@ $(INSTALLED): pyproject.toml $(ASKED_FOR)
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/jaxpaged demo
 
 test: lint test-short
 

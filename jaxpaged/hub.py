@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+from jaxpaged import demo_model
 from jaxpaged.api.values import shortened
 
 logger = logging.getLogger("jaxpaged")
@@ -34,11 +35,12 @@ HOW = "download=True, on the command line --download, fetches it"
 def find_model(
     model: str | Path, revision: str | None = None, download: bool = False, needs_weights: bool = True
 ) -> str | Path:
-    """The directory of a model: `model` itself where it is a path, else the snapshot that the Hub's cache has of it.
+    """The directory of a model: `model` itself where it is a path, that of the bundled one by its name, else the snapshot that the Hub's cache has of it.
 
     With `download`, what the cache lacks is fetched before. FileNotFoundError that says what was looked for where, and
     what is missing; `needs_weights`: weights count.
     """
+    model = demo_model.find_model(model)
     name = str(model).removesuffix("/")
     is_path = os.path.lexists(os.path.expanduser(name)) or not REPO_NAME.fullmatch(name) or ".." in name
     if revision is not None:

@@ -6,4 +6,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
-BUNDLED = ROOT / "checkpoints" / "tiny-python"
+BUNDLED = ROOT / "jaxpaged" / "demo_model" / "tiny-python"

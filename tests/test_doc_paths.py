@@ -22,7 +22,7 @@ PACKAGES = ("jaxpaged", "pallas_kernels")
 FOLDERS = (*PACKAGES, "scripts", "tests", "docs", "checkpoints")
 #: CHANGELOG.md is not here: it names what is gone.
 DOCUMENTS = sorted(
-    file for pattern in ("README.md", "docs/*.md", "checkpoints/*/README.md", "scripts/*/README.md")
+    file for pattern in ("README.md", "docs/*.md", "jaxpaged/demo_model/*/README.md", "scripts/*/README.md")
     for file in ROOT.glob(pattern)
 )  # fmt: skip
 SOURCES = sorted(file for folder in FOLDERS[:4] for file in (ROOT / folder).rglob("*.py"))

@@ -14,11 +14,12 @@ ARROWS = {
     "api": (),  # what a user writes and gets
     "config": ("api",),
     "step_io": ("pallas_kernels",),  # the door between the two sides
-    "hub": ("api",),  # names of models to directories
+    "hub": ("api", "demo_model"),  # names of models to directories
     "text": ("api",),
+    "demo_model": (),  # a checkpoint that comes with the package
     "host": ("api", "config", "step_io"),
     "device": ("api", "config", "step_io", "pallas_kernels"),
-    "checkpoint": ("config", "device", "text"),
+    "checkpoint": ("config", "demo_model", "device", "text"),
     "engine": ("checkpoint", "config", "device", "host", "step_io"),
     "requests": ("api", "engine", "host", "step_io", "text"),
     "tree": ("api", "config", "engine", "host", "requests", "step_io", "text"),
@@ -32,6 +33,7 @@ ARROWS = {
         "batch",
         "checkpoint",
         "config",
+        "demo_model",
         "host",
         "hub",
         "jaxpaged",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxpaged import demo_model
 from jaxpaged.checkpoint import hf_config, hf_weights, native
 from jaxpaged.checkpoint.files import find_file, read_json, user_path
 from jaxpaged.config import DTYPES, ModelConfig
@@ -42,10 +43,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Recognise the format of a local directory and parse its configuration; ValueError says what is not supported."""
-    directory = user_path(path)
+    """Recognise the format of a local directory, or of the bundled model, and parse its configuration; ValueError says
+    what is not supported."""
+    directory = user_path(demo_model.find_model(path))
     if not os.path.exists(directory):  # a name that is too long does not exist either
-        raise FileNotFoundError(f"{path} does not exist: give the directory of a checkpoint (nothing is downloaded)")
+        raise FileNotFoundError(
+            f"{path} does not exist: give the directory of a checkpoint (nothing is downloaded), "
+            f"or {demo_model.NAME!r}, the model that comes with jaxpaged"
+        )
     if not directory.is_dir():
         raise ValueError(f"{path} is a file: give the directory that holds config.json and the weights")
     config_file = find_file(directory, "config.json")

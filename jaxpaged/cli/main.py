@@ -1,6 +1,7 @@
-"""The command `jaxpaged`: `generate` runs prompts or batch files, `chat` answers on a terminal, `beams` shows a search,
-`trace` what the page pool did, `compare` measures ways to keep KV memory, `simulate` replays lengths, `profile` shows
-where a step's time goes, `warm-up` compiles ahead, `info` and `convert` look at and rewrite checkpoints.
+"""The command `jaxpaged`: `demo` shows what it does, `generate` runs prompts or batch files, `chat` answers on a
+terminal, `beams` shows a search, `trace` what the page pool did, `compare` measures ways to keep KV memory, `simulate`
+replays lengths, `profile` shows where a step's time goes, `warm-up` compiles ahead, `info` and `convert` look at and
+rewrite checkpoints.
 
 Exit codes: 0 all is well; 1 some lines failed (their errors are in the output); 2 the command cannot run as given, with
 one line on standard error that says why; 130 interrupted; 141 the reader of the output went away.
@@ -24,6 +25,7 @@ from jaxpaged.cli.interrupts import exit_at_interrupt
 #: Name -> what it does. Each is the module of that name (with _ for -) beside this one, with `add_arguments(parser)`,
 #: `run(args, make_llm)` and, where its help ends with more than its arguments, `EPILOG`.
 COMMANDS = {
+    "demo": "complete a few prompts with the bundled model, and say what their KV took",
     "generate": "complete prompts",
     "chat": "talk to a model that was trained to answer",
     "beams": "search with beams and show how they compete",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxpaged.batch.model_files import is_of_model
+from jaxpaged.demo_model import find_model
 
 Named = Mapping[str, str | Path | None]  # by flag; None: not given
 
@@ -33,7 +34,7 @@ def check_outputs(outputs: Named, inputs: Named | None = None, models: Named | N
                 raise ValueError(f"{flag} {path} is also the {other}: choose another file")
         for other, model in (models or {}).items():
             if model is not None:
-                _check_beside_model(path, flag, Path(model), other)
+                _check_beside_model(path, flag, Path(find_model(model)), other)
         real = path.resolve()
         if real in seen and _is_file_or_new(path):
             raise ValueError(f"{seen[real]} and {flag} both name {path}: give two files")
