@@ -1,59 +1,175 @@
-"""The code of the README, of docs/search.md and of docs/guide.md runs as it is written."""
+"""What the pages tell a reader to run, runs as it stands there: their Python in order, in one namespace, and their
+commands one after the other, in a folder that is not the repository's.
+
+Here on a model of one layer with the bundled one's tokenizer, in steps of few sizes, so that little is compiled; in the
+slow tests on the bundled model itself.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_llm import FakeLLM
 from paths import ROOT
+from toy import few_programs
 
-from jaxpaged import SamplingParams
+import jaxpaged
+from jaxpaged import LLM, demo_model
+from jaxpaged.checkpoint import open_checkpoint, save_checkpoint
+from jaxpaged.cli.main import main, make_parser
+from jaxpaged.device.params import random_params
+
+PAGES = ("README.md", "docs/guide.md", "docs/search.md", "docs/from_vllm.md", "docs/from_transformers.md")
+FEW_SIZES = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "num_pages": 500}
+#: Of a command: it takes minutes, or wants what is not here.
+LONG = ("# two cores: minutes", "# a GPU")
 
 
-def python_blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+def fragments(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+class SmallLLM(LLM):
+    """An LLM whose steps come in few sizes."""
+
+    def __init__(self, model, tokenizer=None, **options):
+        given = {name: value for name, value in options.items() if value is not None}
+        super().__init__(model, tokenizer, **{**FEW_SIZES, **given})
+        few_programs(self.engine)
+
+    def rebuild(self, **options):
+        super().rebuild(**options)
+        few_programs(self.engine)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """As the bundled one, but of one layer and with random weights."""
+    bundled, directory = open_checkpoint("demo"), tmp_path_factory.mktemp("model") / "small"
+    config = dataclasses.replace(
+        bundled.config, num_layers=1, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=16
+    )
+    save_checkpoint(directory, config, random_params(config, config.dtype, seed=0))
+    shutil.copy(bundled.tokenizer_file, directory)
+    return directory
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """A folder with what a page may take for granted: the repository's scripts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    return tmp_path
+
+
+@pytest.fixture
+def on_small_model(monkeypatch, small_model, elsewhere):
+    monkeypatch.setattr(demo_model, "directory", lambda: small_model)
+    monkeypatch.setitem(jaxpaged.__dict__, "LLM", SmallLLM)
+
+
+def run_python(page: str, skip: str = "pallas_kernels") -> dict[str, object]:
+    scope: dict[str, object] = {}
+    for block in fragments(page, "python"):
+        if skip not in block:
+            exec(compile(block, page, "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs(page, on_small_model, capsys):
+    scope = run_python(page)
+    assert capsys.readouterr().out.strip()
+    if page == "README.md":
+        assert scope["kv"].pages_at_peak < scope["kv"].logical_pages_at_peak, "the example of sharing shares nothing"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/search.md", "README.md"])
-def test_every_example_of_the_page_runs(page, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    blocks = python_blocks(page)
-    assert len(blocks) >= 4
-    scope: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), scope)
-        assert capsys.readouterr().out.strip() or block.startswith("import matplotlib")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs_on_the_bundled_model(page, elsewhere, capsys):
+    run_python(page)
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need JAX 0.11")
-def test_every_fragment_of_the_guide_runs_with_what_it_takes_for_granted(monkeypatch, tmp_path):
-    """Its prompts, parameters and arrays are given here; its kernel runs in Pallas' interpreter, in two programs."""
+def test_the_kernels_of_the_guide_run(monkeypatch):
+    """In Pallas' interpreter, in two programs."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels import paged_decode
 
     few = functools.partial(paged_decode.paged_decode, num_programs=2)
     monkeypatch.setattr(paged_decode, "paged_decode", few)
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "scripts" / "step_times" / "opt-13b-h100.json", "times.json")
-    pages = jnp.ones((4, 16, 2, 64), jnp.bfloat16)
-    scope: dict[str, object] = dict(
-        model=ROOT / "checkpoints" / "tiny-python", prompts=["def f(", "class A:"], seconds=[0.0, 0.1], jnp=jnp,
-        instruction="# Python 3.\n",
-        sampling_params=SamplingParams(max_tokens=4), params=SamplingParams(n=2, max_tokens=4), Path=Path,
-        q=jnp.ones((1, 4, 64), jnp.bfloat16), k_pages=pages, v_pages=pages, D=64,
-        block_tables=jnp.asarray([[2, 1]], jnp.int32), context_lens=jnp.asarray([20], jnp.int32),
-    )  # fmt: skip
+    (block,) = (block for block in fragments("docs/guide.md", "python") if "pallas_kernels" in block)
+    scope: dict[str, object] = {"jnp": jax.numpy}
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        for block in python_blocks("docs/guide.md"):
-            exec(compile(block, "docs/guide.md", "exec"), scope)
-    assert len(scope["outputs"]) == 2 and "<html" in Path("pool.html").read_text(encoding="utf-8")
+        exec(compile(block, "docs/guide.md", "exec"), scope)
     assert np.asarray(scope["out"]).shape == (1, 4, 64)
+
+
+def commands(page: str) -> list[str]:
+    """Lines of the page's shell fragments that are ours, or make a file for one that is."""
+    lines = [line for block in fragments(page, "sh") for line in block.splitlines()]
+    return [line for line in lines if re.match(r"jaxpaged|printf|echo", line) and not line.endswith(LONG)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/batch.md", "docs/results.md"])
+def test_the_commands_of_a_page_have_the_flags_that_there_are(page):
+    for line in commands(page):
+        words = shlex.split(line, comments=True)
+        if words[0] == "jaxpaged":
+            make_parser().parse_args(words[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_commands_of_a_page_run(page, elsewhere):
+    run_script(commands(page))
+    assert (elsewhere / "pool.html").exists() or page != "README.md"
+
+
+def test_the_lines_of_batch_files_run_by_the_commands_beside_them(elsewhere):
+    """By a stand-in for the model; in the slow tests by the model."""
+    write_batch_files()
+    for line in commands("docs/batch.md"):
+        if line.startswith("jaxpaged"):
+            assert main(shlex.split(line)[1:], make_llm=FakeLLM) == 0
+        else:
+            subprocess.run(line, shell=True, check=True)
+    assert len(Path("out.jsonl").read_text().splitlines()) == 3
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_the_lines_of_batch_files_run_on_the_bundled_model(elsewhere):
+    write_batch_files()
+    run_script(commands("docs/batch.md"))
+
+
+def write_batch_files() -> None:
+    lines = [line for block in fragments("docs/batch.md", "json") for line in block.splitlines()]
+    talks = [line for line in lines if "messages" in json.loads(line).get("body", json.loads(line))]
+    Path("talks.jsonl").write_text("\n".join(talks))
+    Path("prompts.jsonl").write_text("\n".join(line for line in lines if line not in talks))
+
+
+def run_script(lines: list[str]) -> None:
+    """By the shell, in which `jaxpaged` is the command of this interpreter."""
+    Path("bin").mkdir()
+    Path("bin/jaxpaged").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m jaxpaged "$@"\n')
+    Path("bin/jaxpaged").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{Path.cwd() / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-e"], input="\n".join(lines), text=True, env=environment, check=True)
