@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tour
 from fake_llm import FakeLLM
 from paths import ROOT
 from toy import few_programs
@@ -173,3 +174,37 @@ def run_script(lines: list[str]) -> None:
     Path("bin/jaxpaged").chmod(0o755)
     environment = {**os.environ, "PATH": f"{Path.cwd() / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     subprocess.run(["bash", "-e"], input="\n".join(lines), text=True, env=environment, check=True)
+
+
+def printed_by_tour() -> dict[str, str]:
+    """Run docs/tour.ipynb: what each of its cells of code prints, and how often it draws."""
+    printed = {}
+    for cell, outputs in tour.run_cells(json.loads(tour.TOUR.read_text())):
+        figures = sum(output["output_type"] == "display_data" for output in outputs)
+        printed[cell["id"]] = stored_text(outputs) + f"{figures} figures"
+    return printed
+
+
+def stored_text(outputs: list[dict]) -> str:
+    return "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+
+
+def test_the_tour_runs_and_shows_what_it_says(on_small_model):
+    printed = "".join(printed_by_tour().values())
+    assert printed.count("the same texts: True") == 2 and printed.count("1 figures") == 7
+    assert re.search(r"[1-9]\d* preemptions", printed) and "; 2 copied" in printed
+    assert re.search(r"found: \[0, [1-9]", printed)
+
+
+@pytest.mark.slow
+def test_the_tour_keeps_what_it_prints_on_the_bundled_model(elsewhere):
+    cells = [cell for cell in json.loads(tour.TOUR.read_text())["cells"] if cell["cell_type"] == "code"]
+    stored = {cell["id"]: stored_text(cell["outputs"]) for cell in cells}
+    printed = {name: text.rpartition("\n")[0] for name, text in printed_by_tour().items()}
+    assert printed == {name: text.removesuffix("\n") for name, text in stored.items()}
+
+
+def test_the_tour_is_small_and_has_been_run():
+    assert tour.TOUR.stat().st_size < 300_000
+    outputs = [cell["outputs"] for cell in json.loads(tour.TOUR.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert sum(map(len, outputs)) > 10

@@ -104,7 +104,8 @@ def test_every_name_of_ours_is_there(page):
     "text",
     [
         "gpu_memory_utilization", "LLM(block_size=16)", "llm.enqueue", "llm.generate(prompts, use_tqdm=True)",
-        "output.kv.blocks", "llm.last_run.gone", "sample.score.gone", "jaxpaged serve M", "jaxpaged generate M --inputs a",
+        "output.kv.blocks", "llm.last_run.gone", "sample.score.gone", "jaxpaged serve M",
+        "jaxpaged generate M --inputs a",
     ],
 )  # fmt: skip
 def test_a_name_that_there_is_not_is_found(text):
