@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import tour
 from fake_llm import FakeLLM
+from helpers import all_but_slow
 from paths import ROOT
 from toy import few_programs
 
@@ -33,7 +34,7 @@ from jaxpaged.cli.main import main, make_parser
 from jaxpaged.device.params import random_params
 
 PAGES = ("README.md", "docs/guide.md", "docs/search.md", "docs/from_vllm.md", "docs/from_transformers.md")
-FEW_SIZES = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "num_pages": 500}
+FEW_SIZES = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 256, "num_pages": 500}
 #: Of a command: it takes minutes, or wants what is not here.
 LONG = ("# two cores: minutes", "# a GPU")
 
@@ -89,7 +90,7 @@ def run_python(page: str, skip: str = "pallas_kernels") -> dict[str, object]:
     return scope
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", all_but_slow(PAGES, *(page for page in PAGES if page != "docs/search.md")))
 def test_the_python_of_a_page_runs(page, on_small_model, capsys):
     scope = run_python(page)
     assert capsys.readouterr().out.strip()
@@ -189,6 +190,7 @@ def stored_text(outputs: list[dict]) -> str:
     return "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # of what this model writes
 def test_the_tour_runs_and_shows_what_it_says(on_small_model):
     printed = "".join(printed_by_tour().values())
     assert printed.count("the same texts: True") == 2 and printed.count("1 figures") == 7

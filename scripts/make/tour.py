@@ -37,6 +37,7 @@ def run_cells(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[d
     import matplotlib
 
     matplotlib.use("Agg")
+    list(_figures())  # of before are not of the notebook
     scope: dict[str, Any] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code":
