@@ -7,13 +7,11 @@ slow tests on the bundled model itself.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +23,11 @@ import tour
 from fake_llm import FakeLLM
 from helpers import all_but_slow
 from paths import ROOT
-from toy import few_programs
+from toy import few_programs, save_small_model
 
 import jaxpaged
 from jaxpaged import LLM, demo_model
-from jaxpaged.checkpoint import open_checkpoint, save_checkpoint
 from jaxpaged.cli.main import main, make_parser
-from jaxpaged.device.params import random_params
 
 PAGES = ("README.md", "docs/guide.md", "docs/search.md", "docs/from_vllm.md", "docs/from_transformers.md")
 FEW_SIZES = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 256, "num_pages": 500}
@@ -59,13 +55,7 @@ class SmallLLM(LLM):
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """As the bundled one, but of one layer and with random weights."""
-    bundled, directory = open_checkpoint("demo"), tmp_path_factory.mktemp("model") / "small"
-    config = dataclasses.replace(
-        bundled.config, num_layers=1, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=16
-    )
-    save_checkpoint(directory, config, random_params(config, config.dtype, seed=0))
-    shutil.copy(bundled.tokenizer_file, directory)
-    return directory
+    return save_small_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import tokenizers
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.checkpoint import save_checkpoint
+from jaxpaged.checkpoint import open_checkpoint, save_checkpoint
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig, PreemptionConfig
 from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.params import random_params
@@ -74,6 +75,18 @@ def few_programs(engine: Engine) -> Engine:
     largest = {name: getattr(buckets, name)[-1:] for name in lists}
     engine.runner.buckets = dataclasses.replace(buckets, **largest)
     return engine
+
+
+def save_small_model(directory: Path) -> Path:
+    """A checkpoint with the bundled one's tokenizer, but of one layer and with random weights: little to compile."""
+    bundled = open_checkpoint("demo")
+    config = dataclasses.replace(
+        bundled.config, num_layers=1, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=16
+    )
+    save_checkpoint(directory, config, random_params(config, config.dtype, seed=0))
+    assert bundled.tokenizer_file is not None
+    shutil.copy(bundled.tokenizer_file, directory)
+    return directory
 
 
 #: Every page that two rows have in common is read once.

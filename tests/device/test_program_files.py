@@ -12,6 +12,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from paths import ROOT
+from toy import save_small_model
 
 from jaxpaged.device import program_files as module
 from jaxpaged.device.program_files import (
@@ -199,7 +200,7 @@ def test_a_folder_of_another_user_is_not_read(monkeypatch, tmp_path, caplog):
         module._prepare(program_folder())
 
 
-#: A run of the bundled model in a process of its own, and what it compiled and read, in all and for its steps.
+#: A run of a small model in a process of its own, and what it compiled and read, in all and for its steps.
 PROGRAM = """
 import jax, sys
 made = {"lowered": 0, "compiled": 0, "read": 0}
@@ -210,7 +211,7 @@ def note(event, *args, **kwargs):
 jax.monitoring.register_event_duration_secs_listener(note)
 jax.monitoring.register_event_listener(note)
 from jaxpaged import LLM, SamplingParams
-llm = LLM("checkpoints/tiny-python", num_pages=40, max_model_len=64, **eval(sys.argv[1]))
+llm = LLM(sys.argv[2], num_pages=40, max_model_len=64, **eval(sys.argv[1]))
 (output,) = llm.generate(["def f"], SamplingParams(temperature=0, max_tokens=3), progress=False)
 run = llm.last_run
 print(made["lowered"], made["compiled"] - made["read"], made["read"])
@@ -221,11 +222,11 @@ print(run.compilations, run.programs_read, output.outputs[0].token_ids)
 class Process:
     """The program above, begun; `counts` waits for it."""
 
-    def __init__(self, folder, options: str = "{}"):
+    def __init__(self, folder, model, options: str = "{}"):
         told = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(told)}
         env = {**kept, "PYTHONPATH": str(ROOT), "JAXPAGED_CACHE_DIR": str(folder)}
-        arguments = [sys.executable, "-c", PROGRAM, options]
+        arguments = [sys.executable, "-c", PROGRAM, options, str(model)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
@@ -239,10 +240,15 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory):
+def model(tmp_path_factory):
+    return save_small_model(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, model):
     """A folder that two processes at once have filled, and what they said."""
     folder = tmp_path_factory.mktemp("programs")
-    both = [Process(folder), Process(folder)]
+    both = [Process(folder, model), Process(folder, model)]
     return folder, [process.result() for process in both]
 
 
@@ -252,29 +258,32 @@ def test_two_processes_at_once_fill_one_folder(filled):
     assert not list(folder.rglob(UNFINISHED + "*"))
 
 
-def test_a_second_process_compiles_nothing_and_does_not_even_trace_its_steps(filled):
+def test_a_second_process_compiles_nothing_and_does_not_even_trace_its_steps(filled, model):
     folder, (first, _) = filled
-    (lowered, compiled, read, in_run, read_in_run), tokens, err = Process(folder).result()
+    (lowered, compiled, read, in_run, read_in_run), tokens, err = Process(folder, model).result()
     assert compiled == in_run == 0
     assert read_in_run == 2  # a prefill step and a decode step
     assert lowered == read == first[0][0] - 2 and (tokens, err) == first[1:]
 
 
 @pytest.mark.slow
-def test_damaged_programs_are_compiled_anew_once(filled):
+def test_damaged_programs_are_compiled_anew_once(filled, model):
     folder, (first, _) = filled
     for file in folder.rglob("step-*"):
         file.write_bytes(file.read_bytes()[:-100])
-    (_, compiled, _, in_run, read_in_run), tokens, err = Process(folder).result()
+    (_, compiled, _, in_run, read_in_run), tokens, err = Process(folder, model).result()
     assert compiled == in_run == 2 and read_in_run == 0 and (tokens, err) == first[1:]
-    assert Process(folder).result()[0][1] == 0
+    assert Process(folder, model).result()[0][1] == 0
 
 
 @pytest.mark.slow
-def test_without_files_the_run_goes_on_and_says_why_only_if_it_was_to_have_some(filled, tmp_path):
+def test_without_files_the_run_goes_on_and_says_why_only_if_it_was_to_have_some(filled, model, tmp_path):
     _, (first, _) = filled
     spoil_by_a_file(tmp_path / "file")
-    refused, off = Process(tmp_path / "file"), Process(tmp_path / "unused", "dict(compilation_cache=False)")
+    refused, off = (
+        Process(tmp_path / "file", model),
+        Process(tmp_path / "unused", model, "dict(compilation_cache=False)"),
+    )
     _, tokens, err = refused.result()
     assert tokens == first[1] and err.count("cannot be kept in") == len(err.splitlines()) == 1
     assert off.result()[1:] == first[1:] and not (tmp_path / "unused").exists()
