@@ -38,7 +38,8 @@ def repack(source: Path, destination: Path) -> None:
     """Every tensor of one orbax key-value store, written to another at once, which makes few files."""
     read, written = (ts.KvStore.open(_store(folder)).result() for folder in (source, destination))
     names = {key.decode().rpartition("/")[0] for key in read.list().result()}
-    context, memory = ts.Context(), {"driver": "memory"}
+    context = ts.Context()
+    memory: dict[str, object] = {"driver": "memory"}
     for name in sorted(names):
         tensor = ts.open(_zarr(name, _store(source)), open=True, read=True).result()
         metadata = {**tensor.spec().to_json()["metadata"], "compressor": COMPRESSOR}
