@@ -35,7 +35,8 @@ HOW = "download=True, on the command line --download, fetches it"
 def find_model(
     model: str | Path, revision: str | None = None, download: bool = False, needs_weights: bool = True
 ) -> str | Path:
-    """The directory of a model: `model` itself where it is a path, that of the bundled one by its name, else the snapshot that the Hub's cache has of it.
+    """The directory of a model: `model` itself where it is a path, that of the bundled model by its name, else the
+    snapshot that the Hub's cache has of it.
 
     With `download`, what the cache lacks is fetched before. FileNotFoundError that says what was looked for where, and
     what is missing; `needs_weights`: weights count.

@@ -84,8 +84,7 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     options = given(args, MODEL_FLAGS)
     chat = Chat(args.system, _template_options(args))
     with usage_errors():
-        templates = find_chat_templates(options.get("tokenizer"), Path(args.model))
-        templates.render(read_conversation(chat.prompt("hello")))
+        find_chat_templates(options.get("tokenizer"), Path(args.model)).render(read_conversation(chat.prompt("hello")))
     with usage_errors(kinds=(ValueError, OSError, RuntimeError)):
         llm = make_llm(model=args.model, seed=args.seed, **options)
     if sys.stdin.isatty():

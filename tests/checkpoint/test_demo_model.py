@@ -16,6 +16,7 @@ from jaxpaged import demo_model
 from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.checkpoint.native import _open_tensors
 from jaxpaged.cli.main import main
+from jaxpaged.hub import find_model
 
 
 def files_below(folder):
@@ -25,7 +26,13 @@ def files_below(folder):
 @pytest.mark.parametrize("name", ["demo", Path("demo")])
 def test_its_name_is_known_in_any_folder(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert open_checkpoint(name).directory == BUNDLED
+    assert open_checkpoint(name).directory == find_model(name) == BUNDLED
+
+
+def test_it_has_no_revisions(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="revision='main' is of a model of the Hugging Face Hub"):
+        find_model("demo", revision="main")
 
 
 def test_a_folder_of_that_name_hides_it_only_as_a_checkpoint(monkeypatch, tmp_path):
