@@ -11,6 +11,7 @@ from jaxpaged import demo_model
 from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.cli.errors import usage_errors
+from jaxpaged.cli.flags import HUB_FLAGS, add_flags, given
 
 PROMPTS = """\
 def is_prime(n):
@@ -54,13 +55,14 @@ The bundled model is called {demo_model.NAME} wherever a model is asked for:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", default=demo_model.directory(), metavar="MODEL",
-        help="checkpoint directory, of a model of source code (default: the bundled one)",
+        help="of source code: a checkpoint directory, or a name of the Hub (default: the bundled one)",
     )  # fmt: skip
+    add_flags(parser, "model", HUB_FLAGS)
 
 
 def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     with usage_errors(kinds=(ValueError, OSError, RuntimeError)):  # RuntimeError: jax without memory or device
-        llm = make_llm(model=args.model)
+        llm = make_llm(model=args.model, **given(args, HUB_FLAGS))
     _show_run(llm, "greedy", SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
     _show_run(llm, "n=4 samples", SamplingParams(n=4, temperature=0.8, top_p=0.95, max_tokens=MAX_TOKENS))
     return 0
