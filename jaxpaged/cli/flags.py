@@ -107,7 +107,7 @@ def _flag_of(option: Option) -> Flag:
 
 
 #: Of a MODEL; `main` finds it by them.
-MODEL_HELP = (
+MODEL_HELP = "checkpoint directory, demo (the bundled model), or a name of the Hugging Face Hub that is in its cache"
     "checkpoint directory, demo (the bundled model), or the name of a model on the Hugging Face Hub, from its cache"
 )
 HUB_FLAGS = (
