@@ -108,8 +108,6 @@ def _flag_of(option: Option) -> Flag:
 
 #: Of a MODEL; `main` finds it by them.
 MODEL_HELP = "checkpoint directory, demo (the bundled model), or a name of the Hugging Face Hub that is in its cache"
-    "checkpoint directory, demo (the bundled model), or the name of a model on the Hugging Face Hub, from its cache"
-)
 HUB_FLAGS = (
     Flag("revision", str, "branch, tag or commit, of a model of the Hub (default main)"),
     Flag("download", True, "fetch what the cache lacks of a model of the Hub"),
