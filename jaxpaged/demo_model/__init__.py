@@ -17,6 +17,6 @@ def directory() -> Path:
     return Path(str(files(__name__) / "tiny-python"))
 
 
-def find_model(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+def find_model(name: str | Path) -> str | Path:
     """The directory of the bundled model where its name is given; anything else as it is."""
     return directory() if str(name) == NAME and not os.path.lexists(os.path.join(NAME, "config.json")) else name
