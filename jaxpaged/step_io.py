@@ -25,6 +25,10 @@ WHOLE_VOCABULARY = -1
 NO_TOKEN, BAD_LOGITS, BAD_PROCESSED = -1, -2, -3
 
 
+#: Of the tries of a run: what limits nothing, and what nothing comes behind.
+FREE_NODE, DEAD_NODE = 1, 0
+
+
 def of_row(row: int) -> int:
     """In place of a token: the one that row `row` of the step before has chosen. Its own reverse."""
     return -1 - row
@@ -54,6 +58,17 @@ class PrefillInputs(NamedTuple):
     context_lens: Any  # i32[B] tokens readable by the row's last query
     sample_from: Any  # i32[R] index of the packed token whose logits row r samples from
     next_tokens: Any = None  # i32[T] the token after each one; only when prompt log-probabilities are wanted
+
+
+class TrieTables(NamedTuple):
+    """The tries of a run. The children of a node lie side by side, in order of their tokens."""
+
+    first: Any  # i32[N] the first child of each node
+    counts: Any  # i32[N] children
+    tokens: Any  # i32[N] the token that leads to each node
+    bit_rows: Any  # i32[N] row of `bits` that has its children's tokens; DEAD_NODE where the node only lists them
+    bits: Any  # i32[B, V / 32]; nothing in row DEAD_NODE, everything in row FREE_NODE
+    places: Any  # i32[C] 0, 1, ... for the most children that a node lists
 
 
 StepInputs = DecodeInputs | PrefillInputs
@@ -95,6 +110,9 @@ class SamplingInputs(NamedTuple):
     allowed_rows: Any = None  # i32[A], padded with R
     allowed_tokens: Any = None  # i32[A]
     uses_processor: Any = None  # i32[R, number of processors], 0 or 1
+    # What a constraint limits each row to: a node of the run's tries, and the bits of the tokens that are allowed
+    nodes: Any = None  # i32[R] node; below 0 (`of_row`) the one that the row of the step before has come to
+    masks: Any = None  # i32[R, V / 32], token v is bit v % 32 of word v / 32
 
 
 class DecodeBatch(NamedTuple):

@@ -1,6 +1,6 @@
 """Chooses tokens from logits, and says how likely they were.
 
-The order of operations is vLLM's: logits processors, allowed tokens, edits (bias, banned words, min_tokens), penalties,
+The order of operations is vLLM's: logits processors, constraints, allowed tokens, edits (bias, banned words, min_tokens), penalties,
 temperature, min_p, top_k, top_p, then a draw (vocabulary.py). Arrays that are None in `SamplingInputs` cost nothing.
 The random numbers of a row are a function of its request's seed, its sample index and the position alone.
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.device import vocabulary
+from jaxpaged.device.constraints import limit
 from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, WHOLE_VOCABULARY, SamplingInputs
 
@@ -135,6 +136,8 @@ def process_logits(logits: Array, inputs: SamplingInputs, processors: tuple[Logi
     for i, processor in enumerate(processors):
         processed = jax.vmap(processor)(inputs.history, inputs.history_lens, logits)
         logits = jnp.where(inputs.uses_processor[:, i : i + 1] == 1, processed, logits)
+    if inputs.masks is not None:  # behind processors, so that none makes possible what is not
+        logits = limit(logits, inputs.masks)
     if inputs.is_restricted is not None:
         allowed = jnp.zeros(logits.shape, bool).at[inputs.allowed_rows, inputs.allowed_tokens].set(True, mode="drop")
         logits = jnp.where(allowed | (inputs.is_restricted == 0)[:, None], logits, -jnp.inf)

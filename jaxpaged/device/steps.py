@@ -22,6 +22,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_candidates import beam_columns
 from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
+from jaxpaged.device.constraints import next_nodes, with_masks
 from jaxpaged.device.heads import Heads
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.param_nodes import Params
@@ -37,6 +38,7 @@ from jaxpaged.step_io import (
     PrefillInputs,
     SamplingInputs,
     StepInputs,
+    TrieTables,
     Wanted,
     of_row,
 )
@@ -58,6 +60,8 @@ class Carried(NamedTuple):
 
     tokens: Array  # i32[M] that each row has drawn, which the next step begins with; 0 where there is none
     history: Array | None = None  # i32[R, L] tokens of each row of a decode step, if some request asks for them
+    nodes: Array | None = None  # i32[M] where rows have come to in the tries of a run that has some
+    tries: TrieTables | None = None  # those tries; whoever launches a step adds them
 
 
 class StepResults(NamedTuple):
@@ -176,10 +180,10 @@ def decode_layers(
     attend = _attend(inputs, config, kernels, layers[0])
     x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, kernels.add_norm, layers[0])
     if layers[1] == config.num_layers:
-        sampling = _with_history(batch, tokens, carried.history)
+        sampling = with_masks(_with_history(batch, tokens, carried.history), carried.tries, carried.nodes)
         columns = _choose(params, config, finish(params, config, x), sampling, wanted, processors)
-        drawn = _drawn(columns, wanted, len(carried.tokens))
-        return StepResults(_for_host(columns), Carried(drawn, sampling.history)), cache.kept()
+        left = _left(columns, sampling, carried, wanted)
+        return StepResults(_for_host(columns), left._replace(history=sampling.history)), cache.kept()
     return x, cache.kept()
 
 
@@ -224,8 +228,9 @@ def prefill_step(
     hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend, kernels.add_norm)
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
-    columns = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
-    results = StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens))))
+    sampling = with_masks(batch.sampling, carried.tries, carried.nodes)
+    columns = _choose(params, config, hidden_last, sampling, wanted, processors)
+    results = StepResults(_for_host(columns), _left(columns, sampling, carried, wanted))
     if batch.inputs.next_tokens is None:
         return results, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
@@ -257,9 +262,9 @@ def mixed_step(
     positions = jnp.concatenate([decode.positions, prefill.positions])
     attend = _attend_apart(decode, prefill, config, kernels)
     hidden, cache = forward(params, config, tokens, positions, cache, attend, kernels.add_norm)
-    sampling = _with_pending(batch, known)
+    sampling = with_masks(_with_pending(batch, known), carried.tries, carried.nodes)
     columns = _choose(params, config, hidden[prefill.sample_from], sampling, wanted, processors)
-    return StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens)))), cache.kept()
+    return StepResults(_for_host(columns), _left(columns, sampling, carried, wanted)), cache.kept()
 
 
 def _attend_apart(
@@ -350,6 +355,12 @@ def unpack(packed: Array, layout: Layout) -> Any:
 def _for_host(columns: Array) -> Array:
     """In pinned memory of the host when the step ends, so that reading them takes no further transfer."""
     return jax.device_put(columns, jax.memory.Space.Host)
+
+
+def _left(columns: Array, sampling: SamplingInputs, carried: Carried, wanted: Wanted) -> Carried:
+    """What the rows of a step have drawn, and where that leads in tries."""
+    drawn = _drawn(columns, wanted, len(carried.tokens))
+    return Carried(drawn, nodes=next_nodes(sampling, carried.tries, drawn))
 
 
 def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:

@@ -22,6 +22,7 @@ from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import ProgramToMake
 from jaxpaged.engine.lowering import static_arguments
 from jaxpaged.engine.warm_up import Ahead, Progress, compile_together, no_progress
+from jaxpaged.host.constraints.trie_set import TrieSet
 from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.sequence import SequenceGroup
@@ -40,6 +41,7 @@ from jaxpaged.step_io import (
     PrefillBatch,
     StepBatch,
     StepOutputs,
+    TrieTables,
     num_merged_groups,
     pack,
     unpack_logprobs,
@@ -102,6 +104,7 @@ class StepRunner:
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
         self._ahead: Ahead | None = None
         self._foreseen: set[tuple[StepShape, SamplingFeatures]] = set()  # what has been compiled ahead, once
+        self._tries: tuple[TrieSet, TrieTables] | None = None
 
     def _find_cascade(self) -> Cascade:
         assert self.kernels.max_members is not None, f"{self.kernels.name} has no cascade attention"
@@ -124,7 +127,8 @@ class StepRunner:
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
-        carried = self._carried if step.goes_on else self._carried._replace(history=None)
+        carried = self._with_tries(self._carried, step.features)
+        carried = carried if step.goes_on else carried._replace(history=None)
         arrays = self.pool, carried, step.packed
         if step.layout[0] is DecodeBatch:
             results, self.pool = steps.decode_step(self._parts_for(step.features), *arrays, **static)
@@ -142,6 +146,17 @@ class StepRunner:
             return outputs
         prompt = unpack_logprobs(np.asarray(results.prompt_columns), features.num_prompt_logprobs)
         return outputs._replace(prompt_logprobs=prompt)
+
+    def _with_tries(self, carried: steps.Carried, features: SamplingFeatures) -> steps.Carried:
+        """With the tries of a run, which are on the device from the first one that needs them until another needs
+        others, and with a node for every row, whether or not the step before has left some."""
+        if features.tries is None:
+            return carried._replace(nodes=None)
+        if self._tries is None or self._tries[0] != features.tries:
+            tables = features.tries.tables(self.model.vocab_size)
+            self._tries = features.tries, jax.device_put(tables, self.device)
+        nodes = carried.tokens if carried.nodes is None else carried.nodes
+        return carried._replace(nodes=nodes, tries=self._tries[1])
 
     def run(self, step: PreparedStep) -> StepOutputs:
         return self.fetch(self.launch(step))
@@ -298,7 +313,8 @@ class StepRunner:
         history = None
         if form.history_shape is not None:
             history = jax.ShapeDtypeStruct(form.history_shape, np.int32)
-        arguments = self.pool, self._carried._replace(history=history), step.packed
+        carried = self._with_tries(self._carried, step.features)._replace(history=history)
+        arguments = self.pool, carried, step.packed
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
         if step.layout[0] is DecodeBatch:
             return steps.decode_programs(self._parts_for(step.features), *arguments, **static)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.host.beams.beam_state import BeamState
+from jaxpaged.host.constraints.places import RequestLimit, SamplePlace
 from jaxpaged.host.pages.block_table import BlockTable
 
 
@@ -46,6 +47,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[Any] = field(default_factory=list)  # one entry a generated token, if the request wants them
     stream: StopStrings | None = None
+    place: SamplePlace | None = None  # of a sample, in what limits its request
     num_pending: int = 0  # 1 while the step in flight chooses a token of it, behind those that are known
     pending_row: int = 0  # of that step's outputs
     packed_ids: array = field(default_factory=lambda: array("i"))  # int32 of `token_ids`, as far as somebody asked
@@ -113,6 +115,7 @@ class SequenceGroup:
     carried: Mapping[str, Any] = field(default_factory=dict)  # what the caller's row had besides the prompt
     beams: list[BeamState] = field(default_factory=list)  # of a beam search, one for each of its groups of beams
     ends_text: Callable[[list[int]], bool] | None = None  # whether output ids of a beam complete a stop string
+    limit: RequestLimit | None = None  # what `params.constraint` asks for
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`
     pages: GroupPages = field(default_factory=GroupPages)
     prompt_logprobs: list[Any] = field(default_factory=list)

@@ -30,6 +30,7 @@ from jaxpaged.host.beams.beam import (
     num_candidates,
     select_beams,
 )
+from jaxpaged.host.constraints.places import BeamPlaces
 
 #: `find_stops(parents i32[C], tokens i32[C]) -> bool[C]`: which candidates complete a stop string.
 FindStops = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -65,6 +66,7 @@ class BeamState:
     early_stopping: bool | Literal["never"] = False
     end_ids: Sequence[int] = ()
     find_stops: FindStops | None = None
+    places: BeamPlaces | None = None  # of its beams, in what limits the request
     diversity_penalty: float = 0.0
     earlier: Sequence[BeamState] = ()  # groups of the same request that choose before this one
     is_done: bool = False
@@ -160,6 +162,8 @@ class BeamState:
     def _record(self, batch: _Batch, place: int, selection: Selection, is_done: bool) -> None:
         if is_done:
             self.end()
+        elif self.places is not None:
+            self.places.advance(selection.parents[place, : self.width], selection.tokens[place, : self.width])
         self.parents.append(selection.parents[place, : self.width])
         self.tokens.append(selection.tokens[place, : self.width])
         self._batch, self._place = batch, place
@@ -274,12 +278,15 @@ def _in_row_order(
 
 
 def _ends(states: list[BeamState], candidates: Candidates, end_ids: np.ndarray) -> np.ndarray:
-    """bool[G, M]: candidates whose token is an end id, or that complete a stop string."""
+    """bool[G, M]: candidates whose token is an end id, or that complete a stop string or what limits them."""
     ends = (candidates.tokens[:, :, None] == end_ids[:, None, :]).any(-1)
     for place, state in enumerate(states):
         if state.find_stops is not None:
             used = candidates.tokens[place] >= 0
             ends[place, used] |= state.find_stops(candidates.parents[place, used], candidates.tokens[place, used])
+        if state.places is not None:
+            used = candidates.scores[place] > NOTHING  # the others are not allowed
+            ends[place, used] |= state.places.ends(candidates.parents[place, used], candidates.tokens[place, used])
     return ends
 
 

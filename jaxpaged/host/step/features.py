@@ -13,6 +13,8 @@ from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.request_params import LogitsProcessor, RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.host.beams.beam_state import BeamState
+from jaxpaged.host.constraints.in_text import TextLimit
+from jaxpaged.host.constraints.trie_set import TrieSet
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.step_io import Wanted
 
@@ -41,6 +43,8 @@ class SamplingFeatures:
     has_banned_phrases: bool = False  # some request's bad_words have several tokens, the last of which is banned
     max_allowed: int = 0  # tokens in the longest allowed_token_ids
     processors: tuple[LogitsProcessor, ...] = ()
+    tries: TrieSet | None = None  # in which the outputs of some requests are
+    has_masks: bool = False  # some request's text is to match something
     num_logprobs: int | None = None  # likeliest tokens to return; None: not even the chosen one's rank
     num_prompt_logprobs: int | None = None
 
@@ -64,6 +68,8 @@ class SamplingFeatures:
             has_banned_phrases=any(len(word) > 1 for group in groups for word in group.banned_words),
             max_allowed=_power_of_two(max((len(p.allowed_token_ids or ()) for p in params), default=0)),
             processors=_all_processors(params),
+            tries=TrieSet.of(groups),
+            has_masks=any(isinstance(group.limit, TextLimit) for group in groups),
             num_logprobs=_logprob_size([p.logprobs for p in params], vocab_size),
             num_prompt_logprobs=_logprob_size([p.prompt_logprobs for p in params], vocab_size),
         )
@@ -86,7 +92,7 @@ class SamplingFeatures:
     @property
     def needs_tokens(self) -> bool:
         """Whether the arrays of a step depend on the tokens that the step before it chose."""
-        return self.has_banned_phrases
+        return self.has_banned_phrases or self.has_masks
 
     @property
     def can_run_ahead(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.request_params import LOGIT_BIAS_LIMIT
 from jaxpaged.api.sampling_params import SamplingParams
+from jaxpaged.host.step.constraint_batch import with_limits
 from jaxpaged.host.step.features import SamplingFeatures, penalties, processor_places
 from jaxpaged.host.step.step_plan import Sample
 from jaxpaged.step_io import DecodeBatch, SamplingInputs, StepBatch
@@ -58,6 +59,8 @@ def make_sampling_inputs(
         inputs = _with_history(inputs, samples, num_rows, history_len)
     if features.max_edits:
         inputs = with_edits(inputs, samples, num_rows, features)
+    if features.tries is not None or features.has_masks:
+        inputs = with_limits(inputs, samples, num_rows, vocab_size, features)
     if features.max_allowed:
         inputs = _with_allowed(inputs, samples, num_rows, num_rows * features.max_allowed)
     return inputs

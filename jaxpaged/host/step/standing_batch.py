@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.step.batching import Buckets, make_batch
+from jaxpaged.host.step.constraint_batch import with_limits
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.sampling_batch import with_edits, without_history
 from jaxpaged.host.step.step_plan import StepPlan
@@ -31,7 +32,7 @@ class BatchMaker:
     def make(self, plan: StepPlan, buckets: Buckets, features: SamplingFeatures) -> StepBatch:
         standing = self._standing
         if standing is not None and standing.goes_on_in(plan, features):
-            standing.move()
+            standing.move(self._vocab_size)
             return standing.batch
         shape = buckets.shape_of(plan, features)
         batch = make_batch(plan, shape, self._cache, self._vocab_size, features)
@@ -64,7 +65,7 @@ class _StandingBatch:
             and (self._longest + 1) // self._page_size < self.batch.inputs.block_tables.shape[1]
         )
 
-    def move(self) -> None:
+    def move(self, vocab_size: int) -> None:
         """One position further."""
         inputs, rows, size = self.batch.inputs, self._rows, self._page_size
         count = len(rows)
@@ -80,9 +81,9 @@ class _StandingBatch:
             inputs.tokens[:count] = self._rows_before
         else:
             inputs.tokens[:count] = [sample.sequence.token_ids[-1] for sample in self._samples]
-        self._move_sampling()
+        self._move_sampling(vocab_size)
 
-    def _move_sampling(self) -> None:
+    def _move_sampling(self, vocab_size: int) -> None:
         """Without beams among the samples, what a step has for beams stays as it is: padding."""
         features, sampling, count = self._features, self.batch.sampling, len(self._rows)
         if features.needs_seeds:
@@ -92,4 +93,8 @@ class _StandingBatch:
             self.batch = without_history(self.batch)
         if features.max_edits:
             sampling = with_edits(self.batch.sampling, self._samples, len(self.batch.inputs.tokens), features)
+            self.batch = self.batch._replace(sampling=sampling)
+        if features.tries is not None or features.has_masks:
+            num_rows = len(self.batch.inputs.tokens)
+            sampling = with_limits(self.batch.sampling, self._samples, num_rows, vocab_size, features)
             self.batch = self.batch._replace(sampling=sampling)
