@@ -43,7 +43,7 @@ class Regex(Constraint):
 
 @dataclass(frozen=True)
 class JsonSchema(Constraint):
-    """The text of an output is JSON of this schema, without blanks between its parts. An object, or JSON text of one."""
+    """The text of an output is JSON of this schema (an object, or its JSON text), without blanks between its parts."""
 
     schema: Any
 

@@ -141,8 +141,8 @@ class Trie(Constraint):
         goes_on = self._are_beginnings()
         if goes_on.any() and not ends:
             raise ValueError(
-                f"item {int(goes_on.argmax())} of the trie is the beginning of another, and nothing could end it there: "
-                "give stop_token_ids, or leave out ignore_eos=True"
+                f"item {int(goes_on.argmax())} of the trie is the beginning of another, and nothing could end "
+                "it there: give stop_token_ids, or leave out ignore_eos=True"
             )
         if not goes_on.any() and is_kept.all():
             return self

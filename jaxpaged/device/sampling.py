@@ -1,8 +1,9 @@
 """Chooses tokens from logits, and says how likely they were.
 
-The order of operations is vLLM's: logits processors, constraints, allowed tokens, edits (bias, banned words, min_tokens), penalties,
-temperature, min_p, top_k, top_p, then a draw (vocabulary.py). Arrays that are None in `SamplingInputs` cost nothing.
-The random numbers of a row are a function of its request's seed, its sample index and the position alone.
+The order of operations is vLLM's: logits processors, constraints, allowed tokens, edits (bias, banned words,
+min_tokens), penalties, temperature, min_p, top_k, top_p, then a draw (vocabulary.py). Arrays that are None in
+`SamplingInputs` cost nothing. The random numbers of a row are a function of its request's seed, its sample index and
+the position alone.
 
 top_k and top_p need a threshold, not an order: it is found by bisection over the bits of the values, 32 passes over the
 row whatever k is, and exact. So the vocabulary is never sorted.

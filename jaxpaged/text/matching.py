@@ -7,6 +7,8 @@ is not mixed with how a request may end: where the text may end, the tokens that
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from jaxpaged.text.tokenizer import Tokenizer
 MAX_KEPT = 64
 #: JSON is written without blanks between its parts: a model that likes them could write them for ever.
 JSON_OPTIONS = {"whitespace_flexible": False}
+#: Where only one text may follow, every token that begins it is allowed, not just those the tokenizer would make of it.
+OPTIONS = '%llguidance {"no_forcing": true}'
 
 
 class Matchers:
@@ -48,10 +52,16 @@ class Matchers:
         is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if is_wrong or matcher.is_error():
-            reason = " ".join((matcher.get_error() or reasons[0]).split())
+            reason = _in_a_line(matcher.get_error() or reasons[0])
             kind = next(iter(constraint.as_json()))
             raise ValueError(f"constraint: llguidance cannot follow this {kind}: {reason}")
         return matcher
+
+
+def _in_a_line(reason: str) -> str:
+    """A message of the library without the listing of the grammar, in which the place is marked."""
+    lines = [line for line in reason.splitlines() if not re.match(r"\s*(\d+ \||\^\s*$)", line)]
+    return " ".join(" ".join(lines).split())
 
 
 class Matcher:
@@ -143,11 +153,17 @@ class _TokenTable:
 
 
 def _grammar_of(constraint: Constraint) -> str:
+    """In the library's form of Lark."""
     from llguidance import LLMatcher
 
     if isinstance(constraint, Regex):
-        return LLMatcher.grammar_from_regex(constraint.pattern)
-    if isinstance(constraint, JsonSchema):
-        return LLMatcher.grammar_from_json_schema(constraint.schema, defaults=JSON_OPTIONS)
-    assert isinstance(constraint, Grammar), f"{constraint} is not followed by matchers"
-    return LLMatcher.grammar_from_lark(constraint.text)
+        lark = json.loads(LLMatcher.grammar_from_regex(constraint.pattern))["grammars"][0]["lark_grammar"]
+    elif isinstance(constraint, JsonSchema):
+        schema = json.loads(constraint.schema)
+        own = schema.get("x-guidance")
+        schema["x-guidance"] = JSON_OPTIONS | (own if isinstance(own, dict) else {})
+        lark = f"start: %json {json.dumps(schema)}"
+    else:
+        assert isinstance(constraint, Grammar), f"{constraint} is not followed by matchers"
+        lark = constraint.text
+    return LLMatcher.grammar_from_lark(f"{lark}\n{OPTIONS}")

@@ -1,4 +1,4 @@
-"""The tries of a run as one, as the device looks things up in it: FREE_NODE limits nothing, behind DEAD_NODE nothing comes.
+"""The tries of a run as one, as the device looks things up: FREE_NODE limits nothing, behind DEAD_NODE nothing comes.
 
 A node of few children lists them; one of many has the bits of a vocabulary, so that what a step reads of it does not
 depend on how many there are. Nodes with bits are few: each has more than MAX_LISTED edges of its own.
