@@ -76,7 +76,9 @@ class Trie(Constraint):
 
     def child(self, node: int, token: int) -> int:
         """The node behind a token; -1 where there is none."""
-        return int(self.advance(np.array([node]), np.array([token]))[0])
+        wanted = (node << 32) + token
+        edge = int(self.keys.searchsorted(wanted)) if 0 <= token <= MAX_TOKEN else len(self.keys)
+        return edge + 1 if edge < len(self.keys) and self.keys[edge] == wanted else -1
 
     def advance(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """i64[R]: the nodes behind these tokens i[R]; -1 where there are none."""

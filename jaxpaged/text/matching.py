@@ -52,16 +52,15 @@ class Matchers:
         is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if is_wrong or matcher.is_error():
-            reason = _in_a_line(matcher.get_error() or reasons[0])
-            kind = next(iter(constraint.as_json()))
-            raise ValueError(f"constraint: llguidance cannot follow this {kind}: {reason}")
+            raise ValueError(_refusal(constraint, matcher.get_error() or reasons[0]))
         return matcher
 
 
-def _in_a_line(reason: str) -> str:
-    """A message of the library without the listing of the grammar, in which the place is marked."""
+def _refusal(constraint: Constraint, reason: str) -> str:
+    """With a message of the library, but for its listing of the grammar, in which the place is marked."""
+    kind = next(iter(constraint.as_json()))
     lines = [line for line in reason.splitlines() if not re.match(r"\s*(\d+ \||\^\s*$)", line)]
-    return " ".join(" ".join(lines).split())
+    return f"constraint: llguidance cannot follow this {kind}: {' '.join(' '.join(lines).split())}"
 
 
 class Matcher:
@@ -124,6 +123,16 @@ def _without_end(words: np.ndarray, vocab_size: int) -> np.ndarray:
     if vocab_size % 32:
         words[:, -1] &= np.int32((1 << vocab_size % 32) - 1)
     return words
+
+
+def check_constraint(constraint: Constraint) -> None:
+    """ValueError where the library is missing, or does not take a constraint whatever the tokenizer."""
+    check_installed()
+    from llguidance import LLMatcher
+
+    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(_grammar_of(constraint))
+    if is_wrong:
+        raise ValueError(_refusal(constraint, reasons[0]))
 
 
 def check_installed() -> None:

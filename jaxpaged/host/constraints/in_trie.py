@@ -18,11 +18,12 @@ class TriePlace:
         self.trie, self.node = trie, 0
 
     def push(self, token_id: int) -> None:
-        self.node = self.trie.child(self.node, token_id)
+        self.node = self.trie.child(self.node, token_id) if self.node >= 0 else -1
 
     @property
     def is_over(self) -> bool:
-        return bool(self.trie.is_leaf(np.array(self.node)))
+        edges = self.trie.first_edges
+        return self.node >= 0 and bool(edges[self.node] == edges[self.node + 1])
 
 
 class TrieBeams:
