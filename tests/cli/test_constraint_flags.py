@@ -44,6 +44,7 @@ def test_beams_in_a_file_of_items_are_shown_and_no_others(model, items, capfd):
     assert out.count(" stop ") == 3 and " length " not in out
 
 
+@pytest.mark.slow
 def test_generate_with_a_pattern(model, capfd):
     options = ["--temperature=0", "--max-tokens=8", "--regex=[ab]{3}"]
     code, out, _ = run(["generate", model, "--prompt=a", *options, *SMALL], capfd)

@@ -3,6 +3,8 @@ systems of memory they end with the tokens that they have in an endless pool."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import all_but_slow
@@ -31,11 +33,11 @@ def text(tmp_path_factory):
     return TextLimit(Matchers(JsonTokenizer(path), 97).make(Regex(PATTERN), []), fill_masks)
 
 
-def limited(limits, count=12, beams=True) -> list:
-    """Samples, greedy requests and beams, with these limits in turn."""
+def limited(limits, count=12) -> list:
+    """Beams, samples and greedy requests, with these limits in turn."""
     groups = []
     for i, prompt in enumerate(random_prompts(count, low=4, high=16, seed=5)):
-        if i % 3 == 0 and beams:
+        if i % 3 == 0:
             group = beam_group(prompt, BeamSearchParams(beam_width=3, max_tokens=20), (1,), str(i))
         else:
             params = SamplingParams(n=3, max_tokens=20) if i % 3 == 1 else SamplingParams(temperature=0, max_tokens=20)
@@ -49,18 +51,22 @@ def limited(limits, count=12, beams=True) -> list:
     return groups
 
 
-def engine(**options):
-    return few_programs(toy_engine(**{"num_pages": 600, "max_num_seqs": 16, **options}))
+def engine(is_tight=False, **options):
+    """`is_tight`: only the pages that the largest request needs are given out, of a pool as large as any other."""
+    made = few_programs(toy_engine(**{"num_pages": 600, "max_num_seqs": 16, **options}))
+    if is_tight:
+        few = 1 + most_pages_of(limited([TRIE]), page_size=4)
+        made.cache_config = dataclasses.replace(made.cache_config, num_pages=few)
+    return made
 
 
 RUNS = {
-    "swapped": dict(preemption=PreemptionConfig("swap", swap_pages=400, transfer_pages=16)),
-    "recomputed": dict(preemption=PreemptionConfig("recompute")),
-    "known": dict(num_pages=600, prefix_caching=True),
-    "waiting": dict(num_pages=600, async_scheduling=False),
-    "alternating": dict(num_pages=600, mixed_steps=False),
-    "dense": dict(num_pages=600, kv_cache="dense"),
-    "without a cache": dict(num_pages=600, kv_cache="none", max_num_batched_tokens=256),
+    "swapped": dict(is_tight=True, preemption=PreemptionConfig("swap", swap_pages=400, transfer_pages=16)),
+    "recomputed": dict(is_tight=True, preemption=PreemptionConfig("recompute")),
+    "known": dict(prefix_caching=True),
+    "waiting": dict(async_scheduling=False),
+    "dense": dict(kv_cache="dense"),
+    "without a cache": dict(kv_cache="none", max_num_batched_tokens=256),
 }
 
 
@@ -71,11 +77,9 @@ def expected():
     return found
 
 
-@pytest.mark.parametrize("name", all_but_slow(RUNS, "recomputed", "known"))
+@pytest.mark.parametrize("name", all_but_slow(RUNS, "swapped", "recomputed", "known"))
 def test_in_a_trie(expected, name):
-    groups = limited([TRIE, None])
-    options = {"num_pages": 1 + most_pages_of(groups, page_size=4), **RUNS[name]}
-    constrained = engine(**options)
+    constrained = engine(**RUNS[name])
     for again in range(2 if name == "known" else 1):
         assert run_checked(constrained, limited([TRIE, None])) == expected, again
     assert bool(constrained.stats.preemptions) == (name in ("swapped", "recomputed"))
@@ -84,13 +88,13 @@ def test_in_a_trie(expected, name):
 @pytest.mark.parametrize("name", all_but_slow(RUNS))
 def test_in_a_text(text, name):
     limits = [text, TRIE, None]
-    options = {"num_pages": 1 + most_pages_of(limited(limits), page_size=4), **RUNS[name]}
-    assert run_checked(engine(**options), limited(limits)) == run_checked(engine(), limited(limits))
+    assert run_checked(engine(**RUNS[name]), limited(limits)) == run_checked(engine(), limited(limits))
 
 
-@pytest.mark.parametrize("is_mixed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_samples_ahead_of_the_host_and_beside_prompts(is_mixed):
-    groups = [limited([TRIE, None], beams=False) for _ in range(2)]
-    ahead = engine(mixed_steps=is_mixed, max_num_batched_tokens=32)
-    waiting = engine(mixed_steps=False, async_scheduling=False)
-    assert run_checked(ahead, groups[0]) == run_checked(waiting, groups[1])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens_a_step", [64, 32])
+def test_samples_ahead_of_the_host_and_beside_prompts(expected, tokens_a_step):
+    ahead = engine(max_num_batched_tokens=tokens_a_step, max_num_seqs=4)
+    samples = [group for group in limited([TRIE, None]) if not group.beams]
+    assert run_checked(ahead, samples) == {group.request_id: expected[group.request_id] for group in samples}
+    assert ahead.stats.mixed_steps > 0

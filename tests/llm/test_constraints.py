@@ -144,6 +144,7 @@ def test_samples_do_not_depend_on_what_runs_beside_them_and_steps_that_run_ahead
     assert [tokens_of(output) for output in samples_alone] == expected
 
 
+@pytest.mark.slow
 def test_without_a_constraint_of_its_own_a_request_is_not_limited(llm, ran):
     ((params, output),) = ran["free"]
     assert tokens_of(output) == tokens_of(generate(llm, [params])[0])
