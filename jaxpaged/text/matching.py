@@ -32,7 +32,8 @@ class Matchers:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         from llguidance import LLExecutor, LLTokenizer
 
-        self._tokenizer = LLTokenizer(_TokenTable(tokenizer, vocab_size), slices=None)
+        table: Any = _TokenTable(tokenizer, vocab_size)
+        self._tokenizer = LLTokenizer(table)
         self._vocab_size = vocab_size
         self._executor = LLExecutor()
         self._kept: dict[Constraint, Any] = {}  # matchers at the beginning, from which others are copied

@@ -17,8 +17,8 @@ ANCHOR = "a"
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
     """Of every id; empty for special tokens, ids without a token, and what adds nothing."""
     bytes_of = getattr(tokenizer, "bytes_of", None)
-    known = [None] if bytes_of is None else [bytes_of(token_id) for token_id in range(vocab_size)]
-    return _decoded(tokenizer, vocab_size) if None in known else known
+    known = [] if bytes_of is None else [bytes_of(token_id) for token_id in range(vocab_size)]
+    return known if known and None not in known else _decoded(tokenizer, vocab_size)
 
 
 def _decoded(tokenizer: Any, vocab_size: int) -> list[bytes]:

@@ -87,12 +87,13 @@ def measure_step(llm: Any, trie: Trie, width: int, repeats: int) -> dict[str, An
     from jaxpaged.host.constraints.trie_set import TrieSet
     from jaxpaged.host.step.batching import StepShape, fit
     from jaxpaged.host.step.features import SamplingFeatures
+    from jaxpaged.requests.prompts import Prompt
 
     runner = llm.engine.runner
     shape = StepShape(fit(width, runner.buckets.decode_rows), runner.buckets.table_widths[0])
-    features = SamplingFeatures(
-        has_samples=True, draws_tokens=False, num_candidates=2 * width, merged_widths=(width,) * 2
-    )
+    params = BeamSearchParams(beam_width=width, max_tokens=4, ignore_eos=True, detokenize=False)
+    group = llm._requests.read(Prompt(None, [0]), params, "", 0, llm.engine)
+    features = SamplingFeatures.of([group], llm.engine.model.vocab_size)
     tries = TrieSet((trie,))
     limited = dataclasses.replace(features, tries=tries)
     free_ms = _step_ms(runner, shape, features, None, repeats)

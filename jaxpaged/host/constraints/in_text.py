@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class TextMatcher(Protocol):
 
 
 #: Writes the bits of the tokens that matchers allow next to their rows of an array i32[R, V / 32].
-FillMasks = Callable[[Sequence[tuple[int, TextMatcher]], np.ndarray], None]
+FillMasks = Callable[[Sequence[tuple[int, Any]], np.ndarray], None]
 
 
 class TextPlace:
