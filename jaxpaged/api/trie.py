@@ -91,9 +91,9 @@ class Trie(Constraint):
         """bool[R]: whether an item ends at each of these nodes, and none goes on; False for -1."""
         return (nodes >= 0) & (self.first_edges[nodes] == self.first_edges[nodes + 1])
 
-    def first_tokens(self) -> list[int]:
-        """What an output may begin with."""
-        return (self.keys[: self.first_edges[1]] & MAX_TOKEN).tolist()
+    def first_tokens(self) -> np.ndarray:
+        """i64[C]: what an output may begin with."""
+        return self.keys[: self.first_edges[1]] & MAX_TOKEN
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise ValueError where an item has a token that the vocabulary does not have."""

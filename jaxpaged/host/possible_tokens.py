@@ -18,10 +18,12 @@ def check_some_token(group: SequenceGroup, vocab_size: int) -> None:
     params, allowed = group.params, group.params.allowed_token_ids
     ends = group.eos_ids | group.stop_ids if params.min_tokens else frozenset()
     words = {word[0] for word in group.banned_words if len(word) == 1}
-    if allowed is None and group.limit is None and len(ends) + len(words) < vocab_size:
+    limited = None if group.limit is None else group.limit.first_tokens(vocab_size)
+    num_possible = vocab_size if limited is None else len(limited)
+    if allowed is None and len(ends) + len(words) < num_possible:
         return
-    possible = set(range(vocab_size) if group.limit is None else group.limit.first_tokens(vocab_size))
-    reasons = [] if group.limit is None else [f"the constraint begins with {_shown(possible)}"]
+    possible = set(range(vocab_size) if limited is None else limited.tolist())
+    reasons = [] if limited is None else [f"the constraint begins with {_shown(possible)}"]
     if allowed is not None:
         possible &= set(allowed)
         reasons.append(f"allowed_token_ids has {_shown(allowed)}")

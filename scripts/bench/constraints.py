@@ -6,9 +6,9 @@
 
 *beams*: one user of the catalogue of catalogue.py (recommend.py is the example), searched in the trie of all items and
 without it; the share of illegal outputs is of those that are no item. *step*: a decode step of as many beams alone, on
-the device, with and without rows in a trie, at each depth: the median of launches that wait for the step, over all
-depths. *texts*: greedy rows of a JSON schema beside free ones of the same length; their steps wait for the host, so
-this has both, with the free rows' steps launched ahead and not. Ends with the same as JSON on one line.
+the device and without what attention reads, with and without rows in a trie, at each depth: the median of launches that
+wait for the step, over all depths. *texts*: greedy rows of a JSON schema, whose steps wait for the host, and free ones,
+whose steps are launched ahead; of a model with a tokenizer. Ends with the same as JSON on one line.
 """
 
 from __future__ import annotations
@@ -122,6 +122,13 @@ def _nodes_by_depth(trie: Trie, width: int) -> list[np.ndarray]:
 def _step_ms(runner: Any, shape: Any, features: Any, nodes: np.ndarray | None, repeats: int) -> float:
     batch = runner._nothing(shape, features)
     sampling = batch.sampling
+    if sampling.beam_rows is not None:  # one search of all rows
+        beam_rows = np.full_like(sampling.beam_rows, -1)
+        width = min(beam_rows.shape[1], shape.num_rows)
+        beam_rows[0, :width] = np.arange(width)
+        sampling = sampling._replace(beam_rows=beam_rows)
+        if getattr(sampling, "beam_counts", None) is not None:
+            sampling = sampling._replace(beam_counts=np.full_like(sampling.beam_counts, 2 * width))
     if nodes is not None:
         sampling = sampling._replace(nodes=nodes)
     step = runner.prepare_batch(batch._replace(sampling=sampling), features)

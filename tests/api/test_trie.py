@@ -21,7 +21,7 @@ def test_items_are_found_by_the_number_of_the_first_that_is_equal():
 
 def test_children_lie_side_by_side_in_the_order_of_their_tokens():
     trie = Trie.from_sequences(ITEMS)
-    assert trie.first_tokens() == [5, 7]
+    assert trie.first_tokens().tolist() == [5, 7]
     assert (trie.keys >> 32).tolist() == [0, 0, 1, 1, 2, 5]  # parents
     assert (trie.keys & 0xFFFFFFFF).tolist() == [5, 7, 4, 6, 8, 9]
     assert trie.first_edges.tolist() == [0, 2, 4, 5, 5, 5, 6, 6]

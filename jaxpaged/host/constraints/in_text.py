@@ -71,10 +71,10 @@ class TextLimit:
     matcher: TextMatcher
     fill_masks: FillMasks
 
-    def first_tokens(self, vocab_size: int) -> list[int]:
+    def first_tokens(self, vocab_size: int) -> np.ndarray:
         words = np.zeros((1, -(-vocab_size // 32)), np.int32)
         self.fill_masks([(0, self.matcher.copy())], words)
-        return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+        return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
 
     def begin(self) -> TextPlace:
         return TextPlace(self.matcher.copy(), self.fill_masks)

@@ -45,7 +45,7 @@ class TrieLimit:
 
     trie: Trie
 
-    def first_tokens(self, vocab_size: int) -> list[int]:
+    def first_tokens(self, vocab_size: int) -> np.ndarray:
         return self.trie.first_tokens()
 
     def begin(self) -> TriePlace:

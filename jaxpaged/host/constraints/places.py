@@ -35,8 +35,8 @@ class BeamPlaces(Protocol):
 class RequestLimit(Protocol):
     """What limits one request."""
 
-    def first_tokens(self, vocab_size: int) -> list[int]:
-        """What an output may begin with."""
+    def first_tokens(self, vocab_size: int) -> np.ndarray:
+        """i[C]: what an output may begin with."""
         ...
 
     def begin(self) -> SamplePlace:
