@@ -219,7 +219,7 @@ class StepRunner:
     def free(self) -> None:
         """Give back the device's memory, weights included; whoever still has the arrays has nothing. For the end."""
         self.stop_ahead()
-        held = self.pool, self._carried, list(self._swapped.values()), self.params, self._parts
+        held = self.pool, self._carried, list(self._swapped.values()), self.params, self._parts, self._tries
         for array in jax.tree.leaves(held):
             if isinstance(array, jax.Array) and not array.is_deleted():
                 array.delete()
