@@ -8,8 +8,10 @@ keys, parent * 2**32 + token, which are in order, and each node's first edge. Ma
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -42,7 +44,8 @@ class Trie(Constraint):
         self.items[ends[::-1]] = np.arange(len(ends), dtype=np.int32)[::-1]  # of equal items the first stays
         counts = np.bincount(self.keys >> 32, minlength=len(self.items))
         self.first_edges = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        self._forms: dict[tuple[frozenset[int], int], Trie] = {}
+        self._forms = WeakValueDictionary[tuple[frozenset[int], int], Trie]()  # all that somebody has
+        self._latest = deque[Trie](maxlen=MAX_FORMS)
 
     @classmethod
     def from_sequences(cls, sequences: Any) -> Trie:
@@ -120,11 +123,12 @@ class Trie(Constraint):
         that leaves nothing, or an item could not end, or would end too early.
         """
         form = ends, min_tokens
-        if form not in self._forms:
-            if len(self._forms) == MAX_FORMS:
-                del self._forms[next(iter(self._forms))]
-            self._forms[form] = self._made_with(ends, min_tokens)
-        return self._forms[form]
+        found = self._forms.get(form)
+        if found is None:
+            found = self._forms[form] = self._made_with(ends, min_tokens)
+        if found is not self and found not in self._latest:
+            self._latest.append(found)
+        return found
 
     def _made_with(self, ends: frozenset[int], min_tokens: int) -> Trie:
         last = np.cumsum(self._lengths) - 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from jaxpaged.api.constraint import Constraint, TrieFile
 from jaxpaged.api.request_params import RequestParams
@@ -26,7 +28,8 @@ class LimitReader:
     def __init__(self, tokenizer: Tokenizer | None, missing: str):
         self._tokenizer = tokenizer
         self._missing = missing
-        self._files: dict[tuple[str, int, int], Trie] = {}
+        self._files = WeakValueDictionary[tuple[str, int, int], Trie]()  # all that somebody has
+        self._latest = deque[Trie](maxlen=MAX_FILES)
         self._matchers: dict[int, Matchers] = {}  # by the size of the vocabulary
 
     def read(self, params: RequestParams, ends: frozenset[int], vocab_size: int, room: int) -> RequestLimit | None:
@@ -53,11 +56,12 @@ class LimitReader:
             raise ValueError(f"trie: {path} is no file")
         stat = path.stat()
         key = str(path), stat.st_mtime_ns, stat.st_size
-        if key not in self._files:
-            if len(self._files) == MAX_FILES:
-                del self._files[next(iter(self._files))]
-            self._files[key] = self._read_items(path)
-        return self._files[key]
+        found = self._files.get(key)
+        if found is None:
+            found = self._files[key] = self._read_items(path)
+        if found not in self._latest:
+            self._latest.append(found)
+        return found
 
     def _read_items(self, path: Path) -> Trie:
         if path.stat().st_size > MAX_FILE_BYTES:
