@@ -89,6 +89,7 @@ def test_steps_that_go_on_ahead_find_what_waiting_ones_find(engine, expected):
     assert sum(steps) >= len(steps) / 3, "few steps went on from what the device had"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
 def test_in_a_pool_that_is_too_small_for_all_they_give_way_and_find_the_same(mode, expected):
     preemption = PreemptionConfig(mode, swap_pages=200, transfer_pages=4)
@@ -97,6 +98,7 @@ def test_in_a_pool_that_is_too_small_for_all_they_give_way_and_find_the_same(mod
     assert tight.stats.preemptions > 0 and (tight.stats.swaps_out > 0) == (mode == "swap")
 
 
+@pytest.mark.slow
 def test_known_pages_of_the_prompt_are_shared_and_never_written(engine, expected):
     caching = few_programs(toy_engine(num_pages=300, max_num_seqs=32, prefix_caching=True))
     for _ in range(2):
@@ -104,6 +106,7 @@ def test_known_pages_of_the_prompt_are_shared_and_never_written(engine, expected
     assert caching.stats.cached_tokens > 0
 
 
+@pytest.mark.slow
 def test_one_prompt_is_read_once_for_all_beams_and_the_same_is_found(engine):
     prompt = random_prompts(1, low=22, high=22)[0]
 
@@ -134,6 +137,7 @@ def test_beams_are_counted_as_they_are(engine):
     assert (account.used + account.internal + account.cached + account.free == account.num_slots).all()
 
 
+@pytest.mark.slow
 def test_tables_and_histories_become_wider_on_the_device(expected, monkeypatch):
     monkeypatch.setattr("jaxpaged.host.step.batching.NARROWEST_TABLE", 2)
     engine = few_programs(toy_engine(num_pages=300, max_num_seqs=32))
@@ -153,8 +157,15 @@ def test_512_beams_find_what_computing_everything_anew_finds(monkeypatch, tile):
     np.testing.assert_allclose([s for _, s in results], [s for _, s, done in expected if done], atol=1e-4)
 
 
-@pytest.mark.parametrize("gathers", [True, False])
-@pytest.mark.parametrize("widths", [[2, 5, 9], [8, 3], [3, 7, 2, 4]])
+@pytest.mark.parametrize(
+    "widths, gathers",
+    [
+        ([3, 7, 2, 4], True),
+        pytest.param([3, 7, 2, 4], False, marks=pytest.mark.slow),
+        pytest.param([2, 5, 9], True, marks=pytest.mark.slow),
+        pytest.param([8, 3], True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_list_of_widths_has_one_a_step(engine, monkeypatch, widths, gathers):
     prompt = random_prompts(1, low=7, high=7, seed=2)[0]
     params = BeamSearchParams(beam_width=widths, max_tokens=8)
