@@ -39,11 +39,14 @@ class DecodeInputs(NamedTuple):
 
     tokens: Any  # i32[B] ids; below 0 (`of_row`) where the host does not know yet what the step before chose
     positions: Any  # i32[B]
-    slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset
-    block_tables: Any  # i32[B, P]
+    slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset; None with `fresh_pages`
+    block_tables: Any  # i32[B, P]; with `fresh_pages` i32[0, P]
     context_lens: Any  # i32[B] tokens readable in this step, the new one included
     copies: Any = None  # i32[2, B] source and destination pages, copied before anything is written; None: no list
     cascade_groups: CascadeGroups | None = None  # what is read once for several rows; None: nothing
+    # i32[B] of rows that begin a page, which one; 0 for others. The device has the tables from the step before, whose
+    # rows were the same, and gives them to the beams that go on.
+    fresh_pages: Any = None
 
 
 class PrefillInputs(NamedTuple):
@@ -87,10 +90,13 @@ class SamplingInputs(NamedTuple):
     seeds: Any  # i32[R, 2] high and low word
     sample_indices: Any  # i32[R] which sample of its request
     positions: Any  # i32[R] of the token to be chosen
-    running_scores: Any = None  # f32[R] what a beam's next log-probabilities are added to; only where beams run
+    # f32[R] what a beam's next log-probabilities are added to; only where beams run. f32[0]: the device has them.
+    running_scores: Any = None
     is_beam: Any = None  # i32[R], 0 or 1; only where beams and samples run together
     beam_temperatures: Any = None  # f32[R] of beams that are drawn; 0: the best are taken
     beam_rows: Any = None  # i32[G, W] rows of each group of beams, whose candidates are merged; padded with -1
+    end_ids: Any = None  # i32[G, E] tokens that end a beam, padded with -2; with `beam_rows`
+    beam_counts: Any = None  # i32[G] candidates that a group chooses from
     temperatures: Any = None  # f32[R]; 0 is greedy
     top_ps: Any = None  # f32[R]
     top_ks: Any = None  # i32[R]; V when all are kept
@@ -256,7 +262,7 @@ def unpack_outputs(columns: np.ndarray, wanted: Wanted, num_groups: int) -> Step
         fields = np.split(flat.reshape(num_groups, -1), count, axis=1)
         extra = (_floats(fields[3]), fields[4]) if wanted.beam_logprobs else ()
         return outputs._replace(candidates=GroupCandidates(_floats(fields[0]), fields[1], fields[2], *extra))
-    fields = np.split(rest, rest.shape[1] // wanted.num_candidates, axis=1)
+    fields = np.split(rest, 2 + wanted.draws_beams + 2 * wanted.beam_logprobs, axis=1)
     keys = _floats(fields[2]) if wanted.draws_beams else None
     extra = (_floats(fields[-2]), fields[-1]) if wanted.beam_logprobs else ()
     return outputs._replace(candidates=RowCandidates(_floats(fields[0]), fields[1], keys, *extra))

@@ -63,10 +63,21 @@ def advance(tries: TrieTables, nodes: Array, tokens: Array) -> Array:
     return jnp.where(nodes == FREE_NODE, FREE_NODE, jnp.where(is_there, child, DEAD_NODE))
 
 
-def next_nodes(sampling: SamplingInputs, tries: TrieTables | None, drawn: Array) -> Array | None:
-    """i32[M]: where the rows have come to by the tokens i32[M] that they drew; None where no row is in a trie."""
+def are_leaves(tries: TrieTables, nodes: Array) -> Array:
+    """bool[R]: whether an item ends at each of nodes i32[R], and none goes on."""
+    return (tries.counts[nodes] == 0) & (nodes != FREE_NODE) & (nodes != DEAD_NODE)
+
+
+def next_nodes(
+    sampling: SamplingInputs, tries: TrieTables | None, drawn: Array, parents: Array | None = None
+) -> Array | None:
+    """i32[M]: where the rows have come to by the tokens i32[M] that they drew; None where no row is in a trie.
+
+    `parents` i32[R]: the row that each has gone on from, where that is not always its own.
+    """
     if sampling.nodes is None or tries is None:
         return None
     rows = len(sampling.nodes)
-    behind = advance(tries, sampling.nodes, drawn[:rows])
+    before = sampling.nodes if parents is None else sampling.nodes[parents]
+    behind = advance(tries, before, drawn[:rows])
     return jnp.zeros_like(drawn).at[:rows].set(behind)

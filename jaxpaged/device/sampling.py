@@ -24,6 +24,10 @@ from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, WHOLE_VOCABULA
 
 Array = jax.Array
 
+#: Fields of `SamplingInputs` that have no row a row of the step.
+_OF_GROUPS = ("beam_rows", "end_ids", "beam_counts")
+_LISTS = ("edit_rows", "edit_tokens", "edit_values", "allowed_rows", "allowed_tokens")
+
 #: Below this a temperature is as good as greedy.
 MIN_TEMPERATURE = 1e-5
 
@@ -114,6 +118,18 @@ def likeliest_tokens(logits: Array, count: int) -> Array:
     values, ids = top_candidates(logits, count)
     normaliser = vocabulary.logsumexp(logits)[:, None]
     return jnp.concatenate([ids, bits(values - normaliser)], axis=1)
+
+
+def sampling_of(inputs: SamplingInputs, rows: Array) -> SamplingInputs:
+    """The inputs of rows i32[r] alone, each named once at most; -1 for padding, which is any row."""
+    num_rows = len(inputs.seeds)
+    of_rows = inputs._replace(**dict.fromkeys(_OF_GROUPS + _LISTS))
+    places = jnp.full(num_rows + 1, len(rows))  # where a row is now; others are out of range, and dropped
+    places = places.at[jnp.where(rows < 0, num_rows + 1, rows)].set(jnp.arange(len(rows)), mode="drop")
+    lists = {name: getattr(inputs, name) for name in _LISTS}
+    for name in ("edit_rows", "allowed_rows"):
+        lists[name] = None if lists[name] is None else places[lists[name]]
+    return jax.tree.map(lambda values: values[jnp.maximum(rows, 0)], of_rows)._replace(**lists)
 
 
 def bits(x: Array) -> Array:

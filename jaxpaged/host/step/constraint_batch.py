@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -10,15 +10,24 @@ from jaxpaged.host.constraints.in_text import FillMasks, TextBeams, TextMatcher,
 from jaxpaged.host.constraints.in_trie import TrieBeams, TrieLimit, TriePlace
 from jaxpaged.host.constraints.trie_set import TrieSet
 from jaxpaged.host.step.features import SamplingFeatures
-from jaxpaged.host.step.step_plan import Sample
+from jaxpaged.host.step.step_plan import Sample, SearchRows
 from jaxpaged.step_io import DEAD_NODE, FREE_NODE, SamplingInputs, of_row
 
 
 def with_limits(
-    inputs: SamplingInputs, samples: list[Sample], num_rows: int, vocab_size: int, features: SamplingFeatures
+    inputs: SamplingInputs,
+    samples: list[Sample],
+    num_rows: int,
+    vocab_size: int,
+    features: SamplingFeatures,
+    searches: Sequence[SearchRows] = (),
 ) -> SamplingInputs:
+    """Texts are of samples, and of beams that have sequences; searches whose beams are arrays are in tries alone."""
     if features.tries is not None:
-        inputs = inputs._replace(nodes=_nodes(samples, num_rows, features.tries))
+        nodes = _nodes(samples, num_rows, features.tries)
+        for group, row, width, _ in searches:
+            _fill_nodes(nodes, row, width, group.beams[0].places, features.tries)
+        inputs = inputs._replace(nodes=nodes)
     if features.has_masks:
         inputs = inputs._replace(masks=_masks(samples, num_rows, vocab_size))
     return inputs
@@ -37,10 +46,15 @@ def _nodes(samples: list[Sample], num_rows: int, tries: TrieSet) -> np.ndarray:
         else:
             nodes[row] = roots[group.limit.trie] + (place.node if isinstance(place, TriePlace) else 0)
     for row, width, places in _running_beams(samples):
-        if isinstance(places, TrieBeams):
-            found = places.nodes[:width]  # below 0 in places without a beam
-            nodes[row : row + width] = np.where(found < 0, DEAD_NODE, found + roots[places.trie])
+        _fill_nodes(nodes, row, width, places, tries)
     return nodes
+
+
+def _fill_nodes(nodes: np.ndarray, row: int, width: int, places: object, tries: TrieSet) -> None:
+    """Of the beams of one search, as far as they are in a trie."""
+    if isinstance(places, TrieBeams):
+        found = places.nodes[:width]  # below 0 in places without a beam
+        nodes[row : row + width] = np.where(found < 0, DEAD_NODE, found + tries.root(places.trie))
 
 
 def _masks(samples: list[Sample], num_rows: int, vocab_size: int) -> np.ndarray:
