@@ -25,6 +25,10 @@ WHOLE_VOCABULARY = -1
 NO_TOKEN, BAD_LOGITS, BAD_PROCESSED = -1, -2, -3
 
 
+#: Of the tries of a run: what limits nothing, and what nothing comes behind.
+FREE_NODE, DEAD_NODE = 1, 0
+
+
 def of_row(row: int) -> int:
     """In place of a token: the one that row `row` of the step before has chosen. Its own reverse."""
     return -1 - row
@@ -35,11 +39,14 @@ class DecodeInputs(NamedTuple):
 
     tokens: Any  # i32[B] ids; below 0 (`of_row`) where the host does not know yet what the step before chose
     positions: Any  # i32[B]
-    slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset
-    block_tables: Any  # i32[B, P]
+    slot_mapping: Any  # i32[B] where each new token's K and V go: page * page_size + offset; None with `fresh_pages`
+    block_tables: Any  # i32[B, P]; with `fresh_pages` i32[0, P]
     context_lens: Any  # i32[B] tokens readable in this step, the new one included
     copies: Any = None  # i32[2, B] source and destination pages, copied before anything is written; None: no list
     cascade_groups: CascadeGroups | None = None  # what is read once for several rows; None: nothing
+    # i32[B] of rows that begin a page, which one; 0 for others. The device has the tables from the step before, whose
+    # rows were the same, and gives them to the beams that go on.
+    fresh_pages: Any = None
 
 
 class PrefillInputs(NamedTuple):
@@ -54,6 +61,17 @@ class PrefillInputs(NamedTuple):
     context_lens: Any  # i32[B] tokens readable by the row's last query
     sample_from: Any  # i32[R] index of the packed token whose logits row r samples from
     next_tokens: Any = None  # i32[T] the token after each one; only when prompt log-probabilities are wanted
+
+
+class TrieTables(NamedTuple):
+    """The tries of a run. The children of a node lie side by side, in order of their tokens."""
+
+    first: Any  # i32[N] the first child of each node
+    counts: Any  # i32[N] children
+    tokens: Any  # i32[N] the token that leads to each node
+    bit_rows: Any  # i32[N] row of `bits` that has its children's tokens; DEAD_NODE where the node only lists them
+    bits: Any  # i32[B, V / 32]; nothing in row DEAD_NODE, everything in row FREE_NODE
+    places: Any  # i32[C] 0, 1, ... for the most children that a node lists
 
 
 StepInputs = DecodeInputs | PrefillInputs
@@ -72,10 +90,13 @@ class SamplingInputs(NamedTuple):
     seeds: Any  # i32[R, 2] high and low word
     sample_indices: Any  # i32[R] which sample of its request
     positions: Any  # i32[R] of the token to be chosen
-    running_scores: Any = None  # f32[R] what a beam's next log-probabilities are added to; only where beams run
+    # f32[R] what a beam's next log-probabilities are added to; only where beams run. f32[0]: the device has them.
+    running_scores: Any = None
     is_beam: Any = None  # i32[R], 0 or 1; only where beams and samples run together
     beam_temperatures: Any = None  # f32[R] of beams that are drawn; 0: the best are taken
     beam_rows: Any = None  # i32[G, W] rows of each group of beams, whose candidates are merged; padded with -1
+    end_ids: Any = None  # i32[G, E] tokens that end a beam, padded with -2; with `beam_rows`
+    beam_counts: Any = None  # i32[G] candidates that a group chooses from
     temperatures: Any = None  # f32[R]; 0 is greedy
     top_ps: Any = None  # f32[R]
     top_ks: Any = None  # i32[R]; V when all are kept
@@ -95,6 +116,9 @@ class SamplingInputs(NamedTuple):
     allowed_rows: Any = None  # i32[A], padded with R
     allowed_tokens: Any = None  # i32[A]
     uses_processor: Any = None  # i32[R, number of processors], 0 or 1
+    # What a constraint limits each row to: a node of the run's tries, and the bits of the tokens that are allowed
+    nodes: Any = None  # i32[R] node; below 0 (`of_row`) the one that the row of the step before has come to
+    masks: Any = None  # i32[R, V / 32], token v is bit v % 32 of word v / 32
 
 
 class DecodeBatch(NamedTuple):
@@ -238,7 +262,7 @@ def unpack_outputs(columns: np.ndarray, wanted: Wanted, num_groups: int) -> Step
         fields = np.split(flat.reshape(num_groups, -1), count, axis=1)
         extra = (_floats(fields[3]), fields[4]) if wanted.beam_logprobs else ()
         return outputs._replace(candidates=GroupCandidates(_floats(fields[0]), fields[1], fields[2], *extra))
-    fields = np.split(rest, rest.shape[1] // wanted.num_candidates, axis=1)
+    fields = np.split(rest, 2 + wanted.draws_beams + 2 * wanted.beam_logprobs, axis=1)
     keys = _floats(fields[2]) if wanted.draws_beams else None
     extra = (_floats(fields[-2]), fields[-1]) if wanted.beam_logprobs else ()
     return outputs._replace(candidates=RowCandidates(_floats(fields[0]), fields[1], keys, *extra))

@@ -103,6 +103,12 @@ id_lists = st.one_of(
 text_lists = st.one_of(texts, st.lists(texts, max_size=3), st.lists(scalars, max_size=2))
 flags = st.booleans()
 
+constraints = st.one_of(
+    st.dictionaries(st.sampled_from(["regex", "grammar", "trie", "json_schema", "odd"]), texts, max_size=2),
+    st.sampled_from(["[ab]+", "(", "a{1000}{1000}", "^a$", "/", "\\", "(?<n>a)"]).map(lambda one: {"regex": one}),
+    st.dictionaries(st.sampled_from(["type", "$ref", "enum"]), scalars, max_size=2).map(lambda s: {"json_schema": s}),
+    anything,
+)  # fmt: skip
 #: What fields of parameters may be, more often than not in the right form.
 SAMPLING_FIELDS = {
     "n": st.integers(1, 4), "best_of": st.none() | st.integers(1, 4), "temperature": st.floats(0, 2) | edge_floats,
@@ -113,6 +119,7 @@ SAMPLING_FIELDS = {
     "presence_penalty": st.floats(-3, 3), "frequency_penalty": st.floats(-3, 3),
     "logit_bias": st.dictionaries(st.integers(-1, 99) | st.sampled_from([np.int64(5), "5"]), numbers, max_size=3),
     "allowed_token_ids": id_lists, "bad_words": text_lists,
+    "constraint": st.none() | constraints,
     "logits_processors": st.sampled_from([None, [len], [3], (len, len), iter([len]), len, [[]]]),
     "logprobs": st.none() | st.integers(-2, 99) | edge_ints, "prompt_logprobs": st.none() | st.integers(-2, 99),
     "detokenize": flags, "skip_special_tokens": flags,

@@ -200,3 +200,14 @@ def test_the_tour_is_small_and_has_been_run():
     assert tour.TOUR.stat().st_size < 300_000
     outputs = [cell["outputs"] for cell in json.loads(tour.TOUR.read_text())["cells"] if cell["cell_type"] == "code"]
     assert sum(map(len, outputs)) > 10
+
+
+@pytest.mark.slow
+def test_the_python_of_the_page_of_constraints_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    np.save("codes.npy", np.random.default_rng(0).integers(0, 256, (1000, 4)))
+    llm = LLM(ROOT / "checkpoints" / "tiny-python", num_pages=600, max_num_seqs=64)
+    scope: dict[str, object] = dict(llm=llm, prompts=["def f("], seen_by_each_user=[np.arange(3), np.arange(5)])
+    for block in fragments("docs/constraints.md", "python"):
+        exec(compile(block, "docs/constraints.md", "exec"), scope)
+    assert len(scope["recommended"]) == 64 and all(item is not None for item, _ in scope["recommended"])

@@ -13,6 +13,7 @@ from paths import ROOT
 ARROWS = {
     "api": (),  # what a user writes and gets
     "config": ("api",),
+    "constraints": ("api",),  # what a user limits outputs to
     "step_io": ("pallas_kernels",),  # the door between the two sides
     "hub": ("api", "demo_model"),  # names of models to directories
     "text": ("api",),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxpaged.api.checks import read_flags, read_int_field, read_number_field, read_optional_int
+import numpy as np
+
+from jaxpaged.api.checks import read_flags, read_int_field, read_number_field, read_optional_int, settle
 from jaxpaged.api.request_params import RequestParams
-from jaxpaged.api.values import shortened
+from jaxpaged.api.values import read_int, read_list, shortened
 
 #: A generated length raised to a power beyond this could leave the range of float32.
 LENGTH_PENALTY_LIMIT = 5.0
@@ -32,8 +35,10 @@ class BeamSearchParams(RequestParams):
     otherwise it is 1, or 0, which is vLLM's word for the same.
 
     Attributes:
-        beam_width: beams that run at a time, and hypotheses that are kept.
-        n: hypotheses returned, best first (default `beam_width`).
+        beam_width: beams that run at a time, and hypotheses that are kept. A list has a number for each step: so many
+            beams go on behind the first token, the second, ...; the last number holds for all further steps, and is
+            that of the hypotheses.
+        n: hypotheses returned, best first (default `beam_width`, of a list the last).
         length_penalty: above 0 favours long hypotheses, below 0 short ones; in [-5, 5].
         early_stopping: True ends the search when `beam_width` hypotheses have finished; False when no running beam of
             its present length can better the worst of them; "never" when none of any length up to `max_tokens` can
@@ -43,7 +48,7 @@ class BeamSearchParams(RequestParams):
         do_sample: draw candidates without replacement, from the softmax of their sums, instead of taking the best.
     """
 
-    beam_width: int
+    beam_width: int | Sequence[int]
     n: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -52,11 +57,11 @@ class BeamSearchParams(RequestParams):
     do_sample: bool = False
 
     def __post_init__(self):
-        read_int_field(self, "beam_width", 1)
+        self._read_widths()
         read_optional_int(self, "n", 1)
-        if self.n is not None and self.n > self.beam_width:
+        if self.n is not None and self.n > self.widths[-1]:
             raise ValueError(
-                f"n={self.n} hypotheses cannot be returned of the beam_width={self.beam_width} that are kept: "
+                f"n={self.n} hypotheses cannot be returned of the beam_width={self.widths[-1]} that are kept: "
                 "raise beam_width"
             )
         self._read_counts()
@@ -66,6 +71,15 @@ class BeamSearchParams(RequestParams):
         self._read_penalties()
         self._read_lists("beam")
         self._read_text_flags()
+
+    def _read_widths(self):
+        if isinstance(self.beam_width, (Sequence, np.ndarray)) and not isinstance(self.beam_width, (str, bytes)):
+            widths = read_list("beam_width", self.beam_width, "numbers of beams, one a step")
+            if not len(widths):
+                raise ValueError("beam_width=[] has no number of beams: give one a step, or one number for all")
+            settle(self, "beam_width", [read_int(f"beam_width[{i}]", width, 1) for i, width in enumerate(widths)])
+        else:
+            read_int_field(self, "beam_width", 1)
 
     def _read_ending(self):
         limit = LENGTH_PENALTY_LIMIT
@@ -95,7 +109,11 @@ class BeamSearchParams(RequestParams):
         read_int_field(self, "num_beam_groups", 1)
         most = MAX_DIVERSITY_PENALTY
         read_number_field(self, "diversity_penalty", 0.0, most, f"0 or more, and at most {most:g}")
-        if self.beam_width % self.num_beam_groups:
+        if self.num_beam_groups > 1 and not isinstance(self.beam_width, int):
+            raise ValueError(
+                f"num_beam_groups={self.num_beam_groups} share one beam_width: give a number instead of a list"
+            )
+        if isinstance(self.beam_width, int) and self.beam_width % self.num_beam_groups:
             raise ValueError(
                 f"beam_width={self.beam_width} cannot be split into num_beam_groups={self.num_beam_groups} groups of "
                 "the same width: make it a multiple"
@@ -117,13 +135,24 @@ class BeamSearchParams(RequestParams):
 
     @property
     def num_returned(self) -> int:
-        return self.beam_width if self.n is None else self.n
+        return self.widths[-1] if self.n is None else self.n
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Beams behind each step; the last number holds for all further ones."""
+        return (self.beam_width,) if isinstance(self.beam_width, int) else tuple(self.beam_width)
 
     @property
     def num_samples(self) -> int:
-        return self.beam_width
+        """The most beams that run at a time."""
+        return max(self.widths)
 
     @property
     def group_width(self) -> int:
-        """Beams of one of the `num_beam_groups`."""
-        return self.beam_width // self.num_beam_groups
+        """The most beams of one of the `num_beam_groups`."""
+        return self.num_samples // self.num_beam_groups
+
+    @property
+    def group_widths(self) -> tuple[int, ...]:
+        """`widths` of one of them."""
+        return tuple(width // self.num_beam_groups for width in self.widths)

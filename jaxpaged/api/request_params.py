@@ -17,6 +17,7 @@ from jaxpaged.api.checks import (
     read_processors,
     settle,
 )
+from jaxpaged.api.constraint import Constraint, read_constraint
 from jaxpaged.api.values import (
     FLOAT32_MAX,
     check_encodable,
@@ -58,6 +59,9 @@ class RequestParams:
         logit_bias: token id -> added to its logit, clamped to [-100, 100].
         allowed_token_ids: only these tokens can be chosen.
         bad_words: strings that are never generated: the last token of each is banned where the others precede it.
+        constraint: what the output is to be: a `Trie`, `Regex`, `JsonSchema` or `Grammar` of `jaxpaged.constraints`, or
+            an object with one key, as {"regex": "[0-9]+"}. Every output is one of it, or the beginning of one where
+            `max_tokens` or something of `stop` ends it sooner.
         logits_processors: functions of (token ids, their number, logits), in this order, see `LogitsProcessor`.
         logprobs: log-probabilities of that many likeliest tokens per generated token, besides the chosen one's; -1 is
             the whole vocabulary.
@@ -80,6 +84,7 @@ class RequestParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    constraint: Constraint | Mapping[str, Any] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -150,6 +155,7 @@ class RequestParams:
                 settle(self, name, read_token_ids(name, getattr(self, name)))
         if self.allowed_token_ids is not None and len(self.allowed_token_ids) == 0:
             raise ValueError("allowed_token_ids is empty: no token could be chosen")
+        settle(self, "constraint", read_constraint(self.constraint))
         if self.logit_bias is not None:
             settle(self, "logit_bias", read_bias(self.logit_bias))
         if self.logits_processors is not None:

@@ -20,10 +20,12 @@ from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.values import check_encodable, shortened
 from jaxpaged.batch.json_values import bias_from_json, check_keys, is_token_list
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, Prompt, make_request
+from jaxpaged.batch.response_format import with_response_format
 from jaxpaged.text.stream import Decode, TextStream, text_pieces
 
 BODY_KEYS = (
-    "model", "prompt", "echo", "stream", "stream_options", "suffix", "user", "add_special_tokens", *PARAMETER_NAMES,
+    "model", "prompt", "echo", "stream", "stream_options", "suffix", "user", "add_special_tokens", "response_format",
+    *PARAMETER_NAMES,
 )  # fmt: skip
 
 
@@ -40,6 +42,7 @@ def completion_request(index: int, custom_id: str, body: dict[str, Any], context
     params = {name: body[name] for name in PARAMETER_NAMES if name in body}
     if "logit_bias" in params:
         params["logit_bias"] = bias_from_json(params["logit_bias"])
+    params = with_response_format(params, body.get("response_format"))
     if echo and "logprobs" in params:
         params.setdefault("prompt_logprobs", params["logprobs"])
     options = OpenAIOptions(body.get("model"), echo)

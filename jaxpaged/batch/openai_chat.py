@@ -18,6 +18,7 @@ from jaxpaged.api.values import shortened
 from jaxpaged.batch.json_values import bias_from_json, check_keys
 from jaxpaged.batch.openai import check_model, output_pieces, usage
 from jaxpaged.batch.requests import PARAMETER_NAMES, BatchContext, BatchRequest, OpenAIOptions, make_request
+from jaxpaged.batch.response_format import with_response_format
 from jaxpaged.text.stream import Decode
 
 MAX_TOP_LOGPROBS = 20
@@ -26,11 +27,12 @@ NOTES = ("user", "metadata", "store", "service_tier", "safety_identifier", "prom
 #: What may be there with a value that asks for what happens anyway.
 ONLY = {
     "stream": (False,), "stream_options": ({},), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True,),
-    "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "modalities": (["text"],),
 }  # fmt: skip
 PARAMETERS = tuple(name for name in PARAMETER_NAMES if name not in ("logprobs", "prompt_logprobs"))
 BODY_KEYS = (
-    "model", "messages", *OPTIONS, "max_completion_tokens", "logprobs", "top_logprobs", *ONLY, *NOTES, *PARAMETERS,
+    "model", "messages", *OPTIONS, "max_completion_tokens", "logprobs", "top_logprobs", "response_format", *ONLY,
+    *NOTES, *PARAMETERS,
 )  # fmt: skip
 
 
@@ -45,6 +47,7 @@ def chat_request(index: int, custom_id: str, body: dict[str, Any], context: Batc
     params = {name: body[name] for name in PARAMETERS if name in body}
     if "logit_bias" in params:
         params["logit_bias"] = bias_from_json(params["logit_bias"])
+    params = with_response_format(params, body.get("response_format"))
     if "max_tokens" not in {**context.params, **params}:
         params["max_tokens"] = None
     if "max_completion_tokens" in body:

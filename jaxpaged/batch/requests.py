@@ -11,12 +11,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxpaged.api.beam_params import BeamSearchParams
+from jaxpaged.api.constraint import Constraint, TrieFile
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.batch.model_files import digest
+from jaxpaged.batch.model_files import digest, model_identity
 
 Prompt = str | list[int] | dict[str, Any]  # the last is a conversation, {"messages": [...], ...}
 
@@ -187,4 +189,9 @@ def derived_seed(seed: int, index: int, part: int = 0) -> int:
 def _changed_fields(params: RequestParams) -> dict[str, Any]:
     """Only what differs from the default, so that a parameter which a later version adds leaves old results valid."""
     fields = {f.name: (getattr(params, f.name), f.default) for f in dataclasses.fields(params)}
-    return {name: value for name, (value, default) in fields.items() if value != default}
+    changed = {name: value for name, (value, default) in fields.items() if value != default}
+    if isinstance(constraint := changed.get("constraint"), Constraint):
+        changed["constraint"] = constraint.as_json()
+        if isinstance(constraint, TrieFile) and Path(constraint.path).is_file():  # what it holds decides, too
+            changed["constraint"]["digest"] = model_identity(constraint.path)
+    return changed

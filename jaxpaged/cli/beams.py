@@ -20,6 +20,7 @@ from jaxpaged.api.outputs import RequestOutput
 from jaxpaged.api.values import check_encodable
 from jaxpaged.batch.requests import BEAM_NAMES
 from jaxpaged.cli.beam_tree import TextOf, grow_branches, shown, tree_lines
+from jaxpaged.cli.constraint_flags import CONSTRAINT_FLAGS, constraint_files, given_constraint
 from jaxpaged.cli.errors import UsageError, usage_errors
 from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, MODEL_HELP, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.output_files import Named, check_outputs
@@ -54,17 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of beams that are drawn (default 0)")
     add_flags(parser, "prompts", PROMPT_FLAGS)
     add_flags(parser, "search (4 beams, unless --beam-width says otherwise)", SEARCH_FLAGS)
+    add_flags(parser, "what beams are to be: one of", CONSTRAINT_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
 
 
 def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     with usage_errors():
         check_encodable(args.prompt, "--prompt: the text")
-        params = BeamSearchParams(**{"beam_width": DEFAULT_WIDTH, "seed": args.seed, **given(args, SEARCH_FLAGS)})
+        asked = given(args, SEARCH_FLAGS) | given_constraint(args)
+        params = BeamSearchParams(**{"beam_width": DEFAULT_WIDTH, "seed": args.seed, **asked})
         if not 0 <= args.delay <= MAX_DELAY:
             raise ValueError(f"--delay must be from 0 to {MAX_DELAY} seconds, got {args.delay}")
     if args.plot is not None:
-        check_plot(Path(args.plot), {"MODEL": args.model, "--tokenizer": getattr(args, "tokenizer", None)})
+        models = {"MODEL": args.model, "--tokenizer": getattr(args, "tokenizer", None)}
+        check_plot(Path(args.plot), models, constraint_files(args))
     with usage_errors(kinds=(ValueError, OSError, RuntimeError)):
         llm = make_llm(model=args.model, seed=args.seed, **given(args, MODEL_FLAGS))
     with usage_errors():
@@ -90,13 +94,13 @@ def run(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
     return 0
 
 
-def check_plot(path: Path, models: Named) -> None:
+def check_plot(path: Path, models: Named, inputs: Named | None = None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot draws with matplotlib, which is not installed: pip install 'jaxpaged[plots]'")
     if path.suffix.lower() not in PLOT_FORMATS:
         raise UsageError(f"--plot {path}: name a file that ends in one of {', '.join(PLOT_FORMATS)}")
     with usage_errors():
-        check_outputs({"--plot": path}, models=models)
+        check_outputs({"--plot": path}, inputs, models)
 
 
 def _text_of(tokenizer: Any, prompt_ids: list[int]) -> TextOf:

@@ -41,6 +41,7 @@ from jaxpaged.batch.requests import BEAM_ONLY
 from jaxpaged.batch.resume import EarlierRun
 from jaxpaged.cli import run_report, texts
 from jaxpaged.cli.chat_template_file import read_template
+from jaxpaged.cli.constraint_flags import CONSTRAINT_FLAGS, constraint_files, given_constraint
 from jaxpaged.cli.errors import UsageError, usage_errors
 from jaxpaged.cli.flags import BEAM_FLAGS, MODEL_FLAGS, MODEL_HELP, PROMPT_FLAGS, SAMPLING_FLAGS, add_flags, given
 from jaxpaged.cli.interrupts import exit_at_interrupt
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "prompts", PROMPT_FLAGS)
     add_flags(parser, "sampling", SAMPLING_FLAGS)
     add_flags(parser, "beam search, with --beam-width", BEAM_FLAGS)
+    add_flags(parser, "what outputs are to be: one of", CONSTRAINT_FLAGS)
     add_flags(parser, "model and memory", MODEL_FLAGS)
     run_report.add_arguments(parser)
 
@@ -137,7 +139,7 @@ def _generate(args: argparse.Namespace, make_llm: Callable[..., Any]) -> int:
 
 
 def _context(args: argparse.Namespace) -> BatchContext:
-    params, options = given(args, (*SAMPLING_FLAGS, *BEAM_FLAGS)), given(args, MODEL_FLAGS)
+    params, options = given(args, (*SAMPLING_FLAGS, *BEAM_FLAGS)) | given_constraint(args), given(args, MODEL_FLAGS)
     with usage_errors("--"):
         read_seed(args.seed)
     with usage_errors():
@@ -218,7 +220,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
         journal = None if output is None or packing_of(output) is None else journal_of(output)
         check_outputs(
             {"--output": output, "--output, whose rows go to": journal, "--account": args.account},
-            {"input": None if args.input == "-" else args.input, "--chat-template": args.chat_template},
+            {
+                "input": None if args.input == "-" else args.input,
+                "--chat-template": args.chat_template,
+                **constraint_files(args),
+            },
             {"MODEL": args.model, "--tokenizer": given(args, MODEL_FLAGS).get("tokenizer")},
         )
 

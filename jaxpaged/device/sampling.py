@@ -1,8 +1,9 @@
 """Chooses tokens from logits, and says how likely they were.
 
-The order of operations is vLLM's: logits processors, allowed tokens, edits (bias, banned words, min_tokens), penalties,
-temperature, min_p, top_k, top_p, then a draw (vocabulary.py). Arrays that are None in `SamplingInputs` cost nothing.
-The random numbers of a row are a function of its request's seed, its sample index and the position alone.
+The order of operations is vLLM's: logits processors, constraints, allowed tokens, edits (bias, banned words,
+min_tokens), penalties, temperature, min_p, top_k, top_p, then a draw (vocabulary.py). Arrays that are None in
+`SamplingInputs` cost nothing. The random numbers of a row are a function of its request's seed, its sample index and
+the position alone.
 
 top_k and top_p need a threshold, not an order: it is found by bisection over the bits of the values, 32 passes over the
 row whatever k is, and exact. So the vocabulary is never sorted.
@@ -17,10 +18,15 @@ import jax.numpy as jnp
 
 from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.device import vocabulary
+from jaxpaged.device.constraints import limit
 from jaxpaged.device.top_candidates import top_candidates
 from jaxpaged.step_io import BAD_LOGITS, BAD_PROCESSED, NO_TOKEN, WHOLE_VOCABULARY, SamplingInputs
 
 Array = jax.Array
+
+#: Fields of `SamplingInputs` that have no row a row of the step.
+_OF_GROUPS = ("beam_rows", "end_ids", "beam_counts")
+_LISTS = ("edit_rows", "edit_tokens", "edit_values", "allowed_rows", "allowed_tokens")
 
 #: Below this a temperature is as good as greedy.
 MIN_TEMPERATURE = 1e-5
@@ -114,6 +120,18 @@ def likeliest_tokens(logits: Array, count: int) -> Array:
     return jnp.concatenate([ids, bits(values - normaliser)], axis=1)
 
 
+def sampling_of(inputs: SamplingInputs, rows: Array) -> SamplingInputs:
+    """The inputs of rows i32[r] alone, each named once at most; -1 for padding, which is any row."""
+    num_rows = len(inputs.seeds)
+    of_rows = inputs._replace(**dict.fromkeys(_OF_GROUPS + _LISTS))
+    places = jnp.full(num_rows + 1, len(rows))  # where a row is now; others are out of range, and dropped
+    places = places.at[jnp.where(rows < 0, num_rows + 1, rows)].set(jnp.arange(len(rows)), mode="drop")
+    lists = {name: getattr(inputs, name) for name in _LISTS}
+    for name in ("edit_rows", "allowed_rows"):
+        lists[name] = None if lists[name] is None else places[lists[name]]
+    return jax.tree.map(lambda values: values[jnp.maximum(rows, 0)], of_rows)._replace(**lists)
+
+
 def bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
@@ -135,6 +153,8 @@ def process_logits(logits: Array, inputs: SamplingInputs, processors: tuple[Logi
     for i, processor in enumerate(processors):
         processed = jax.vmap(processor)(inputs.history, inputs.history_lens, logits)
         logits = jnp.where(inputs.uses_processor[:, i : i + 1] == 1, processed, logits)
+    if inputs.masks is not None:  # behind processors, so that none makes possible what is not
+        logits = limit(logits, inputs.masks)
     if inputs.is_restricted is not None:
         allowed = jnp.zeros(logits.shape, bool).at[inputs.allowed_rows, inputs.allowed_tokens].set(True, mode="drop")
         logits = jnp.where(allowed | (inputs.is_restricted == 0)[:, None], logits, -jnp.inf)

@@ -20,14 +20,24 @@ import numpy as np
 from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.attention import AttentionKernels
-from jaxpaged.device.beam_candidates import beam_columns
+from jaxpaged.device.beam_candidates import (
+    NextBeams,
+    beam_columns,
+    choose_beams,
+    group_candidates,
+    group_columns,
+    with_logprobs,
+)
+from jaxpaged.device.beam_tables import CarriedBeams, carry, descend, of_parents
 from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
+from jaxpaged.device.constraints import next_nodes, with_masks
 from jaxpaged.device.heads import Heads
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import PROGRAMS, ProgramToMake, reads_cache, takes_cache
 from jaxpaged.device.sampling import likeliest_tokens, process_logits, row_failures, sample_tokens, token_logprobs
 from jaxpaged.step_io import (
+    NO_TOKEN,
     TOKENS_ALONE,
     DecodeBatch,
     DecodeInputs,
@@ -37,6 +47,7 @@ from jaxpaged.step_io import (
     PrefillInputs,
     SamplingInputs,
     StepInputs,
+    TrieTables,
     Wanted,
     of_row,
 )
@@ -58,6 +69,9 @@ class Carried(NamedTuple):
 
     tokens: Array  # i32[M] that each row has drawn, which the next step begins with; 0 where there is none
     history: Array | None = None  # i32[R, L] tokens of each row of a decode step, if some request asks for them
+    nodes: Array | None = None  # i32[M] where rows have come to in the tries of a run that has some
+    tries: TrieTables | None = None  # those tries; whoever launches a step adds them
+    beams: CarriedBeams | None = None  # of a decode step whose candidates are merged
 
 
 class StepResults(NamedTuple):
@@ -167,6 +181,9 @@ def decode_layers(
     """
     batch: DecodeBatch = unpack(packed, layout)
     inputs = batch.inputs
+    if inputs.fresh_pages is not None:
+        batch, carried = _descended(batch, carried, cache)
+        inputs = batch.inputs
     if inputs.copies is not None:
         assert isinstance(cache, CopiesPages), f"copies for a {type(cache).__name__}, which keeps no pages"
         cache = cache.copy_pages(inputs.copies[0], inputs.copies[1], kernels)
@@ -176,11 +193,29 @@ def decode_layers(
     attend = _attend(inputs, config, kernels, layers[0])
     x, cache = run_layers(params.layers, config, x, inputs.positions, cache, attend, kernels.add_norm, layers[0])
     if layers[1] == config.num_layers:
-        sampling = _with_history(batch, tokens, carried.history)
-        columns = _choose(params, config, finish(params, config, x), sampling, wanted, processors)
-        drawn = _drawn(columns, wanted, len(carried.tokens))
-        return StepResults(_for_host(columns), Carried(drawn, sampling.history)), cache.kept()
+        sampling = with_masks(_with_history(batch, tokens, carried.history), carried.tries, carried.nodes)
+        hidden = finish(params, config, x)
+        columns, beams = _choose(params, config, hidden, sampling, wanted, processors, carried.tries)
+        drawn, kept, parents = _drawn(columns, wanted, len(carried.tokens)), None, None
+        if beams is not None:
+            kept, chosen = carry(inputs, beams, sampling.beam_rows)
+            drawn = drawn.at[: len(chosen)].set(jnp.where(chosen == NO_TOKEN, drawn[: len(chosen)], chosen))
+            parents = kept.parents
+        nodes = next_nodes(sampling, carried.tries, drawn, parents)
+        return StepResults(_for_host(columns), Carried(drawn, sampling.history, nodes, beams=kept)), cache.kept()
     return x, cache.kept()
+
+
+def _descended(batch: DecodeBatch, carried: Carried, cache: KVCache) -> tuple[DecodeBatch, Carried]:
+    """The batch whose beams go on from those of the step before, and what is carried for its rows."""
+    assert isinstance(cache, PagedCache) and carried.beams is not None, "no step of beams came before"
+    inputs = descend(batch.inputs, carried.beams, cache.k[0].shape[1])
+    history = of_parents(carried.history, carried.beams)
+    if history is not None:  # which is as long as a table is wide
+        longer = batch.sampling.history.shape[1] - history.shape[1]
+        history = jnp.pad(history, ((0, 0), (0, longer)), constant_values=-1)
+    sampling = batch.sampling._replace(running_scores=carried.beams.scores)
+    return batch._replace(inputs=inputs, sampling=sampling), carried._replace(history=history)
 
 
 def _known(tokens: Any, carried: Carried) -> Array:
@@ -224,8 +259,9 @@ def prefill_step(
     hidden, cache = forward(params, config, inputs.tokens, inputs.positions, cache, attend, kernels.add_norm)
     cache = cache.kept()
     hidden_last = hidden[batch.inputs.sample_from]
-    columns = _choose(params, config, hidden_last, batch.sampling, wanted, processors)
-    results = StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens))))
+    sampling = with_masks(batch.sampling, carried.tries, carried.nodes)
+    columns, _ = _choose(params, config, hidden_last, sampling, wanted, processors)
+    results = StepResults(_for_host(columns), _left(columns, sampling, carried, wanted))
     if batch.inputs.next_tokens is None:
         return results, cache
     prompt = _prompt_logprobs(params, config, hidden, batch.inputs.next_tokens, wanted.num_prompt_logprobs)
@@ -257,9 +293,9 @@ def mixed_step(
     positions = jnp.concatenate([decode.positions, prefill.positions])
     attend = _attend_apart(decode, prefill, config, kernels)
     hidden, cache = forward(params, config, tokens, positions, cache, attend, kernels.add_norm)
-    sampling = _with_pending(batch, known)
-    columns = _choose(params, config, hidden[prefill.sample_from], sampling, wanted, processors)
-    return StepResults(_for_host(columns), Carried(_drawn(columns, wanted, len(carried.tokens)))), cache.kept()
+    sampling = with_masks(_with_pending(batch, known), carried.tries, carried.nodes)
+    columns, _ = _choose(params, config, hidden[prefill.sample_from], sampling, wanted, processors)
+    return StepResults(_for_host(columns), _left(columns, sampling, carried, wanted)), cache.kept()
 
 
 def _attend_apart(
@@ -352,6 +388,12 @@ def _for_host(columns: Array) -> Array:
     return jax.device_put(columns, jax.memory.Space.Host)
 
 
+def _left(columns: Array, sampling: SamplingInputs, carried: Carried, wanted: Wanted) -> Carried:
+    """What the rows of a step have drawn, and where that leads in tries."""
+    drawn = _drawn(columns, wanted, len(carried.tokens))
+    return Carried(drawn, nodes=next_nodes(sampling, carried.tries, drawn))
+
+
 def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
     """i32[size]: the tokens that the rows have drawn."""
     tokens = columns[:, 0] if wanted.draws_tokens else columns[:0, 0]
@@ -375,7 +417,19 @@ def _choose(
     sampling: SamplingInputs,
     wanted: Wanted,
     processors: tuple[LogitsProcessor, ...],
-) -> Array:
+    tries: TrieTables | None = None,
+) -> tuple[Array, NextBeams | None]:
+    """What the host must learn, as columns; and the beams that go on, where the groups' candidates are merged."""
+    is_merged = bool(wanted.num_candidates) and sampling.beam_rows is not None
+    if is_merged and not (wanted.draws_tokens or wanted.beam_logprobs):
+
+        def of_hidden(rows: Array, inputs: SamplingInputs) -> tuple[Array, Array]:
+            logits = compute_logits(params, config, hidden[rows])
+            return logits, process_logits(jax.nn.log_softmax(logits), inputs, processors)
+
+        with jax.named_scope("sample"):
+            merged = group_candidates(of_hidden, sampling, wanted.num_candidates, config.vocab_size)
+            return group_columns(merged, len(hidden)), choose_beams(merged, sampling, tries)
     logits = compute_logits(params, config, hidden)
     with jax.named_scope("sample"):
         processed = process_logits(_logits_to_process(logits, sampling, wanted), sampling, processors)
@@ -386,9 +440,16 @@ def _choose(
             columns += [jnp.where(failures < 0, failures, tokens)[:, None], logprobs]
         elif wanted.beam_logprobs and wanted.num_logprobs:
             columns.append(likeliest_tokens(logits, wanted.num_logprobs))
-        if wanted.num_candidates:
-            columns.append(beam_columns(logits, processed, sampling, wanted))
-        return jnp.concatenate(columns, axis=1)
+        if not wanted.num_candidates:
+            return jnp.concatenate(columns, axis=1), None
+        if not is_merged:
+            return jnp.concatenate([*columns, beam_columns(logits, processed, sampling, wanted)], axis=1), None
+        merged = group_candidates(
+            lambda rows, _: (logits[rows], processed[rows]), sampling, wanted.num_candidates, config.vocab_size
+        )
+        known = with_logprobs(merged, logits, sampling.beam_rows) if wanted.beam_logprobs else merged
+        columns.append(group_columns(known, len(logits)))
+        return jnp.concatenate(columns, axis=1), choose_beams(merged, sampling, tries)
 
 
 def _logits_to_process(logits: Array, sampling: SamplingInputs, wanted: Wanted) -> Array:

@@ -31,6 +31,7 @@ from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.foreseen import first_decode_shape, foreseen_shapes
+from jaxpaged.host.systems.reservation import Paged
 from jaxpaged.host.systems.roles import ChunkAllocator
 
 logger = logging.getLogger("jaxpaged")
@@ -114,6 +115,9 @@ class Engine:
         arrivals = groups if isinstance(groups, StreamedGroups) else Arrivals(groups)
         features = SamplingFeatures.of(_known(groups), self.model.vocab_size)
         loop = self._begin_loop(features, self.recorder)
+        # Not while a trace is recorded, which is of sequences, nor for who steps by hand and looks at them.
+        is_plain = self.recorder is None and isinstance(self.scheduler.policy, Paged)
+        self.scheduler.gathers_beams = is_plain and features.merged_widths is not None
         loop.record.add_requests(listed)
         made_before, read_before = steps.num_programs(), steps.num_read()
         self.runner.compile_ahead(self._foreseen(listed), features)

@@ -35,7 +35,7 @@ def largest_steps(
     width = buckets.table_widths[-1]
     features = SamplingFeatures(
         has_samples=True, num_candidates=min(64, model.vocab_size), draws_beams=True,
-        is_random=True, is_filtered=True, is_penalised=True, num_logprobs=min(20, model.vocab_size),
+        is_random=True, is_filtered=True, is_penalised=True, has_masks=True, num_logprobs=min(20, model.vocab_size),
     )  # fmt: skip
     prefill = StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1])
     shapes = StepShape(buckets.decode_rows[-1], width), (buckets.mixed_shapes() or [prefill])[-1]

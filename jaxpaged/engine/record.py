@@ -77,6 +77,8 @@ class RunRecord:
         if self._trace is not None:
             self._trace.committed(scheduler)
         self.stats.add_tokens(plan)
+        if is_followed:
+            self.stats.correct(scheduler.tables_ahead)
         _note_times(plan, finished, times)
         ended = self.seconds
         began = max(times.began, self._accounted)

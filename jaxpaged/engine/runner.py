@@ -7,21 +7,24 @@ one thing after the other, in the order of the launches: what a step writes, all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
+from jaxpaged.config.choices import FP8
 from jaxpaged.device import steps, swap
 from jaxpaged.device.attention import AttentionKernels
+from jaxpaged.device.beam_tables import CarriedBeams
 from jaxpaged.device.cache import PagedCache
 from jaxpaged.device.dense_cache import make_cache
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import ProgramToMake
 from jaxpaged.engine.lowering import static_arguments
 from jaxpaged.engine.warm_up import Ahead, Progress, compile_together, no_progress
+from jaxpaged.host.constraints.trie_set import TrieSet
 from jaxpaged.host.pages.block_table import PageCopy
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.sequence import SequenceGroup
@@ -29,22 +32,27 @@ from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, make_cop
 from jaxpaged.host.step.cascade import Cascade, empty_cascade, measured_rule, plan_cascade
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.id_check import check_copies, check_ids, check_pages
-from jaxpaged.host.step.sampling_batch import has_kept_history, without_history
+from jaxpaged.host.step.sampling_batch import has_kept_history, with_carried_beams, without_history
 from jaxpaged.host.step.standing_batch import BatchMaker
-from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.host.step.step_plan import SearchRows, StepPlan
 from jaxpaged.step_io import (
     NULL_PAGE,
+    CascadeGroups,
     DecodeBatch,
     Layout,
     MixedBatch,
     PrefillBatch,
     StepBatch,
     StepOutputs,
+    TrieTables,
     num_merged_groups,
     pack,
     unpack_logprobs,
     unpack_outputs,
 )
+
+#: Beams of a search that read their prompt once for all, whether or not `cascade_attention` is asked for.
+WIDE = 128
 
 #: Of batches with prompts: one program each, of all parameters.
 _STEPS = {PrefillBatch: steps.prefill_step, MixedBatch: steps.mixed_step}
@@ -57,14 +65,18 @@ class PreparedStep(NamedTuple):
     layout: Layout
     features: SamplingFeatures
     copies_before: list[PageCopy]  # those that are not part of the step
-    goes_on: bool = False  # its rows are those of the step before, whose history it takes over
+    # Its rows are those of the step before, of which it takes over the history, and what beams go on from.
+    goes_on: bool = False
+    keeps_beams: bool = False
 
 
 class _Form(NamedTuple):
-    """An empty step, for its programs, and the size of the history that it takes over from the step before."""
+    """An empty step, for its programs, and the sizes of the history and of the tables that it takes over from the step
+    before."""
 
     step: PreparedStep
     history_shape: tuple[int, int] | None = None
+    tables_shape: tuple[int, int] | None = None
 
 
 class LaunchedStep(NamedTuple):
@@ -99,9 +111,14 @@ class StepRunner:
         self.page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
         self._batches = BatchMaker(cache, model.vocab_size)
         self.cascade = self._find_cascade() if limits.cascade_attention else None
+        # Without being asked: of many beams the reads that a shared prompt spares are many times those of the rule.
+        can_share = kernels.max_members is not None and limits.kv_cache == "paged" and cache.dtype != FP8
+        self.wide_cascade = self._find_cascade() if can_share else None
+        self._beams_share: CascadeGroups | None = None  # what the rows of the latest batch of beams read once
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
         self._ahead: Ahead | None = None
         self._foreseen: set[tuple[StepShape, SamplingFeatures]] = set()  # what has been compiled ahead, once
+        self._tries: tuple[TrieSet, TrieTables] | None = None
 
     def _find_cascade(self) -> Cascade:
         assert self.kernels.max_members is not None, f"{self.kernels.name} has no cascade attention"
@@ -113,18 +130,28 @@ class StepRunner:
 
     def prepare(self, plan: StepPlan, features: SamplingFeatures) -> PreparedStep:
         """The step of a plan, in a run whose requests ask for these features."""
-        batch = self._batches.make(plan, self.buckets, features)
-        batch, copies_before = self._with_copies(self._ready(batch, features), plan.copies, features)
-        return PreparedStep(*pack(batch), features, copies_before, has_kept_history(batch))
+        batch = self._ready(self._batches.make(plan, self.buckets, features), features, plan.searches)
+        if isinstance(batch, DecodeBatch) and batch.inputs.fresh_pages is not None:
+            return self._prepared(batch, features)
+        copies = plan.copies + [PageCopy(src, dst) for src, dst in plan.search_copies.T.tolist()]
+        batch, copies_before = self._with_copies(batch, copies, features)
+        return self._prepared(batch, features, copies_before)
 
     def prepare_batch(self, batch: StepBatch, features: SamplingFeatures) -> PreparedStep:
         """The step of arrays that were made elsewhere, without copies."""
         return PreparedStep(*pack(self._ready(batch, features)), features, [])
 
+    @staticmethod
+    def _prepared(batch: StepBatch, features: SamplingFeatures, copies_before: Sequence[PageCopy] = ()) -> PreparedStep:
+        keeps_beams = isinstance(batch, DecodeBatch) and batch.inputs.fresh_pages is not None
+        return PreparedStep(*pack(batch), features, list(copies_before), has_kept_history(batch), keeps_beams)
+
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
-        carried = self._carried if step.goes_on else self._carried._replace(history=None)
+        carried = self._with_tries(self._carried, step.features)
+        carried = carried if step.goes_on else carried._replace(history=None)
+        carried = carried if step.keeps_beams else carried._replace(beams=None)
         arrays = self.pool, carried, step.packed
         if step.layout[0] is DecodeBatch:
             results, self.pool = steps.decode_step(self._parts_for(step.features), *arrays, **static)
@@ -143,14 +170,29 @@ class StepRunner:
         prompt = unpack_logprobs(np.asarray(results.prompt_columns), features.num_prompt_logprobs)
         return outputs._replace(prompt_logprobs=prompt)
 
+    def _with_tries(self, carried: steps.Carried, features: SamplingFeatures) -> steps.Carried:
+        """With the tries of a run, which are on the device from the first one that needs them until another needs
+        others, and with a node for every row, whether or not the step before has left some."""
+        if features.tries is None:
+            return carried._replace(nodes=None)
+        if self._tries is None or self._tries[0] != features.tries:
+            tables = features.tries.tables(self.model.vocab_size)
+            self._tries = features.tries, jax.device_put(tables, self.device)
+        nodes = carried.tokens if carried.nodes is None else carried.nodes
+        return carried._replace(nodes=nodes, tries=self._tries[1])
+
     def run(self, step: PreparedStep) -> StepOutputs:
         return self.fetch(self.launch(step))
 
-    def _ready(self, batch: StepBatch, features: SamplingFeatures) -> StepBatch:
+    def _ready(self, batch: StepBatch, features: SamplingFeatures, searches: Sequence[SearchRows] = ()) -> StepBatch:
         """The batch, its ids checked, with the prefixes that it is to read once."""
         check_ids(batch.inputs, self.cache_config)
-        if isinstance(batch, DecodeBatch) and (cascade := self._cascade_of(features)) is not None:
-            return plan_cascade(batch, self.cache_config.page_size, cascade)
+        if not isinstance(batch, DecodeBatch) or (cascade := self._cascade_of(features)) is None:
+            return batch
+        if batch.inputs.fresh_pages is not None:
+            return batch._replace(inputs=batch.inputs._replace(cascade_groups=self._beams_share))
+        batch = plan_cascade(batch, self.cache_config.page_size, cascade, searches)
+        self._beams_share = batch.inputs.cascade_groups
         return batch
 
     def _with_copies(
@@ -172,6 +214,8 @@ class StepRunner:
 
     def _cascade_of(self, features: SamplingFeatures) -> Cascade | None:
         """How decode steps share prefixes: not at all where no samples or beams could, nor requests of one prefix."""
+        if features.merged_widths is not None and features.merged_widths[1] >= WIDE:
+            return self.cascade or self.wide_cascade
         return self.cascade if features.has_samples or features.has_prefix else None
 
     def _parts_for(self, features: SamplingFeatures) -> tuple[steps.DecodePart, ...]:
@@ -204,7 +248,7 @@ class StepRunner:
     def free(self) -> None:
         """Give back the device's memory, weights included; whoever still has the arrays has nothing. For the end."""
         self.stop_ahead()
-        held = self.pool, self._carried, list(self._swapped.values()), self.params, self._parts
+        held = self.pool, self._carried, list(self._swapped.values()), self.params, self._parts, self._tries
         for array in jax.tree.leaves(held):
             if isinstance(array, jax.Array) and not array.is_deleted():
                 array.delete()
@@ -289,20 +333,41 @@ class StepRunner:
             batches += [shared] if (shared := empty_cascade(batch, cascade)) is not None else []
         for one in batches:
             yield _Form(PreparedStep(*pack(one), features, []))
-            if isinstance(one, DecodeBatch) and features.needs_history and features.draws_tokens:
-                goes_on = PreparedStep(*pack(without_history(one)), features, [], goes_on=True)
-                yield _Form(goes_on, one.sampling.history.shape)
+            if not isinstance(one, DecodeBatch):
+                continue
+            if features.needs_history and features.draws_tokens:
+                yield _Form(self._prepared(without_history(one), features), one.sampling.history.shape)
+            if features.merged_widths is not None and self.limits.kv_cache == "paged":
+                yield from self._forms_of_beams(one, features)
+
+    def _forms_of_beams(self, batch: DecodeBatch, features: SamplingFeatures) -> Iterator[_Form]:
+        """Going on from tables that the device has, as wide as these or as the next narrower ones were."""
+        shape = batch.inputs.block_tables.shape
+        history = batch.sampling.history.shape if features.needs_history else None
+        widths = self.buckets.table_widths
+        for width in widths[widths.index(shape[1]) :][:2]:
+            yield _Form(self._prepared(with_carried_beams(batch, width), features), history, shape)
 
     def _programs(self, form: _Form) -> list[ProgramToMake]:
         step = form.step
-        history = None
-        if form.history_shape is not None:
-            history = jax.ShapeDtypeStruct(form.history_shape, np.int32)
-        arguments = self.pool, self._carried._replace(history=history), step.packed
+        carried = self._with_tries(self._carried_as(form), step.features)
+        arguments = self.pool, carried, step.packed
         static = static_arguments(self.model, self.kernels, step.layout, step.features)
         if step.layout[0] is DecodeBatch:
             return steps.decode_programs(self._parts_for(step.features), *arguments, **static)
         return [_STEPS[step.layout[0]].to_make(self.params, *arguments, **static)]
+
+    def _carried_as(self, form: _Form) -> steps.Carried:
+        """What the step takes over from the one before, empty."""
+
+        shape = jax.ShapeDtypeStruct
+        history = None if form.history_shape is None else shape(form.history_shape, np.int32)
+        beams = None
+        if form.tables_shape is not None:
+            rows = form.tables_shape[:1]
+            tables = shape(form.tables_shape, np.int32)
+            beams = CarriedBeams(tables, shape(rows, np.int32), shape(rows, np.float32))
+        return self._carried._replace(history=history, beams=beams)
 
     def _nothing(self, shape: StepShape, features: SamplingFeatures) -> StepBatch:
         nothing = StepPlan(is_prefill=shape.num_tokens is not None)

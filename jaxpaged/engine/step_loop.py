@@ -5,9 +5,9 @@
               launch 2      decide 3      decide 4
                             launch 3      launch 4
 
-The device need not wait for the host: the tokens that it chose stay there, and the next step begins with them. What the
-host must know to plan that step, it knows without these tokens (`Scheduler.foresee`). Where it does not, as for beams,
-which it chooses itself, or where a request has to give way, it learns first, and the device waits.
+The device need not wait for the host: the tokens that it chose stay there, and the next step begins with them. What
+the host must know to plan that step, it knows without these tokens (`Scheduler.foresee`). Where it does not, as where
+beams end by their texts, or where a request has to give way, it learns first, and the device waits.
 """
 
 from __future__ import annotations

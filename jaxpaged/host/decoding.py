@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from jaxpaged.host.pages.block_table import PageCopy
+import numpy as np
+
+from jaxpaged.host.beams.gathering import spread
+from jaxpaged.host.pages.block_table import PageCopy, num_pages_needed
 from jaxpaged.host.pages.known_pages import KnownPages
-from jaxpaged.host.pages.page_allocator import PageAllocator
+from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.swap import Swap, SwapSpace
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
-from jaxpaged.host.step.step_plan import Sample, StepPlan
+from jaxpaged.host.step.step_plan import NO_COPIES, Sample, SearchRows, StepPlan
 from jaxpaged.host.systems.roles import Memory
 
 
@@ -28,6 +31,31 @@ def place_tokens(samples: list[Sample], policy: Memory) -> tuple[list[int], list
     return starts, copies
 
 
+def place_beams(searches: list[SearchRows], samples: list[Sample], policy: Memory) -> np.ndarray:
+    """The same for searches whose beams are arrays: copies i32[2, C], of steps that are not planned ahead.
+    OutOfPagesError, with nothing changed, where there is no room for these and the samples."""
+    if not searches:
+        return NO_COPIES
+    tables, copies = [search.group.tables for search in searches], [NO_COPIES]
+    allocator = policy.allocator
+    needed = sum([one.num_needed() for one in tables if one is not None])
+    if needed + 2 * len(samples) > allocator.num_free:
+        assert isinstance(allocator, PageAllocator), "beams are gathered over pages alone"
+        needed += num_pages_needed([one.sequence.table for one in samples], [1] * len(samples), allocator)
+        if needed > allocator.num_free:
+            raise OutOfPagesError(f"{needed} pages are needed, {allocator.num_free} are free")
+    for group, _, _, position in searches:
+        assert group.tables is not None, "this search has ended"
+        is_ahead = group.tables.num_in_flight > 0
+        group.tables.append()
+        if not is_ahead:
+            copies.append(group.tables.copies)
+            group.pages.copied += group.tables.copies.shape[1]
+        (prompt,) = group.sequences
+        prompt.num_computed = prompt.num_once_computed = position + 1
+    return np.concatenate(copies, axis=1)
+
+
 def give_way(
     group: SequenceGroup, plan: StepPlan, policy: Memory, swap_space: SwapSpace, known: KnownPages, page_size: int
 ) -> list[Swap]:
@@ -35,6 +63,8 @@ def give_way(
     its pages are not found when it comes back."""
     swaps: list[Swap] = []
     group.record_pages()
+    if group.tables is not None:
+        spread(group)
     for sequence in group.unfinished:
         known.add_generated(group, sequence)
     wants_swap = swap_space.wants(group, page_size)

@@ -17,6 +17,8 @@ def fail(group: SequenceGroup, policy: Forks) -> None:
             policy.release(sequence.table)
             sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = sequence.finish_reason or "error"
+    if group.tables is not None:
+        group.tables.release()
     for state in group.running_beams:
         state.end()
 

@@ -90,7 +90,8 @@ class PrefillQueue:
             sample = Sequence(
                 index, sequence.token_ids[:], sequence.prompt_len, self._forks.fork(sequence.table),
                 sequence.num_computed, sequence.num_once_computed, SequenceStatus.RUNNING,
-                stream=group.make_stream() if group.make_stream else None, page_hashes=sequence.page_hashes[:],
+                stream=group.make_stream() if group.make_stream else None,
+                place=group.limit.begin() if group.limit else None, page_hashes=sequence.page_hashes[:],
             )  # fmt: skip
             group.sequences.append(sample)
             plan.samples.append(Sample(group, sample, row))

@@ -31,10 +31,11 @@ import math
 from collections import deque
 
 from jaxpaged.config import CacheConfig, EngineConfig
-from jaxpaged.host.beams.beam_groups import advance_groups
-from jaxpaged.host.decoding import give_way, place_tokens
+from jaxpaged.host.beams.beam_groups import GroupRows, advance_groups
+from jaxpaged.host.decoding import give_way, place_beams, place_tokens
 from jaxpaged.host.failure import fail
 from jaxpaged.host.mixing import Mixing
+from jaxpaged.host.pages.beam_tables import BeamTables
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for, num_pages_needed
 from jaxpaged.host.pages.known_pages import KnownPages
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
@@ -43,7 +44,7 @@ from jaxpaged.host.pages.swap import Swap, SwapSpace
 from jaxpaged.host.pages.token_tree import Placement, plan_placements
 from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
-from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
+from jaxpaged.host.step.step_plan import PlanRow, Sample, SearchRows, StepPlan
 from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.systems.no_cache import NoCache
 from jaxpaged.host.systems.policies import make_policy
@@ -69,6 +70,8 @@ class Scheduler:
         self._prefill = PrefillQueue(limits, self.policy, self._known)
         self._mixing = Mixing(limits, cache)
         self._batch: list[Sample] | None = None  # of all who run; None when it must be listed anew
+        self._decoded: list[Sample] | None = None  # the batch of the latest decode step
+        self.gathers_beams = False  # whether beams run as arrays where they can (gathering.py)
         self.swap_space = SwapSpace(limits.preemption)
         self._swaps: list[Swap] = []  # of the step that is being planned
         self._copies: list[PageCopy] = []  # likewise
@@ -81,8 +84,13 @@ class Scheduler:
 
     @property
     def tables(self) -> list[BlockTable]:
-        """Of every running sequence."""
+        """Of every running sequence; searches whose beams are arrays have others."""
         return [sample.sequence.table for sample in self._samples()]
+
+    @property
+    def beam_tables(self) -> list[BeamTables]:
+        """Of every running search whose beams are arrays."""
+        return [group.tables for group in self.running if group.tables is not None]
 
     @property
     def prefix_tables(self) -> list[BlockTable]:
@@ -140,6 +148,8 @@ class Scheduler:
         self._copies += self.policy.take_copies()  # before anything is admitted: nothing has taken their sources yet
         while self._is_prefix_computed and self.waiting and self._try_admit(self.waiting[0]):
             self.waiting.popleft()
+        if is_ahead and self.is_short and self.tables_ahead:
+            return None  # there may be room when it is known which beams go on
         self._copies += self.policy.take_copies()  # of part-filled pages of the prefix, for those who were admitted
         if not self.has_work:
             self._copies.clear()
@@ -207,6 +217,7 @@ class Scheduler:
         tables = self.tables
         assert isinstance(self.allocator, PageAllocator), "nothing that was reserved needs headroom"
         next_step = num_pages_needed(tables, [1] * len(tables), self.allocator)
+        next_step += sum(one.num_needed() for one in self.beam_tables)
         return self._watermark + next_step + group.num_rows
 
     def _samples(self) -> list[Sample]:
@@ -214,7 +225,8 @@ class Scheduler:
         if self._batch is None:
             self._batch, rows = [], itertools.count()
             for group in self.running:
-                self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
+                if group.tables is None:
+                    self._batch += map(Sample, itertools.repeat(group), group.unfinished, rows)
         return self._batch
 
     def _decoding(self) -> list[Sample]:
@@ -224,13 +236,26 @@ class Scheduler:
         waiting, rows = self._prefill.sequences, itertools.count()
         return [Sample(group, one, next(rows)) for group, one, _ in self._samples() if one not in waiting]
 
+    def _searching(self, first_row: int) -> list[SearchRows]:
+        """The searches whose beams are arrays, behind the rows of samples."""
+        searches: list[SearchRows] = []
+        for group in self.running:
+            if group.tables is not None:
+                searches.append(SearchRows(group, first_row, group.tables.width, group.tables.num_slots))
+                first_row += group.tables.width
+        return searches
+
     # Decode and preemption
 
     def _plan_decode(self, may_preempt: bool) -> StepPlan | None:
+        if self._samples() is not self._decoded and any(one.num_in_flight for one in self.beam_tables):
+            return None  # rows that are listed anew begin with tables that are known
         plan = StepPlan(is_prefill=False)
         while True:
             samples = self._decoding()
+            searches = self._searching(len(samples))
             try:
+                plan.search_copies = place_beams(searches, samples, self.policy)
                 plan.starts, plan.copies = place_tokens(samples, self.policy)
                 break
             except OutOfPagesError:
@@ -238,7 +263,8 @@ class Scheduler:
                     return None
                 assert len(self.running) > 1, "a group that was admitted does not fit the pool alone"
                 self._preempt(self.running.pop(), plan)
-        plan.samples = samples
+        plan.samples, plan.searches = samples, searches
+        self._decoded = self._batch
         plan.num_idle_rows = self.policy.num_idle_rows
         return plan
 
@@ -258,7 +284,9 @@ class Scheduler:
     def can_foresee(self, plan: StepPlan) -> bool:
         """Whether the next step can be planned without the tokens of this one: not where beams choose theirs here, nor
         where a step computes all tokens again."""
-        return not (isinstance(self.policy, NoCache) or any(sample.group.beams for sample in plan.samples))
+        if isinstance(self.policy, NoCache) or any(sample.group.beams for sample in plan.samples):
+            return False
+        return all(search.group.beams[0].goes_on_behind_next for search in plan.searches)
 
     def foresee(self, plan: StepPlan) -> None:
         """Take what is known of a step without its tokens: samples are longer by one, and end where that is all they
@@ -281,7 +309,7 @@ class Scheduler:
         ended, failed = self._take_tokens(plan, outputs)
         searches = {} if outputs.candidates is None else _first_rows(plan)
         if searches:
-            done, is_changed = advance_groups(list(searches.items()), outputs, self.policy)
+            done, is_changed = advance_groups(list(searches.values()), outputs, self.policy, self.gathers_beams)
             ended += done
             if is_changed:
                 self._batch = None
@@ -295,6 +323,11 @@ class Scheduler:
             if group not in ended:
                 self.policy.settle(group)
         return left
+
+    @property
+    def tables_ahead(self) -> list[BeamTables]:
+        """Of searches in the step in flight: when it was planned, it was not known which beams go on in it."""
+        return [one for one in self.beam_tables if one.num_in_flight]
 
     def _take_tokens(self, plan: StepPlan, outputs: StepOutputs) -> tuple[list[SequenceGroup], list[SequenceGroup]]:
         """The samples' new tokens; returns the groups of which some sample has ended by its token or text, or by a
@@ -356,13 +389,24 @@ class Scheduler:
                     continue
                 assert sequence.status is SequenceStatus.RUNNING or not sequence.table.pages
                 held.append(sequence.table)
+            if group.tables is not None:
+                held.append(group.tables.as_table())
         self.policy.check_invariants(held)
 
 
-def _first_rows(plan: StepPlan) -> dict[SequenceGroup, int]:
-    """Of each beam search in the step the row of its first beam, in the order of rows."""
-    rows: dict[SequenceGroup, int] = {}
+def _first_rows(plan: StepPlan) -> dict[SequenceGroup, GroupRows]:
+    """Where each request's beams are in the step, in the order of rows. Of those whose beams are arrays some may have
+    ended one step before, as it turned out."""
+    rows: dict[SequenceGroup, GroupRows] = {}
+    place = 0
     for row, (group, _, _) in enumerate(plan.samples):
-        if group.beams:
-            rows.setdefault(group, row)
+        if group.beams and group not in rows:
+            rows[group] = GroupRows(group, row, place)
+            place += len(group.running_beams)
+    for group, row, width, _ in plan.searches:
+        if group.tables is None:
+            plan.num_trimmed += width
+        else:
+            rows[group] = GroupRows(group, row, place)
+        place += 1
     return rows

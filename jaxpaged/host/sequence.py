@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from jaxpaged.api.request_params import RequestParams
 from jaxpaged.host.beams.beam_state import BeamState
+from jaxpaged.host.constraints.places import RequestLimit, SamplePlace
+from jaxpaged.host.pages.beam_tables import BeamTables
 from jaxpaged.host.pages.block_table import BlockTable
 
 
@@ -46,6 +48,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[Any] = field(default_factory=list)  # one entry a generated token, if the request wants them
     stream: StopStrings | None = None
+    place: SamplePlace | None = None  # of a sample, in what limits its request
     num_pending: int = 0  # 1 while the step in flight chooses a token of it, behind those that are known
     pending_row: int = 0  # of that step's outputs
     packed_ids: array = field(default_factory=lambda: array("i"))  # int32 of `token_ids`, as far as somebody asked
@@ -112,7 +115,9 @@ class SequenceGroup:
     make_stream: Callable[[], StopStrings] | None = None  # for requests with stop strings
     carried: Mapping[str, Any] = field(default_factory=dict)  # what the caller's row had besides the prompt
     beams: list[BeamState] = field(default_factory=list)  # of a beam search, one for each of its groups of beams
+    tables: BeamTables | None = None  # of all beams, while these run without sequences of their own (gathering.py)
     ends_text: Callable[[list[int]], bool] | None = None  # whether output ids of a beam complete a stop string
+    limit: RequestLimit | None = None  # what `params.constraint` asks for
     banned_words: tuple[tuple[int, ...], ...] = ()  # token ids of `params.bad_words`
     pages: GroupPages = field(default_factory=GroupPages)
     prompt_logprobs: list[Any] = field(default_factory=list)
@@ -161,12 +166,15 @@ class SequenceGroup:
         return [s for s in self.sequences if s.status is not SequenceStatus.FINISHED]
 
     def record_pages(self) -> None:
+        if self.tables is not None:
+            self.pages.note(self.tables.physical, self.tables.logical)
+            return
         self.pages.record([sequence.table for sequence in self.unfinished])
 
     @property
     def num_rows(self) -> int:
-        """Rows of a decode step that the group fills: its unfinished samples or beams, forked or not."""
+        """Rows of a decode step that the group fills at most: its unfinished samples or beams, forked or not."""
         if self.beams:
-            return sum(state.width for state in self.running_beams)
+            return sum(state.most_rows for state in self.running_beams)
         num_samples = self.params.num_samples
         return num_samples if len(self.sequences) < num_samples else len(self.unfinished)

@@ -76,8 +76,14 @@ def _beam(
         logprobs = make_logprobs(entries, _prompt_ids(group), found.token_ids, tokenizer)
     return CompletionOutput(
         index, text, found.token_ids, found.cumulative_logprob, logprobs,
-        "length" if stop is None and not ended_by_token else "stop", stop, found.score,
+        "stop" if ended_by_token or stop is not None or _is_complete(group, found.token_ids) else "length", stop,
+        found.score,
     )  # fmt: skip
+
+
+def _is_complete(group: SequenceGroup, token_ids: list[int]) -> bool:
+    """Whether an output has ended because nothing could follow in what limits it."""
+    return group.limit is not None and group.limit.is_complete(token_ids)
 
 
 def _sample(group: SequenceGroup, sequence: Sequence, index: int, tokenizer: Tokenizer | None) -> CompletionOutput:
@@ -104,8 +110,9 @@ def text_of(group: SequenceGroup, sequence: Sequence, tokenizer: Tokenizer | Non
     if isinstance(sequence.stop_reason, str) and isinstance(sequence.stream, StopStringStream):
         return sequence.stream.text
     output = sequence.output_ids
-    if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
-        output = output[:-1]  # the token that ended it
+    ended_by_token = sequence.finish_reason == "stop" and output[-1] in group.eos_ids | group.stop_ids
+    if ended_by_token and not params.include_stop_str_in_output:
+        output = output[:-1]
     prompt = sequence.token_ids[: sequence.prompt_len]
     return decode_continuation(tokenizer, prompt, output, params.skip_special_tokens)
 

@@ -20,6 +20,7 @@ from jaxpaged.host.arrivals import StreamedGroups
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.possible_tokens import check_some_token
 from jaxpaged.host.sequence import Sequence, SequenceGroup
+from jaxpaged.requests.limits import LimitReader
 from jaxpaged.requests.prompts import Prompt, PromptEncoder, check_add_special_tokens, read_prompt
 from jaxpaged.requests.sources import ReadPrompt, open_source, read_source
 from jaxpaged.requests.streamed_groups import PromptReader
@@ -56,6 +57,7 @@ class RequestReader:
         self._chat_templates = chat_templates or ChatTemplates(directory)
         self._missing = f"{directory} has no tokenizer.json or tokenizer.model{remedy}"
         self._encoder = PromptEncoder(tokenizer, self._missing)
+        self._limits = LimitReader(tokenizer, self._missing)
         self._seed = seed
         self._num_requests = 0
         self._prefix: Prefix | None = None  # the latest that was text: a batch file asks for one with every line
@@ -214,13 +216,17 @@ class RequestReader:
         budget = limits.max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
         max_len = min(budget, limits.max_model_len)
         engine.scheduler.check(len(token_ids), params.num_samples, max_len, prefix_len)
+        eos_ids = frozenset() if params.ignore_eos else frozenset(model.eos_token_ids)
+        stop_ids = frozenset(params.stop_token_ids or ())
+        limit = self._limits.read(params, eos_ids | stop_ids, model.vocab_size, max_len - len(token_ids))
         group = SequenceGroup(
             request_id, text, params, seed,
             sequences=[Sequence(0, token_ids, len(token_ids))],
             max_len=max_len,
             prefix_len=prefix_len,
-            eos_ids=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
-            stop_ids=frozenset(params.stop_token_ids or ()),
+            eos_ids=eos_ids,
+            stop_ids=stop_ids,
+            limit=limit,
             banned_words=_banned_words(params, self.tokenizer),
         )  # fmt: skip
         check_some_token(group, model.vocab_size)
@@ -270,6 +276,9 @@ def _check_params(params: Any) -> None:
 
 def _prepare_beams(group: SequenceGroup, params: BeamSearchParams, tokenizer: Tokenizer | None) -> None:
     group.beams = BeamState.of(params, group.eos_ids | group.stop_ids, group.max_len - group.prompt_len)
+    if group.limit is not None:
+        for state in group.beams:
+            state.places = group.limit.begin_beams(state.width)
     if params.stop_strings and tokenizer is not None:
         text = BeamText(tokenizer, group.sequences[0].token_ids[:], params)
         group.ends_text = lambda output_ids: text.find_stop(output_ids) is not None
@@ -282,6 +291,8 @@ def _prepare_samples(group: SequenceGroup, params: RequestParams, tokenizer: Tok
             params.include_stop_str_in_output, params.skip_special_tokens,
         )  # fmt: skip
         group.sequences[0].stream = group.make_stream()
+    if group.limit is not None:
+        group.sequences[0].place = group.limit.begin()
 
 
 def _banned_words(params: RequestParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

@@ -62,6 +62,17 @@ class SentencePieceTokenizer:
                 is_start = part == self._bos
         return text
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What the token adds behind others; empty for special tokens and ids without a token."""
+        if self._is_special(token_id):
+            return b""
+        if (token := self._added.get(token_id)) is not None:
+            return token.content.encode()
+        if token_id >= self._model.get_piece_size() or self._model.is_unknown(token_id):
+            return b""
+        piece = self._model.id_to_piece(token_id)
+        return bytes([int(piece[3:5], 16)]) if self._model.is_byte(token_id) else piece.replace("▁", " ").encode()
+
     def _id_of(self, content: str) -> int | None:
         """The id of one of the file's own pieces."""
         token_id = self._model.piece_to_id(content)

@@ -12,6 +12,10 @@ import tokenizers
 from jaxpaged.text.added_tokens import read_settings
 from jaxpaged.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from jaxpaged.text.stream import REPLACEMENT, StopStringStream, check_text, decode_continuation, find_stop
+from jaxpaged.text.token_bytes import byte_characters
+
+#: What sentencepiece writes for a space, also in files of the other library.
+SPACE = "▁"
 
 __all__ = [
     "JsonTokenizer",
@@ -43,7 +47,9 @@ class JsonTokenizer:
         self._model.no_truncation()  # some files bring the settings of their training
         self._model.no_padding()
         self._bytes = _byte_tokens(self._model)
-        self._special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        self._added = self._model.get_added_tokens_decoder()
+        self._special = {i for i, token in self._added.items() if token.special}
+        self._is_of_bytes = self._model.decoder is not None and self._model.decoder.decode(["aĠa"]) == "a a"
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         check_text(text)
@@ -55,6 +61,20 @@ class JsonTokenizer:
         if REPLACEMENT not in text or self._bytes.keys().isdisjoint(ids):
             return text
         return self._decode_broken_bytes([i for i in ids if not (skip_special_tokens and i in self._special)])
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """What the token adds behind others; empty for special tokens, and None where only decoding could tell."""
+        piece = self._model.id_to_token(token_id)
+        if piece is None or token_id in self._special:
+            return b""
+        if token_id in self._added:
+            return piece.encode()
+        if self._is_of_bytes:
+            known = byte_characters()
+            return bytes(known[character] for character in piece) if known.keys() >= set(piece) else b""
+        if token_id in self._bytes:
+            return bytes([self._bytes[token_id]])
+        return piece.replace(SPACE, " ").encode() if self._bytes else None
 
     def _decode_broken_bytes(self, ids: list[int]) -> str:
         """As the library, but for a run of byte tokens with an error in it, of which that makes nothing but U+FFFD.

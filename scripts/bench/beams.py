@@ -199,21 +199,26 @@ def choose_ms(llm: Any, case: Case, args: argparse.Namespace) -> float:
     import jax
     import jax.numpy as jnp
 
-    from jaxpaged.device.beam_candidates import beam_columns
+    from jaxpaged.device.beam_candidates import choose_beams, group_candidates
     from jaxpaged.host.step.features import SamplingFeatures
     from jaxpaged.step_io import SamplingInputs
 
     rows, vocab_size = case.prompts * case.width, llm.engine.model.vocab_size
     features = SamplingFeatures.of([_group_of(case, args)] * case.prompts, vocab_size)
-    beam_rows = None if features.merged_widths is None else np.arange(rows, dtype=np.int32).reshape(case)
+    beam_rows = np.arange(rows, dtype=np.int32).reshape(case)
     zeros = np.zeros(rows, np.int32)
     inputs = SamplingInputs(
-        np.zeros((rows, 2), np.int32), zeros, zeros, np.zeros(rows, np.float32), beam_rows=beam_rows
-    )
+        np.zeros((rows, 2), np.int32), zeros, zeros, np.zeros(rows, np.float32), beam_rows=beam_rows,
+        end_ids=np.zeros((case.prompts, 0), np.int32),
+        beam_counts=np.full(case.prompts, features.num_candidates, np.int32),
+    )  # fmt: skip
 
     @jax.jit
     def choose(logits):
-        return beam_columns(logits, jax.nn.log_softmax(logits), inputs, features.wanted)
+        def of_rows(rows, _):
+            return logits[rows], jax.nn.log_softmax(logits[rows])
+
+        return choose_beams(group_candidates(of_rows, inputs, features.num_candidates, vocab_size), inputs)
 
     logits = jax.random.normal(jax.random.key(0), (rows, vocab_size), jnp.float32)
     jax.block_until_ready(choose(logits))

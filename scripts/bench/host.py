@@ -102,6 +102,7 @@ def _queue(args: argparse.Namespace, rng: np.random.Generator) -> tuple[Schedule
         max_len, max_num_seqs=args.sequences, max_num_batched_tokens=8192, watermark=0.0, mixed_steps=False
     )
     scheduler = Scheduler(cache, limits)
+    scheduler.gathers_beams = True
     num_requests = args.sequences // (args.beam_width or args.samples_per_request)
     groups = [_request(i, rng.integers(0, VOCAB_SIZE, args.context).tolist(), args) for i in range(num_requests)]
     for group in groups:
@@ -155,17 +156,15 @@ def _outputs(plan: StepPlan, features: SamplingFeatures, rng: np.random.Generato
     tokens, logprobs = rng.integers(0, VOCAB_SIZE, rows, np.int32), TokenLogprobs(np.zeros(rows, np.float32))
     if not count:
         return StepOutputs(tokens, logprobs)
-    searches = [] if plan.is_prefill else list(dict.fromkeys(sample.group for sample in plan.samples))
-    sums = np.concatenate([state.running_scores for group in searches for state in group.beams] or [np.zeros(rows)])
-    scores = sums[:, None] - np.cumsum(rng.exponential(1.0, (rows, count)), axis=1)
-    scores, ids = scores.astype(np.float32), rng.integers(0, VOCAB_SIZE, (rows, count), np.int32)
-    if plan.is_prefill or features.merged_widths is None:
-        return StepOutputs(tokens, logprobs, RowCandidates(scores, ids))
-    width = features.merged_widths[0]
-    places = np.argsort(-scores.reshape(-1, width * count), axis=1, kind="stable")[:, :count].astype(np.int32)
-    best = (np.take_along_axis(values.reshape(-1, width * count), places, axis=1) for values in (scores, ids))
-    best_scores, best_ids = best
-    return StepOutputs(tokens, logprobs, GroupCandidates(best_scores, places // count, best_ids))
+    if plan.is_prefill:
+        scores = -np.cumsum(rng.exponential(1.0, (rows, count)), axis=1, dtype=np.float32)
+        return StepOutputs(tokens, logprobs, RowCandidates(scores, rng.integers(0, VOCAB_SIZE, scores.shape, np.int32)))
+    shape = len(plan.searches), count
+    sums = np.array([search.group.beams[0].running_scores[0] for search in plan.searches], np.float32)
+    scores = sums[:, None] - np.cumsum(rng.exponential(1.0, shape), axis=1, dtype=np.float32)
+    width = plan.searches[0].width
+    parents, ids = rng.integers(0, width, shape, np.int32), rng.integers(0, VOCAB_SIZE, shape, np.int32)
+    return StepOutputs(tokens, logprobs, GroupCandidates(scores, parents, ids))
 
 
 if __name__ == "__main__":

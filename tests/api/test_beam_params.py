@@ -28,6 +28,12 @@ def test_the_arguments_of_vllm_are_taken():
         (dict(beam_width=True), "beam_width must be an integer"),
         (dict(beam_width=2.0), "beam_width must be an integer"),
         (dict(n=0), "n must be at least 1"),
+        (dict(beam_width=[]), "has no number of beams: give one a step"),
+        (dict(beam_width=[4, 0]), r"beam_width\[1\] must be at least 1, got 0"),
+        (dict(beam_width=[4, 2.5]), r"beam_width\[1\] must be an integer"),
+        (dict(beam_width="44"), "beam_width must be an integer"),
+        (dict(beam_width=[9, 3], n=4), "n=4 hypotheses cannot be returned of the beam_width=3"),
+        (dict(beam_width=[4, 8], num_beam_groups=2, diversity_penalty=1.0), "give a number instead of a list"),
         (dict(n=5), "n=5 hypotheses cannot be returned of the beam_width=4"),
         (dict(max_tokens=0), "max_tokens must be at least 1"),
         (dict(min_tokens=17), "min_tokens=17 exceeds max_tokens=16"),
@@ -61,6 +67,13 @@ def test_the_arguments_of_vllm_are_taken():
 def test_what_cannot_be_searched_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         BeamSearchParams(**{"beam_width": 4, **fields})
+
+
+def test_a_list_of_widths_is_copied_and_its_last_number_is_that_of_the_hypotheses():
+    widths = [10, 80, 50]
+    params = BeamSearchParams(beam_width=widths)
+    widths[0] = 1
+    assert params.widths == (10, 80, 50) and params.num_returned == 50 and params.num_samples == 80
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from toy import TOY, save_toy_checkpoint
 
 from jaxpaged import LLM, BeamSearchParams, SamplingParams
+from jaxpaged.api.constraint import Constraint
 from jaxpaged.config import EngineOptions
 from jaxpaged.requests.prompts import is_one_prompt, read_prompts
 
@@ -49,6 +50,8 @@ def is_plain(value) -> bool:
         return all(map(is_plain, value))
     if isinstance(value, dict):
         return all(type(key) is int and is_plain(one) for key, one in value.items())
+    if isinstance(value, Constraint):
+        return all(map(is_plain, vars(value).values()))
     return value is None or type(value) in (bool, int, float) or isinstance(value, str) or callable(value)
 
 
@@ -63,7 +66,8 @@ def test_parameters_are_plain_values_or_refused(kind, num_cases):
         assert all(map(is_plain, values.values())), values
         assert all(np.isfinite(np.float32(v)) for v in values.values() if isinstance(v, float)), values
         assert kind(**values) == params  # what was read is read again
-        json.dumps({n: v for n, v in values.items() if n != "logits_processors"}, allow_nan=False).encode()
+        in_file = {n: v for n, v in values.items() if n != "logits_processors"}
+        json.dumps(in_file, allow_nan=False, default=lambda constraint: constraint.as_json()).encode()
         try:
             params.check_token_ids(TOY.vocab_size)
         except ValueError:

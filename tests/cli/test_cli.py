@@ -208,7 +208,7 @@ def test_every_sampling_parameter_and_llm_argument_is_a_flag():
     from inspect import signature
 
     fields = set(signature(SamplingParams).parameters)
-    assert {flag.name for flag in SAMPLING_FLAGS} == fields - {"seed", "logits_processors"}
+    assert {flag.name for flag in SAMPLING_FLAGS} == fields - {"seed", "logits_processors", "constraint"}
     arguments = set(signature(jaxpaged.LLM).parameters)
     assert {flag.name for flag in MODEL_FLAGS} == arguments - {"model", "seed"}
 

@@ -152,8 +152,15 @@ def test_penalised_tokens_do_not_depend_on_batch_or_preemption(engine):
         assert results_of(engine, [group]) == {group.request_id: expected[group.request_id]}
 
 
-def test_beams_wait_for_the_host_which_chooses_them(engine):
-    search = beam_group([5, 6, 7], BeamSearchParams(beam_width=2, max_tokens=4), ())
+def test_beams_go_on_ahead_behind_their_first_step_and_before_their_last(engine):
+    search = beam_group([5, 6, 7], BeamSearchParams(beam_width=2, max_tokens=5), ())
+    assert events_of(engine, [search]) == "LFLLFLFLFF"
+
+
+def test_beams_wait_for_the_host_where_it_chooses_them(engine):
+    search = beam_group(
+        [5, 6, 7], BeamSearchParams(beam_width=4, max_tokens=4, num_beam_groups=2, diversity_penalty=1.0), ()
+    )
     assert events_of(engine, [search]) == "LFLFLFLF"
 
 

@@ -76,3 +76,10 @@ def test_prompts_that_one_step_computes_come_no_second_time_and_one_request_deco
 
 def foreseen(groups):
     return foreseen_shapes(groups, BUCKETS, LIMITS, CACHE)
+
+
+@pytest.mark.parametrize("widths, rows", [([3], {4}), ([2, 2, 2], {2, 4, 8}), ([1, 4], {1, 2, 4, 8})])
+def test_searches_come_and_go_whole(widths, rows):
+    groups = [make_search(5, 4, width=width) for width in widths]
+    shapes = foreseen_shapes(groups, BUCKETS, LIMITS, CACHE)
+    assert {shape.num_rows for shape in shapes if shape.num_tokens is None} == rows

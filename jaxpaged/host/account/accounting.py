@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.account.memory_account import MemoryAccount, make_account
+from jaxpaged.host.pages.beam_tables import BeamTables
 from jaxpaged.host.pages.block_table import BlockTable
 from jaxpaged.host.pages.swap import Swap
 from jaxpaged.host.scheduler import Scheduler
@@ -130,24 +131,27 @@ class RunStats:
     def record(self, plan: StepPlan, scheduler: Scheduler, num_unqueued: int = 0) -> None:
         """Take down the state of the scheduler right after it made `plan`; `num_unqueued` more requests wait for it."""
         tables, allocator, policy = scheduler.tables, scheduler.allocator, scheduler.policy
+        beams = scheduler.beam_tables
+        claimed = sum([one.num_claimed for one in beams])
+        num_used = allocator.num_used - claimed
         held = [*tables, *scheduler.prefix_tables]
-        logical = sum([len(table.pages) for table in tables])
-        is_shared = sum([len(table.pages) for table in held]) > allocator.num_used
+        logical = sum([len(table.pages) for table in tables]) + sum([one.width * one.num_pages for one in beams])
+        is_shared = bool(beams) or sum([len(table.pages) for table in held]) > num_used
         num_decoded = plan.num_rows + plan.num_idle_rows
         entries = {
-            "pages_used": allocator.num_used,
+            "pages_used": num_used,
             "logical_pages": logical,
-            "running": len(tables),
+            "running": len(tables) + sum([one.width for one in beams]),
             "waiting": len(scheduler.waiting) + num_unqueued,
             "batch_tokens": sum([row.count for row in plan.rows]) if plan.is_prefill else num_decoded,
-            "used_slots": self._num_filled(held, allocator.num_used)
+            "used_slots": self._num_filled(held, num_used) - sum([one.num_unfilled for one in beams])
             if is_shared
             else sum([table.num_slots for table in held]),
-            "requested_slots": policy.requested_slots,
-            "largest_free": allocator.largest_free,
+            "requested_slots": policy.requested_slots - claimed * self.page_size,
+            "largest_free": allocator.largest_free + claimed,
             "cached_pages": scheduler.num_cached_pages,
             "is_short": int(scheduler.is_short),
-            "copied_pages": len(plan.copies),
+            "copied_pages": plan.num_copies,
             "swapped_out_pages": sum([len(one.page_ids) for one in plan.swaps if one.is_out]),
             "swapped_in_pages": sum([len(one.page_ids) for one in plan.swaps if not one.is_out]),
         }
@@ -161,11 +165,24 @@ class RunStats:
         self.preemptions += plan.num_preempted
         self.recomputed_tokens += plan.num_recomputed
         self.swap_overflows += plan.num_swap_overflows
-        self.page_copies += len(plan.copies)
+        self.page_copies += plan.num_copies
 
     def add_tokens(self, plan: StepPlan) -> None:
         """What the step of `plan` chose has come."""
-        self.num_generated_tokens += len(plan.samples) - plan.num_trimmed
+        self.num_generated_tokens += plan.num_choices - plan.num_trimmed
+
+    def correct(self, ahead: list[BeamTables]) -> None:
+        """Which beams of these searches go on in the step that was planned last is known now: what it copies, and which
+        pages are not theirs any more."""
+        copied, freed = sum(one.copies.shape[1] for one in ahead), sum(one.num_freed for one in ahead)
+        slots = freed * self.page_size
+        changes = {
+            "copied_pages": copied, "pages_used": -freed, "largest_free": freed, "used_slots": -slots,
+            "requested_slots": -slots,
+        }  # fmt: skip
+        for name, change in changes.items():
+            self._series[name][-1] += change
+        self.page_copies += copied
 
     def record_ahead(self, num_steps: int, num_rows: int, new_pages: np.ndarray, is_paged: bool) -> None:
         """Take down `num_steps` more decode steps like the last, in which `num_rows` sequences only grow.

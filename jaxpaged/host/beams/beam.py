@@ -17,6 +17,9 @@ beams that ended, and before the first step with W - 1 times the prompt. They li
 when nothing else does. Here a sum of -inf marks such a place: it is computed and never read, so that only what is
 possible is ever found, and a search of which no running beam is left is over.
 
+W may be another number in each step. Then it is that of the beams that the step leaves, and the finished ones are as
+many as the last steps leave.
+
 All functions take the groups of a step together: arrays `[G, W]` and `[G, M]`, as wide as the widest group, the unused
 end of a narrower one masked. A finished hypothesis is a reference (step, parent, token); its tokens are read off the
 parents of each step at the end (beam_state.py). Axes: G groups, W beams, M candidates, R rows of the step, k candidates
@@ -68,11 +71,12 @@ class Beams(NamedTuple):
 class BeamRules(NamedTuple):
     """What each group's request asks for."""
 
-    widths: np.ndarray  # i32[G]
+    widths: np.ndarray  # i32[G]  beams that run on
     max_tokens: np.ndarray  # i32[G]  generated length at which every candidate ends
     length_penalties: np.ndarray  # f64[G]
     stops_when_full: np.ndarray  # bool[G]  early_stopping is True
     hopes_for_longest: np.ndarray  # bool[G]  early_stopping is "never", and length is rewarded
+    kept: np.ndarray  # i32[G]  finished hypotheses
 
 
 class Selection(NamedTuple):
@@ -93,6 +97,7 @@ def select_beams(beams: Beams, candidates: Candidates, rules: BeamRules) -> Sele
     """One step of every group. M must be at least W; a group that is done may be given again and stays as it is."""
     width = beams.running_scores.shape[1]
     in_group = np.arange(width) < rules.widths[:, None]  # [G, W]
+    in_pool = np.arange(width) < rules.kept[:, None]
     generated = beams.num_generated + 1
     ends = candidates.ends | (generated >= rules.max_tokens)[:, None]
 
@@ -102,9 +107,9 @@ def select_beams(beams: Beams, candidates: Candidates, rules: BeamRules) -> Sele
     running_scores = np.where(in_group & is_possible & ~ends.take(best), next_scores.take(best), NOTHING)
     chosen = np.where(is_possible, best, best[:, :1])  # a place without a beam computes what the best one does
 
-    finished = _update_finished(beams, candidates, ends, generated, rules, in_group)
-    can_improve = beams.can_improve & _may_improve(running_scores[:, 0], finished, generated, rules, in_group)
-    is_full = (finished.is_finished | ~in_group).all(1)
+    finished = _update_finished(beams, candidates, ends, generated, rules, in_pool)
+    can_improve = beams.can_improve & _may_improve(running_scores[:, 0], finished, generated, rules, in_pool)
+    is_full = (finished.is_finished | ~in_pool).all(1)
     return Selection(
         parents=np.where(in_group, candidates.parents.take(chosen), -1),
         tokens=np.where(in_group, candidates.tokens.take(chosen), -1),
@@ -119,12 +124,12 @@ def _update_finished(
     ends: np.ndarray,
     generated: np.ndarray,
     rules: BeamRules,
-    in_group: np.ndarray,
+    in_pool: np.ndarray,
 ) -> Finished:
     """The pools with the candidates that ended among the first W; nothing joins where the search is over."""
-    width, count = in_group.shape[1], candidates.scores.shape[1]
+    width, count = in_pool.shape[1], candidates.scores.shape[1]
     old = beams.finished
-    is_open = beams.can_improve & ~(rules.stops_when_full & (old.is_finished | ~in_group).all(1))
+    is_open = beams.can_improve & ~(rules.stops_when_full & (old.is_finished | ~in_pool).all(1))
     joins = ends & is_open[:, None] & (np.arange(count) < rules.widths[:, None]) & (candidates.scores > NOTHING)
     if not joins.any():
         return old
@@ -135,17 +140,17 @@ def _update_finished(
     both = Finished(*(np.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)))
     best = _flat(_best(both.scores, width), both.scores.shape[1])
     kept = Finished(*(values.take(best) for values in both))
-    return kept._replace(scores=np.where(in_group, kept.scores, NOTHING), is_finished=kept.is_finished & in_group)
+    return kept._replace(scores=np.where(in_pool, kept.scores, NOTHING), is_finished=kept.is_finished & in_pool)
 
 
 def _may_improve(
-    best_running: np.ndarray, finished: Finished, generated: np.ndarray, rules: BeamRules, in_group: np.ndarray
+    best_running: np.ndarray, finished: Finished, generated: np.ndarray, rules: BeamRules, in_pool: np.ndarray
 ) -> np.ndarray:
     """bool[G]: can the best running beam, at the length hoped for, beat the worst finished one or fill a place?"""
     longest = np.where(rules.hopes_for_longest, rules.max_tokens, generated)
     hoped = best_running / _length_divisor(longest, rules)
-    worst = np.where(in_group, finished.scores, np.inf).min(1)
-    has_empty = (in_group & ~finished.is_finished).any(1)
+    worst = np.where(in_pool, finished.scores, np.inf).min(1)
+    has_empty = (in_pool & ~finished.is_finished).any(1)
     return (finished.is_finished.any(1) & (hoped > worst)) | (has_empty & (hoped > NOTHING))
 
 
@@ -191,6 +196,7 @@ def merge_candidates(
     least min(counts[g], V) for the result to be that of all W * V continuations. With keys f32[R, k] the order is by
     key, and k must serve the keys: scores plus Gumbel noise draw without replacement in proportion to exp(score).
     """
+    rows = rows[:, : max(1, int((rows >= 0).sum(1).max()))]  # before the first step there is one row, for all beams
     num_groups, k = len(rows), scores.shape[1]
     ranked = np.where((rows >= 0)[:, :, None], (scores if keys is None else keys)[rows], NOTHING)
     places = _best(ranked.reshape(num_groups, -1), int(counts.max()))

@@ -3,7 +3,8 @@
 The first child of a beam that survives is that beam, one token longer: it keeps the pages. Further children fork from
 it, which copies nothing; what they write to a shared last page later is copied then, once for each writer but one. As
 many beams have no child as there are further children, and these take their places: sequences of one search have most
-of their pages in common, so little of a table changes.
+of their pages in common, so little of a table changes. Where nothing asks for single beams, their tables are one array,
+and there are no sequences (gathering.py).
 """
 
 from __future__ import annotations
@@ -15,28 +16,40 @@ import numpy as np
 
 from jaxpaged.host.beams.beam_logprobs import keep_group, keep_rows
 from jaxpaged.host.beams.beam_state import BeamState, FindStops, advance_beams, advance_merged
+from jaxpaged.host.beams.gathering import can_gather, gather
 from jaxpaged.host.failure import fail
+from jaxpaged.host.pages.beam_tables import BeamTables
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
+from jaxpaged.host.systems.reservation import Paged
 from jaxpaged.host.systems.roles import Forks
 from jaxpaged.step_io import NO_TOKEN, GroupCandidates, StepOutputs
+
+
+class GroupRows(NamedTuple):
+    """Where one request's searches are in a step."""
+
+    group: SequenceGroup
+    row: int  # of its first beam
+    place: int  # of its first search among all of the step
 
 
 class _Search(NamedTuple):
     """One group of beams in one step."""
 
     state: BeamState
-    parents: list[Sequence]  # of each running beam; in the first step all are the prompt
+    parents: list[Sequence]  # of each running beam; in the first step all are the prompt; none where beams are arrays
     first_row: int  # among the step's candidates
+    place: int  # among the step's searches
 
 
 def advance_groups(
-    groups: list[tuple[SequenceGroup, int]], outputs: StepOutputs, policy: Forks
+    groups: list[GroupRows], outputs: StepOutputs, policy: Forks, gathers: bool = False
 ) -> tuple[list[SequenceGroup], bool]:
-    """One step of every group, each with its first row in the step.
+    """One step of every group. `gathers`: beams go on as arrays where they can (gathering.py); `policy` has pages then.
 
     Returns the groups that are done, and whether any group's sequences are no longer the same.
     """
-    searches = [(group, _searches(group, row)) for group, row in groups]
+    searches = [(one.group, _searches(one)) for one in groups]
     _find_failures(searches, outputs)
     for group, of_group in searches:
         _note_growth(group, policy)
@@ -47,23 +60,61 @@ def advance_groups(
     for group, _ in searches:
         if not (group.failure or group.running_beams or any(state.has_found for state in group.beams)):
             group.failure = NO_TOKEN
-    is_changed = [
-        _fail(group, of_group, policy) if group.failure else _carry_out(group, of_group, policy)
-        for group, of_group in searches
-    ]
+    is_changed = [_go_on(group, of_group, policy, gathers) for group, of_group in searches]
     return [group for group, _ in searches if not group.running_beams], any(is_changed)
 
 
-def _searches(group: SequenceGroup, row: int) -> list[_Search]:
+def _searches(where: GroupRows) -> list[_Search]:
     """The searches of a request that are not done: their beams, and so their rows, lie side by side."""
+    group, row, first_place = where
+    if group.tables is not None:
+        return [_Search(group.beams[0], [], row, first_place)]
     found, beams = [], group.sequences
-    for state in group.running_beams:
+    for place, state in enumerate(group.running_beams, first_place):
         if state.num_generated:
-            found.append(_Search(state, beams[: state.width], row))
+            found.append(_Search(state, beams[: state.width], row, place))
             row, beams = row + state.width, beams[state.width :]
         else:
-            found.append(_Search(state, beams * state.width, row))
+            found.append(_Search(state, beams * state.width, row, place))
     return found
+
+
+def _go_on(group: SequenceGroup, searches: list[_Search], policy: Forks, gathers: bool) -> bool:
+    """Carry the step's decisions out; whether the group's sequences are no longer the same."""
+    if group.failure:
+        return _fail(group, searches, policy)
+    if group.tables is not None:
+        return _descend_gathered(group)
+    if gathers and can_gather(group):
+        assert isinstance(policy, Paged), "beams are gathered over pages alone"
+        if searches[0].state.num_generated > 1:
+            gather(group, policy.allocator)
+        elif not searches[0].state.is_done:
+            group.tables = BeamTables.fork(group.sequences[0].table, searches[0].state.width, policy.allocator)
+            group.pages.note(group.tables.physical, group.tables.logical)
+            return True
+        else:
+            return _carry_out(group, searches, policy)
+        _descend_gathered(group)
+        return True
+    return _carry_out(group, searches, policy)
+
+
+def _descend_gathered(group: SequenceGroup) -> bool:
+    (state,), tables = group.beams, group.tables
+    assert tables is not None
+    if state.is_done:
+        tables.release()
+        group.tables = None
+        group.sequences[0].status = SequenceStatus.FINISHED
+        return True
+    has_followed = tables.num_in_flight > 1  # and that step makes these copies
+    is_changed = len(state.parents[-1]) != tables.width
+    tables.descend(state.parents[-1])
+    if has_followed:
+        group.pages.copied += tables.copies.shape[1]
+    group.pages.note(tables.physical, tables.logical)
+    return is_changed
 
 
 def _find_failures(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepOutputs) -> None:
@@ -74,9 +125,9 @@ def _find_failures(searches: list[tuple[SequenceGroup, list[_Search]]], outputs:
         return
     is_merged = isinstance(outputs.candidates, GroupCandidates)
     running = [(group, search) for group, of_group in searches for search in of_group]
-    for i, (group, (state, _, row)) in enumerate(running):
+    for group, (state, _, row, place) in running:
         num_rows = state.width if state.num_generated else 1
-        code = codes[i] if is_merged else codes[row : row + num_rows].min()
+        code = codes[place] if is_merged else codes[row : row + num_rows].min()
         if code < NO_TOKEN:
             group.failure = int(code)
 
@@ -88,6 +139,9 @@ def _note_growth(group: SequenceGroup, policy: Forks) -> None:
     page or none.
     """
     pages, page_size = group.pages, policy.page_size
+    if group.tables is not None:
+        group.record_pages()
+        return
     if not (policy.shares_pages and group.is_forked) or group.num_preemptions != group.counted_preemptions:
         group.record_pages()
         group.counted_preemptions = group.num_preemptions
@@ -110,30 +164,31 @@ def _stop_finder(parents: list[Sequence], ends_text: Callable[[list[int]], bool]
 def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepOutputs) -> None:
     """Let all searches choose, and keep what the step said of their tokens where a request wants to know."""
     candidates = outputs.candidates
-    together = enumerate((group, search) for group, of_group in searches for search in of_group)
-    running = [(i, group, search) for i, (group, search) in together if not group.failure]
-    states = [search.state for _, _, search in running]
+    running = [(group, search) for group, of_group in searches for search in of_group if not group.failure]
+    states = [search.state for _, search in running]
     if not states:
         return
     if isinstance(candidates, GroupCandidates):
-        for i, group, search in running:
+        for group, search in running:
             if group.params.logprobs is not None:
-                keep_group(search.state, candidates, outputs.token_logprobs, i, search.first_row)
-        places = [i for i, _, _ in running]
+                keep_group(search.state, candidates, outputs.token_logprobs, search.place, search.first_row)
+        places = [search.place for _, search in running]
         advance_merged(states, candidates.scores[places], candidates.parents[places], candidates.tokens[places])
         return
     assert candidates is not None, "beams ran, but no candidates came"
-    for _, group, search in running:
+    for group, search in running:
         if group.params.logprobs is not None:
             keep_rows(search.state, candidates, outputs.token_logprobs, search.first_row)
-    first_rows = [search.first_row for _, _, search in running]
+    first_rows = [search.first_row for _, search in running]
     advance_beams(states, candidates.scores, candidates.tokens, first_rows, candidates.keys)
 
 
 def _fail(group: SequenceGroup, searches: list[_Search], policy: Forks) -> bool:
     """End a request that cannot go on; the sequence that stays is the best beam, as it was."""
+    if group.tables is not None:
+        group.sequences[0].token_ids += searches[0].state.running_token_ids()[0].tolist()
     fail(group, policy)
-    group.sequences = group.sequences[:1]
+    group.tables, group.sequences = None, group.sequences[:1]
     group.sequences[0].cumulative_logprob = searches[0].state.last_score
     return True
 
@@ -147,8 +202,9 @@ def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Forks) -> 
         freed = _begin(group, searches, policy)
     else:
         freed = sum(_descend(search, policy) for search in searches)
-    running = [(state, parents) for state, parents, _ in searches if not state.is_done]
-    is_changed = len(running) < len(searches) or searches[0].state.num_generated == 1
+    running = [(state, parents) for state, parents, _, _ in searches if not state.is_done]
+    num_rows = sum(state.width for state, _ in running)
+    is_changed = num_rows != len(group.sequences) or searches[0].state.num_generated == 1
     if is_changed:
         children = [sequence for _, parents in running for sequence in parents]
         for index, sequence in enumerate(children):
@@ -159,7 +215,6 @@ def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Forks) -> 
     for state, parents in running:
         for sequence, token in zip(parents, state.tokens[-1].tolist(), strict=True):
             sequence.token_ids.append(token)
-    num_rows = sum(state.width for state, _ in running)
     if policy.shares_pages:
         group.pages.note(group.pages.physical - freed, num_rows * len(group.sequences[0].table.pages))
     return is_changed
@@ -169,7 +224,7 @@ def _begin(group: SequenceGroup, searches: list[_Search], policy: Forks) -> int:
     """Fork the first beams of all searches from the prompt's sequence, which is one of them; returns pages freed."""
     (prompt,) = group.sequences
     is_taken = False
-    for state, parents, _ in searches:
+    for state, parents, _, _ in searches:
         for place in range(0 if state.is_done else state.width):
             parents[place] = _fork(prompt, policy) if is_taken else prompt
             is_taken = True
@@ -178,11 +233,14 @@ def _begin(group: SequenceGroup, searches: list[_Search], policy: Forks) -> int:
 
 def _descend(search: _Search, policy: Forks) -> int:
     """Give every sequence of a search the contents of its next beam; returns how many pages became free."""
-    state, sequences, _ = search
+    state, sequences, _, _ = search
     if state.is_done:
         return _finish(sequences, policy)
     places = state.parents[-1].tolist()
     contents = [(sequence.table, sequence.token_ids) for sequence in sequences]
+    added = [_fork(sequences[place], policy) for place in places[len(sequences) :]]
+    dropped, sequences[len(places) :] = sequences[len(places) :], []
+    places = places[: len(sequences)]
     childless = [contents[place] for place in set(range(len(contents))).difference(places)]
     is_kept = bytearray(len(contents))
     freed = 0
@@ -197,6 +255,10 @@ def _descend(search: _Search, policy: Forks) -> int:
             token_ids[start:] = parent_ids[start:]
         is_kept[place] = True
         sequence.table, sequence.token_ids = table, token_ids
+    for sequence in dropped:
+        freed += policy.release(childless.pop()[0])
+        sequence.status = SequenceStatus.FINISHED
+    sequences += added
     return freed
 
 

@@ -30,13 +30,13 @@ from jaxpaged.host.beams.beam import (
     num_candidates,
     select_beams,
 )
+from jaxpaged.host.constraints.places import BeamPlaces
 
 #: `find_stops(parents i32[C], tokens i32[C]) -> bool[C]`: which candidates complete a stop string.
 FindStops = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
+class Hypothesis(NamedTuple):
     """One finished beam."""
 
     token_ids: list[int]
@@ -59,12 +59,13 @@ class _Batch(NamedTuple):
 class BeamState:
     """One search: its rules, the choices of each step, its finished pool."""
 
-    width: int
+    widths: tuple[int, ...]  # beams behind each step; the last number holds for all further ones
     max_tokens: int  # generated length at which every beam ends
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     end_ids: Sequence[int] = ()
     find_stops: FindStops | None = None
+    places: BeamPlaces | None = None  # of its beams, in what limits the request
     diversity_penalty: float = 0.0
     earlier: Sequence[BeamState] = ()  # groups of the same request that choose before this one
     is_done: bool = False
@@ -76,6 +77,8 @@ class BeamState:
     _place: int = 0  # of this group in the batch
 
     def __post_init__(self):
+        if isinstance(self.widths, int):
+            self.widths = (self.widths,)
         self._batch = _start(self)
 
     @classmethod
@@ -86,7 +89,7 @@ class BeamState:
         for _ in range(params.num_beam_groups):
             states.append(
                 cls(
-                    params.group_width,
+                    params.group_widths,
                     max_tokens,
                     params.length_penalty,
                     params.early_stopping,
@@ -102,8 +105,30 @@ class BeamState:
         return len(self.parents)
 
     @property
+    def width(self) -> int:
+        """Beams that run; before the first step, those that will."""
+        return self.widths[min(max(self.num_generated, 1), len(self.widths)) - 1]
+
+    @property
+    def next_width(self) -> int:
+        """Beams that will run behind the next step."""
+        return self.widths[min(self.num_generated, len(self.widths) - 1)]
+
+    @property
+    def most_rows(self) -> int:
+        """The most beams that run now or later."""
+        return max(self.width, *self.widths[min(self.num_generated, len(self.widths) - 1) :])
+
+    @property
+    def goes_on_behind_next(self) -> bool:
+        """Whether one more step can follow the next before that is known: it is not the last by its length, and as many
+        beams run on."""
+        return self.num_generated + 1 < self.max_tokens and self.next_width == self.width
+
+    @property
     def num_candidates(self) -> int:
-        return num_candidates(self.width, len(self.end_ids))
+        """In the next step."""
+        return num_candidates(self.next_width, len(self.end_ids))
 
     @property
     def row_candidates(self) -> int:
@@ -111,7 +136,8 @@ class BeamState:
 
         Tokens that earlier turns chose may drop out, so there must be as many more.
         """
-        return self.num_candidates + sum(state.width for state in self.earlier)
+        most = num_candidates(max(self.widths), len(self.end_ids))
+        return most + sum(state.width for state in self.earlier)
 
     @property
     def has_found(self) -> bool:
@@ -138,11 +164,10 @@ class BeamState:
         pool = Finished(*(values[self._place] for values in self._batch.beams.finished))
         pool = Finished(*(values[pool.is_finished] for values in pool))
         tokens, beams = self._walk(pool.steps, pool.parents, pool.tokens)
+        columns = (tokens, pool.scores, pool.sums, beams, pool.steps + 1)
         return [
-            Hypothesis(tokens[i, : step + 1].tolist(), score, total, beams[i, : step + 1].tolist(), len(self.earlier))
-            for i, (step, score, total) in enumerate(
-                zip(pool.steps.tolist(), pool.scores.tolist(), pool.sums.tolist(), strict=True)
-            )
+            Hypothesis(token_ids[:length], score, total, of_beams[:length], len(self.earlier))
+            for token_ids, score, total, of_beams, length in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
     def _walk(self, steps: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,10 +183,13 @@ class BeamState:
         return all_tokens, all_beams
 
     def _record(self, batch: _Batch, place: int, selection: Selection, is_done: bool) -> None:
+        width = self.next_width
         if is_done:
             self.end()
-        self.parents.append(selection.parents[place, : self.width])
-        self.tokens.append(selection.tokens[place, : self.width])
+        elif self.places is not None:
+            self.places.advance(selection.parents[place, :width], selection.tokens[place, :width])
+        self.parents.append(selection.parents[place, :width])
+        self.tokens.append(selection.tokens[place, :width])
         self._batch, self._place = batch, place
 
     def end(self) -> None:
@@ -223,7 +251,7 @@ def _advance(
     """`advance_beams` for groups of which none waits for another."""
     batch = _batch_of(states)
     lanes = np.arange(batch.beams.running_scores.shape[1])
-    in_group = lanes < batch.rules.widths[:, None]
+    in_group = lanes < np.array([state.width for state in states])[:, None]
     is_first = batch.beams.num_generated == 0
     has_row = in_group & ~(is_first[:, None] & (lanes > 0))  # the beams of a prompt's row are one until a step has run
     rows = np.where(has_row, first_rows[:, None] + lanes, -1)
@@ -238,11 +266,24 @@ def _advance(
 
 
 def _decide(states: list[BeamState], batch: _Batch, candidates: Candidates) -> None:
-    candidates = candidates._replace(ends=_ends(states, candidates, batch.end_ids))
+    candidates = _at_least(candidates._replace(ends=_ends(states, candidates, batch.end_ids)), batch)
     selection = select_beams(batch.beams, candidates, batch.rules)
     batch = batch._replace(beams=selection.beams)
     for place, (state, is_done) in enumerate(zip(states, selection.is_done.tolist(), strict=True)):
         state._record(batch, place, selection, is_done)
+
+
+def _at_least(candidates: Candidates, batch: _Batch) -> Candidates:
+    """As many candidates as there are places, where the groups choose from fewer in this step."""
+    missing = batch.beams.running_scores.shape[1] - candidates.scores.shape[1]
+    if missing <= 0:
+        return candidates
+    fills = (NOTHING, -1, -1, False)
+    padded = (
+        np.pad(values, ((0, 0), (0, missing)), constant_values=fill)
+        for values, fill in zip(candidates, fills, strict=True)
+    )
+    return Candidates(*padded)
 
 
 def _diversity(states: list[BeamState], tokens: np.ndarray) -> np.ndarray:
@@ -274,18 +315,21 @@ def _in_row_order(
 
 
 def _ends(states: list[BeamState], candidates: Candidates, end_ids: np.ndarray) -> np.ndarray:
-    """bool[G, M]: candidates whose token is an end id, or that complete a stop string."""
+    """bool[G, M]: candidates whose token is an end id, or that complete a stop string or what limits them."""
     ends = (candidates.tokens[:, :, None] == end_ids[:, None, :]).any(-1)
     for place, state in enumerate(states):
         if state.find_stops is not None:
             used = candidates.tokens[place] >= 0
             ends[place, used] |= state.find_stops(candidates.parents[place, used], candidates.tokens[place, used])
+        if state.places is not None:
+            used = candidates.scores[place] > NOTHING  # the others are not allowed
+            ends[place, used] |= state.places.ends(candidates.parents[place, used], candidates.tokens[place, used])
     return ends
 
 
 def _start(state: BeamState) -> _Batch:
     """The batch of one group before its first step: one beam, and places for others."""
-    shape = (1, state.width)
+    shape = (1, max(state.widths))
     running_scores = np.full(shape, NOTHING)
     running_scores[:, 0] = 0
     nothing, numbers = np.full(shape, NOTHING), np.zeros(shape, np.int32)
@@ -296,6 +340,7 @@ def _start(state: BeamState) -> _Batch:
         np.array([state.length_penalty], np.float64),
         np.array([state.early_stopping is True]),
         np.array([state.early_stopping == "never" and state.length_penalty > 0]),
+        np.array([state.widths[-1]], np.int32),
     )
     beams = Beams(np.zeros(1, np.int32), running_scores, np.ones(1, bool), finished)
     ends = np.array([list(state.end_ids)], np.int32).reshape(1, -1)
@@ -304,10 +349,19 @@ def _start(state: BeamState) -> _Batch:
 
 def _batch_of(states: list[BeamState]) -> _Batch:
     """The states' arrays together: those of the last step if they were then the same groups, else gathered."""
+    batch = _gathered(states)
+    widths = np.array([state.next_width for state in states], np.int32)
+    if (widths == batch.rules.widths).all():
+        return batch
+    counts = np.array([state.num_candidates for state in states], np.int32)
+    return batch._replace(rules=batch.rules._replace(widths=widths), counts=counts)
+
+
+def _gathered(states: list[BeamState]) -> _Batch:
     last = states[0]._batch
     if len(last.counts) == len(states) and all(s._batch is last and s._place == i for i, s in enumerate(states)):
         return last
-    width = max(state.width for state in states)
+    width = max(max(state.widths) for state in states)
     num_ends = max(len(state.end_ids) for state in states)
 
     def gather(arrays: list[np.ndarray]) -> np.ndarray:

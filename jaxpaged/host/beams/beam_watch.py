@@ -12,11 +12,14 @@ from jaxpaged.host.sequence import SequenceGroup
 
 def take_snapshot(group: SequenceGroup, step: int, output: RequestOutput | None) -> BeamSnapshot:
     tables = [sequence.table.pages for sequence in group.unfinished]
+    pages, logical_pages = len(set().union(*tables)), sum(map(len, tables))
+    if group.tables is not None:
+        pages, logical_pages = group.tables.physical, group.tables.logical
     return BeamSnapshot(
         step=step,
         searches=[_search(state) for state in group.beams],
-        pages=len(set().union(*tables)),
-        logical_pages=sum(map(len, tables)),
+        pages=pages,
+        logical_pages=logical_pages,
         output=output,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from jaxpaged.host.pages.prefix_cache import PrefixCache
 from jaxpaged.step_io import NULL_PAGE
 
@@ -63,6 +65,17 @@ class PageAllocator:
             raise OutOfPagesError(f"all {self.num_pages - 1} pages are in use")
         self._ref_counts[page_id] = 1
         return page_id
+
+    def allocate_many(self, count: int) -> np.ndarray:
+        """As many pages i32[count], each with one reference; all of them or OutOfPagesError."""
+        if count > self.num_free:
+            raise OutOfPagesError(f"{count} pages are needed, {self.num_free} are free")
+        num_plain = min(count, len(self._free))
+        taken = self._free[len(self._free) - num_plain :][::-1]
+        del self._free[len(self._free) - num_plain :]
+        for page_id in taken:
+            self._ref_counts[page_id] = 1
+        return np.array(taken + [self.allocate() for _ in range(count - num_plain)], np.int32)
 
     def share(self, page_id: int) -> None:
         """One more table holds this page."""

@@ -19,8 +19,8 @@ import numpy as np
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.pages.block_table import PageCopy, num_pages_for
 from jaxpaged.host.step.features import SamplingFeatures
-from jaxpaged.host.step.sampling_batch import make_beam_rows, make_sampling_inputs
-from jaxpaged.host.step.step_plan import PlanRow, StepPlan
+from jaxpaged.host.step.sampling_batch import make_sampling_inputs, with_groups
+from jaxpaged.host.step.step_plan import PlanRow, SearchRows, StepPlan
 from jaxpaged.step_io import (
     NULL_PAGE,
     DecodeBatch,
@@ -69,7 +69,8 @@ class Buckets:
         widest = num_pages_for(limits.max_model_len, cache.page_size)
         return cls(
             decode_rows=_row_sizes(min_rows, limits.max_num_seqs),
-            prefill_rows=_geometric(8, limits.max_num_seqs, limits.max_num_seqs),
+            # Where beams run by the thousand, few prompts are still computed at a time.
+            prefill_rows=_geometric(8, limits.max_num_seqs, 16 if limits.max_num_seqs > 1024 else limits.max_num_seqs),
             prefill_tokens=_geometric(64, limits.max_num_batched_tokens, 2),
             # Without a cache tables are empty, and tell nothing of how long sequences are; nor is there what to copy.
             table_widths=(widest,) if limits.kv_cache == "none" else _geometric(NARROWEST_TABLE, widest, 4),
@@ -108,9 +109,11 @@ class Buckets:
 
     def shape_of(self, plan: StepPlan, features: SamplingFeatures) -> StepShape:
         rows = plan.rows
-        width = fit(max((len(row.sequence.table.pages) for row in rows), default=0), self.table_widths)
+        tables = [len(row.sequence.table.pages) for row in rows]
+        tables += [group.tables.num_pages for group, _, _, _ in plan.searches if group.tables is not None]
+        width = fit(max(tables, default=0), self.table_widths)
         if not plan.is_prefill or _can_decode(plan, features):
-            return StepShape(fit(len(rows) + plan.num_idle_rows, self.decode_rows), width)
+            return StepShape(fit(len(rows) + plan.num_beams + plan.num_idle_rows, self.decode_rows), width)
         if plan.is_mixed:
             return self._mixed_shape(plan, width)
         # As many rows to sample from as table rows, so that one list serves both.
@@ -176,15 +179,18 @@ def make_batch(
 ) -> StepBatch:
     """The step's arrays; row i of the plan is row i of the arrays. An empty plan gives a step that does nothing."""
     rows, size = plan.rows, cache.page_size
-    sampling = make_sampling_inputs(plan.samples, shape.num_rows, shape.table_width * size, vocab_size, features)
+    sampling = make_sampling_inputs(
+        plan.samples, shape.num_rows, shape.table_width * size, vocab_size, features, plan.searches
+    )
     if shape.num_prompts is not None:
         return MixedBatch(_mixed_inputs(plan, shape, size), sampling)
     tables = _block_tables(rows, shape.num_rows, shape.table_width)
     if shape.num_tokens is None:
         if features.merged_widths is not None:
-            beam_rows = make_beam_rows(plan.samples, shape.num_rows, features.merged_widths)
-            sampling = sampling._replace(beam_rows=beam_rows)
-        return DecodeBatch(_decode_inputs(rows, tables, size), sampling)
+            sampling = with_groups(sampling, plan, shape.num_rows, features)
+        inputs = _decode_inputs(rows, tables, size)
+        _add_searches(inputs, plan.searches, size)
+        return DecodeBatch(inputs, sampling)
     inputs = _prefill_inputs(rows, shape.num_tokens, tables, size)
     last_tokens = inputs.query_starts + inputs.query_lens - 1
     inputs = inputs._replace(sample_from=_padded([last_tokens[s.row] for s in plan.samples], shape.num_rows))
@@ -220,6 +226,17 @@ def _decode_inputs(rows: list[PlanRow], tables: np.ndarray, page_size: int) -> D
         block_tables=tables,
         context_lens=_padded(positions + 1, num_rows),
     )
+
+
+def _add_searches(inputs: DecodeInputs, searches: list[SearchRows], page_size: int) -> None:
+    """Fill in the rows of searches whose beams are arrays."""
+    for group, row, width, position in searches:
+        rows, tables = slice(row, row + width), group.tables
+        assert tables is not None and tables.num_in_flight == 1, "the tables of these beams are not known"
+        inputs.tokens[rows] = group.beams[0].tokens[-1]
+        inputs.positions[rows], inputs.context_lens[rows] = position, position + 1
+        inputs.block_tables[rows, : tables.num_pages] = tables.pages
+        inputs.slot_mapping[rows] = tables.pages[:, position // page_size] * page_size + position % page_size
 
 
 def _token_or_row(row: PlanRow) -> int:

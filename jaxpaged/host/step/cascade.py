@@ -11,10 +11,12 @@ The newest position of a row is never in a run, so every row reads at least one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxpaged.host.step.step_plan import SearchRows
 from jaxpaged.step_io import CascadeGroups, DecodeBatch
 
 NUM_LEVELS = 2
@@ -60,11 +62,22 @@ class Cascade:
     rule: CascadeRule = CascadeRule()
 
 
-def plan_cascade(batch: DecodeBatch, page_size: int, cascade: Cascade) -> DecodeBatch:
-    """The batch with its runs planned that several rows share, or as it is where sharing does not pay."""
+def plan_cascade(
+    batch: DecodeBatch, page_size: int, cascade: Cascade, searches: Sequence[SearchRows] = ()
+) -> DecodeBatch:
+    """The batch with its runs planned that several rows share, or as it is where sharing does not pay.
+
+    The beams of `searches` share their prompt alone: what some of them have in common behind it is not known to the
+    steps that follow, for which this plan is good as long as the rows are the same.
+    """
     inputs = batch.inputs
     capacity = len(inputs.context_lens) // ROWS_PER_GROUP
-    groups = plan_groups(inputs.block_tables, inputs.context_lens, page_size, cascade.max_members, cascade.rule)
+    lengths = inputs.context_lens.copy()
+    for group, row, width, _ in searches:
+        assert group.tables is not None, "this search has ended"
+        most = group.tables.num_common * page_size + 1
+        lengths[row : row + width] = np.minimum(lengths[row : row + width], most)
+    groups = plan_groups(inputs.block_tables, lengths, page_size, cascade.max_members, cascade.rule)
     if groups is None or len(groups.num_pages) > capacity:
         return batch
     return batch._replace(inputs=inputs._replace(cascade_groups=pad_groups(groups, capacity)))

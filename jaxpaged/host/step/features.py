@@ -13,26 +13,28 @@ from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.request_params import LogitsProcessor, RequestParams
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.host.beams.beam_state import BeamState
+from jaxpaged.host.beams.gathering import can_gather
+from jaxpaged.host.constraints.in_text import TextLimit
+from jaxpaged.host.constraints.trie_set import TrieSet
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.step_io import Wanted
 
 #: How many likeliest tokens a step is compiled to return: few sizes, so few programs.
 LOGPROB_SIZES = (0, 5, 20, 100)
 
-#: From that many candidates a row, the device merges the rows of each group of beams. Fewer are as quick to bring.
-MERGED_CANDIDATES = 32
-
 
 @dataclass(frozen=True)
 class SamplingFeatures:
-    """Counts are rounded up to powers of two."""
+    """Counts are rounded up to powers of two, those of beams above 64 to fewer."""
 
     has_samples: bool = False  # some request has several samples, which share the pages of its prompt
     has_prefix: bool = False  # the requests share the pages of a prefix
     draws_tokens: bool = True  # not all requests are beam searches
-    num_candidates: int = 0  # likeliest continuations of every row to return, for beams; 0: no beams
+    num_candidates: int = 0  # likeliest continuations to return, of every row or group of beams; 0: no beams
     draws_beams: bool = False  # some beam search draws its candidates
     merged_widths: tuple[int, int] | None = None  # of the least and widest group of beams; None: not merged
+    max_ends: int = 0  # tokens that end beams of one group, where these are merged
+    has_host_beams: bool = False  # some beam search asks for what the host alone can choose beams by
     beam_logprobs: bool = False  # some beam search keeps log-probabilities
     is_random: bool = False  # some request has a temperature
     is_filtered: bool = False  # ... and top_p, top_k or min_p
@@ -41,6 +43,8 @@ class SamplingFeatures:
     has_banned_phrases: bool = False  # some request's bad_words have several tokens, the last of which is banned
     max_allowed: int = 0  # tokens in the longest allowed_token_ids
     processors: tuple[LogitsProcessor, ...] = ()
+    tries: TrieSet | None = None  # in which the outputs of some requests are
+    has_masks: bool = False  # some request's text is to match something
     num_logprobs: int | None = None  # likeliest tokens to return; None: not even the chosen one's rank
     num_prompt_logprobs: int | None = None
 
@@ -49,10 +53,13 @@ class SamplingFeatures:
         groups = list(groups)
         params = [group.params for group in groups]
         drawn = [p for p in params if isinstance(p, SamplingParams)]
+        states = [state for group in groups for state in group.beams]
         return cls(
-            num_candidates=_candidates([state for group in groups for state in group.beams], vocab_size),
+            num_candidates=_candidates(states, vocab_size),
             draws_tokens=bool(drawn) or not params,
-            merged_widths=_merged_widths([state for group in groups for state in group.beams], vocab_size),
+            merged_widths=_merged_widths(states),
+            max_ends=_power_of_two(max((len(state.end_ids) for state in states), default=0)),
+            has_host_beams=any(group.beams and not can_gather(group) for group in groups),
             beam_logprobs=any(isinstance(p, BeamSearchParams) and p.logprobs is not None for p in params),
             has_samples=any(p.num_samples > 1 for p in params),
             has_prefix=any(group.prefix_len for group in groups),
@@ -64,6 +71,8 @@ class SamplingFeatures:
             has_banned_phrases=any(len(word) > 1 for group in groups for word in group.banned_words),
             max_allowed=_power_of_two(max((len(p.allowed_token_ids or ()) for p in params), default=0)),
             processors=_all_processors(params),
+            tries=TrieSet.of(groups),
+            has_masks=any(isinstance(group.limit, TextLimit) for group in groups),
             num_logprobs=_logprob_size([p.logprobs for p in params], vocab_size),
             num_prompt_logprobs=_logprob_size([p.prompt_logprobs for p in params], vocab_size),
         )
@@ -86,12 +95,12 @@ class SamplingFeatures:
     @property
     def needs_tokens(self) -> bool:
         """Whether the arrays of a step depend on the tokens that the step before it chose."""
-        return self.has_banned_phrases
+        return self.has_banned_phrases or self.has_masks
 
     @property
     def can_run_ahead(self) -> bool:
         """Whether every step can be planned while the one before it runs."""
-        return not self.needs_tokens and not self.num_candidates
+        return not self.needs_tokens and not self.has_host_beams
 
 
 def processor_places(processors: Sequence[LogitsProcessor], params: RequestParams) -> list[int]:
@@ -141,18 +150,24 @@ def _logprob_size(wanted: list[int | None], vocab_size: int) -> int | None:
 
 
 def _candidates(states: list[BeamState], vocab_size: int) -> int:
-    return min(_power_of_two(max((state.row_candidates for state in states), default=0)), vocab_size)
+    count = _rounded(max((state.row_candidates for state in states), default=0))
+    return min(count, vocab_size) if _merged_widths(states) is None else count
 
 
-def _merged_widths(states: list[BeamState], vocab_size: int) -> tuple[int, int] | None:
-    """Powers of two around the widths of all groups of beams; None where merging does not pay or is not possible.
-
-    Diverse groups wait for one another. With groups of width 1 as many candidates would be brought as without merging.
-    """
-    widths = [state.width for state in states]
-    if _candidates(states, vocab_size) < MERGED_CANDIDATES or min(widths) < 2 or any(s.earlier for s in states):
+def _merged_widths(states: list[BeamState]) -> tuple[int, int] | None:
+    """The least width of all groups of beams, and the most, rounded up; None without beams, and where merging is not
+    possible: diverse groups wait for one another."""
+    widths = [width for state in states for width in state.widths]
+    if not states or any(state.earlier for state in states):
         return None
-    return 1 << min(widths).bit_length() - 1, _power_of_two(max(widths))
+    return min(widths), _rounded(max(widths))
+
+
+def _rounded(count: int) -> int:
+    """Up to 64 a power of two, then one of eight numbers between two of them."""
+    size = _power_of_two(count)
+    step = max(1, size // 16)
+    return size if size <= 64 else -(-count // step) * step
 
 
 def _power_of_two(count: int) -> int:

@@ -25,9 +25,19 @@ def foreseen_shapes(
     narrow, wide = (fit(num_pages_for(length, cache.page_size), buckets.table_widths) for length in _lengths(groups))
     widths = [width for width in buckets.table_widths if narrow <= width <= wide]
     rows = [size for size in reversed(buckets.decode_rows) if size <= fit(num_rows, buckets.decode_rows)]
+    if all(group.beams for group in groups):
+        sizes = {fit(count, buckets.decode_rows) for count in _beam_counts(groups) if count <= num_rows}
+        rows = [size for size in rows if size in sizes]
     decode = [StepShape(size, width) for width in widths for size in rows]
     shapes = ([] if first is None else [first]) + _with_prompts(groups, buckets, limits, num_rows, widths) + decode
     return list(dict.fromkeys(shapes))
+
+
+def _beam_counts(groups: list[SequenceGroup]) -> set[int]:
+    """Rows that searches can fill: they come and go whole. Of widths that differ all sums are taken for possible."""
+    widths = {width for group in groups for state in group.beams for width in state.widths}
+    most = sum(group.params.num_samples for group in groups)
+    return widths if len(groups) == 1 else set(range(min(widths), most + 1, min(widths) if len(widths) == 1 else 1))
 
 
 def _lengths(groups: list[SequenceGroup]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxpaged.config import CacheConfig
-from jaxpaged.step_io import MixedInputs, StepInputs
+from jaxpaged.step_io import DecodeInputs, MixedInputs, StepInputs
 
 
 def check_ids(inputs: StepInputs | MixedInputs, cache: CacheConfig) -> None:
@@ -20,7 +20,10 @@ def check_ids(inputs: StepInputs | MixedInputs, cache: CacheConfig) -> None:
     num_slots = cache.num_pages * cache.page_size
     pool = f"the pool has {cache.num_pages} pages of {cache.page_size} tokens"
     _check("block_tables", inputs.block_tables, cache.num_pages, pool)
-    _check("slot_mapping", inputs.slot_mapping, num_slots, f"{pool}: slots 0 to {num_slots - 1}")
+    if isinstance(inputs, DecodeInputs) and inputs.fresh_pages is not None:
+        _check("fresh_pages", inputs.fresh_pages, cache.num_pages, pool)
+    else:
+        _check("slot_mapping", inputs.slot_mapping, num_slots, f"{pool}: slots 0 to {num_slots - 1}")
     width = inputs.block_tables.shape[1]
     longest = width * cache.page_size
     table = f"a table of {width} pages of {cache.page_size} tokens holds {longest}"
