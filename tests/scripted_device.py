@@ -29,12 +29,13 @@ def make_scheduler(
     preemption=None,
     mixed_steps=True,
     prefix_caching=False,
+    window=None,
 ):
     limits = EngineConfig(
         max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
         mixed_steps=mixed_steps, prefix_caching=prefix_caching,
     )  # fmt: skip
-    return Scheduler(CacheConfig(page_size, num_pages), limits)
+    return Scheduler(CacheConfig(page_size, num_pages, window=window), limits)
 
 
 def make_group(prompt_len, max_tokens=4, n=1, **kwargs) -> SequenceGroup:
@@ -52,10 +53,10 @@ def script(sample) -> int:
 
 
 class PoolModel:
-    """Checks what the device would read: every sequence's KV must be its own tokens."""
+    """Checks what the device would read: every sequence's KV must be its own tokens, as far back as its window goes."""
 
-    def __init__(self, page_size, is_cached=True):
-        self.page_size, self.is_cached = page_size, is_cached
+    def __init__(self, page_size, is_cached=True, window=None):
+        self.page_size, self.is_cached, self.window = page_size, is_cached, window
         self.tokens: dict[tuple[int, int], int] = {}
         self.latest: list[int] = []  # what the last step chose, which the host may not know yet
         self.swapped: dict[SequenceGroup, list[list[int]]] = {}
@@ -85,9 +86,10 @@ class PoolModel:
                 page, offset = divmod(position, self.page_size)
                 self.tokens[row.sequence.table.pages[page], offset] = self.token_at(row.sequence, position)
         for row in plan.rows:
-            pages, known = row.sequence.table.pages, row.start + row.count
-            read = [self.tokens[pages[p // self.page_size], p % self.page_size] for p in range(known)]
-            assert read == [self.token_at(row.sequence, position) for position in range(known)]
+            first = 0 if self.window is None else max(0, row.start - self.window + 1)
+            pages, known = row.sequence.table.pages, range(first, row.start + row.count)
+            read = [self.tokens[pages[p // self.page_size], p % self.page_size] for p in known]
+            assert read == [self.token_at(row.sequence, position) for position in known]
         return self.choose(plan)
 
     def token_at(self, sequence: Sequence, position: int) -> int:
@@ -110,7 +112,7 @@ def begin(scheduler: Scheduler, groups: list[SequenceGroup]) -> None:
 
 def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
     begin(scheduler, groups)
-    pool, plans, done = PoolModel(scheduler.cache.page_size, scheduler.limits.kv_cache != "none"), [], {}
+    pool, plans, done = PoolModel(scheduler.cache.page_size, scheduler.limits.kv_cache != "none", scheduler.cache.window), [], {}
     while (plan := scheduler.schedule()) is not None:
         plans.append(plan)
         for group in scheduler.commit(plan, pool.run(plan)):
@@ -125,7 +127,7 @@ def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], l
 def run_ahead(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
     """As `run_all`, but every step that can be is planned, and run, before the host learns what the last one chose."""
     begin(scheduler, groups)
-    pool, plans, done, flight = PoolModel(scheduler.cache.page_size), [], {}, None
+    pool, plans, done, flight = PoolModel(scheduler.cache.page_size, window=scheduler.cache.window), [], {}, None
     while flight is not None or (plan := scheduler.schedule()) is not None:
         plan, outputs = flight or (plan, pool.run(plan))
         flight = None
@@ -170,7 +172,7 @@ class BeamPoolModel(PoolModel):
 def run_searches(scheduler, groups, look=lambda plan: None) -> list:
     """What every group gave in the end; `look` is called with each plan."""
     begin(scheduler, groups)
-    pool = BeamPoolModel(scheduler.cache.page_size)
+    pool = BeamPoolModel(scheduler.cache.page_size, window=scheduler.cache.window)
     for _ in range(5000):
         plan = scheduler.schedule()
         if plan is None:
@@ -188,9 +190,13 @@ def run_searches(scheduler, groups, look=lambda plan: None) -> list:
     ]
 
 
-def most_pages_of(groups, page_size: int) -> int:
+def most_pages_of(groups, page_size: int, window: int | None = None) -> int:
     """Pages of the smallest pool in which each of the groups can run to its end."""
-    return max(
-        most_pages(group.prompt_len, group.params.num_samples, group.max_len, page_size, group.prefix_len)
-        for group in groups
-    )
+    pages = []
+    for group in groups:
+        num_samples, prefix_len = group.params.num_samples, group.prefix_len
+        most = most_pages(group.prompt_len, num_samples, group.max_len, page_size, prefix_len)
+        if window is not None and num_samples == 1 and not prefix_len:
+            most = min(most, -(-(window - 1) // page_size) + 1)
+        pages.append(most)
+    return max(pages)

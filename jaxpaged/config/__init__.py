@@ -145,6 +145,11 @@ class ModelConfig:
             return False
         return self.sliding_layers[layer] if self.sliding_layers else True
 
+    @property
+    def window(self) -> int | None:
+        """The last positions that any layer reads; None where some layer reads all."""
+        return self.sliding_window if all(map(self.is_sliding, range(self.num_layers))) else None
+
     def attention_options(self, layer: int) -> AttentionOptions:
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return AttentionOptions(scale, self.attention_soft_cap, self.sliding_window if self.is_sliding(layer) else None)
@@ -197,9 +202,12 @@ class CacheConfig:
     page_size: int
     num_pages: int
     dtype: str = "bfloat16"  # of keys and values
+    window: int | None = None  # so many last positions are read, and pages before them given back; None: all stay
 
     def __post_init__(self):
         check_size("page_size", self.page_size, MAX_COUNT)
+        if self.window is not None:
+            check_size("window", self.window, MAX_COUNT)
         check_size("num_pages", self.num_pages, MAX_COUNT)
         check_choice("cache dtype", self.dtype, (*DTYPES, FP8))
         if self.num_pages < 2:

@@ -115,8 +115,10 @@ class Engine:
         arrivals = groups if isinstance(groups, StreamedGroups) else Arrivals(groups)
         features = SamplingFeatures.of(_known(groups), self.model.vocab_size)
         loop = self._begin_loop(features, self.recorder)
-        # Not while a trace is recorded, which is of sequences, nor for who steps by hand and looks at them.
-        is_plain = self.recorder is None and isinstance(self.scheduler.policy, Paged)
+        # Not while a trace is recorded, which is of sequences, nor for who steps by hand and looks at them; nor where
+        # pages are given back, which arrays of beams do not.
+        policy = self.scheduler.policy
+        is_plain = self.recorder is None and isinstance(policy, Paged) and policy.window is None
         self.scheduler.gathers_beams = is_plain and features.merged_widths is not None
         loop.record.add_requests(listed)
         made_before, read_before = steps.num_programs(), steps.num_read()

@@ -7,6 +7,7 @@ one thing after the other, in the order of the launches: what a step writes, all
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -102,7 +103,8 @@ class StepRunner:
         self.params = params
         self._parts = {is_async: steps.decode_parts(params, model, is_async) for is_async in (True, False)}
         self.model = model
-        self.cache_config = cache
+        window = model.window if limits.kv_cache == "paged" else None
+        self.cache_config = cache = dataclasses.replace(cache, window=window)
         self.limits = limits
         self.kernels = kernels
         self.device = device

@@ -9,6 +9,7 @@ from jaxpaged.host.pages.block_table import PageCopy, num_pages_needed
 from jaxpaged.host.pages.known_pages import KnownPages
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.swap import Swap, SwapSpace
+from jaxpaged.host.pages.window import Window
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import NO_COPIES, Sample, SearchRows, StepPlan
 from jaxpaged.host.systems.roles import Memory
@@ -16,7 +17,9 @@ from jaxpaged.host.systems.roles import Memory
 
 def place_tokens(samples: list[Sample], policy: Memory) -> tuple[list[int], list[PageCopy]]:
     """A slot for the last token of each sequence, which the next step computes: where these stand, and what must be
-    copied before they are written. OutOfPagesError, with nothing changed, where there is no room for all."""
+    copied before they are written. OutOfPagesError, with nothing taken, where there is no room for all."""
+    if policy.window is not None:
+        _give_back(samples, policy.window)
     copies = policy.append([sample.sequence.table for sample in samples], [1] * len(samples))
     starts = [sequence.num_computed for _, sequence, _ in samples]
     for _, sequence, _ in samples:
@@ -54,6 +57,15 @@ def place_beams(searches: list[SearchRows], samples: list[Sample], policy: Memor
         (prompt,) = group.sequences
         prompt.num_computed = prompt.num_once_computed = position + 1
     return np.concatenate(copies, axis=1)
+
+
+def _give_back(samples: list[Sample], window: Window) -> None:
+    """Let go of what the tokens to come do not read; first, what their groups have held is taken down."""
+    due = [(group, sequence.table) for group, sequence, _ in samples if window.gives_back(sequence.table)]
+    for group in dict.fromkeys(group for group, _ in due):
+        group.record_pages()
+    for _, table in due:
+        window.give_back(table, table.num_slots)
 
 
 def give_way(

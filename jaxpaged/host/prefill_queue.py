@@ -63,20 +63,40 @@ class PrefillQueue:
         num_samples = len(plan.samples)
         while self._queue and budget:
             group, sequence = self._queue[0]
-            start = sequence.num_computed
-            count = min(budget, group.num_to_prefill(sequence) - start)
+            start, length = sequence.num_computed, group.num_to_prefill(sequence)
+            count = min(budget, self._move_on(group, sequence, start, length) - start)
             if not plan.is_mixed and plan.listed and (count == 1) != (plan.listed[0].count == 1):
                 break  # one token a row is a decode step (batching.py): among longer rows it costs many times more
-            is_last = start + count == group.num_to_prefill(sequence)
+            is_last = start + count == length
             num_samples += _num_first_samples(group) if is_last else 0
             if num_samples > self._limits.max_num_seqs:
                 break
             _plan_row(plan, group, sequence, start, count)
-            self._known.add_computed(group, sequence, start, start + count)
+            self._note_known(group, sequence, start, start + count, length)
             budget -= count
-            if is_last:
-                self._queue.popleft()
-                self._plan_first_samples(plan, group, sequence)
+            if not is_last:
+                break
+            self._queue.popleft()
+            self._plan_first_samples(plan, group, sequence)
+
+    def _move_on(self, group: SequenceGroup, sequence: Sequence, start: int, length: int) -> int:
+        """The sequence goes on at `start`; returns the positions, of the `length` to compute, that it has pages for."""
+        window, table = self._forks.window, sequence.table
+        if window is None or group.is_prefix:
+            return length
+        if table.num_slots < length:  # what it gives back now can be found, and not before (window.py)
+            size = self._forks.page_size
+            self._known.add_computed(group, sequence, table.num_gone * size, window.num_unread(start) * size)
+        window.move_on(table, start, length)
+        return min(length, table.num_slots)
+
+    def _note_known(self, group: SequenceGroup, sequence: Sequence, start: int, stop: int, length: int) -> None:
+        """Positions from `start` to `stop` are planned; with them those that could not be found before, if any."""
+        if self._forks.window is not None and not group.is_prefix:
+            if sequence.table.num_slots < length:
+                return
+            start = sequence.table.num_gone * self._forks.page_size
+        self._known.add_computed(group, sequence, start, stop)
 
     def _plan_first_samples(self, plan: StepPlan, group: SequenceGroup, sequence: Sequence) -> None:
         """The last planned row completes a prompt: choose the first token of every sample from it."""

@@ -49,7 +49,7 @@ from jaxpaged.host.stopping import apply_stop
 from jaxpaged.host.systems.no_cache import NoCache
 from jaxpaged.host.systems.policies import make_policy
 from jaxpaged.host.systems.reservation import Paged, prompt_in_words
-from jaxpaged.step_io import StepOutputs
+from jaxpaged.step_io import NULL_PAGE, StepOutputs
 
 
 class Scheduler:
@@ -65,7 +65,7 @@ class Scheduler:
         self.running: list[SequenceGroup] = []  # in order of arrival
         self.prefix: SequenceGroup | None = None  # what all of them share
         self.longest_output = 0  # tokens that a request of the run may generate: a static batch can last as long
-        self._known = KnownPages(self.policy.allocator if isinstance(self.policy, Paged) else None)
+        self._known = KnownPages(self.policy.allocator if isinstance(self.policy, Paged) else None, self.policy.window)
         self.num_cached_tokens = 0  # of prompts, found in known pages when these were first admitted
         self._prefill = PrefillQueue(limits, self.policy, self._known)
         self._mixing = Mixing(limits, cache)
@@ -208,7 +208,10 @@ class Scheduler:
     def _find(self, group: SequenceGroup, sequence: Sequence) -> list[int]:
         """Known pages with the first tokens of a sequence. Those of the run's prefix are the prefix's own."""
         found, own = self._known.find(group, sequence), group.prefix_len // self.cache.page_size
-        return [*self.swap_space.pinned_pages[:own], *found[own:]] if len(found) > own else []
+        gone = found.count(NULL_PAGE)
+        if len(found) <= own:
+            return []
+        return [*found[:gone], *self.swap_space.pinned_pages[gone:own], *found[max(gone, own) :]]
 
     def _headroom(self, group: SequenceGroup) -> int:
         """Pages to leave free when `group` is admitted, so that it is not preempted at once; none when it is alone."""

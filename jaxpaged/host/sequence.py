@@ -77,8 +77,8 @@ class Sequence:
 class GroupPages:
     """The most pages that one group ever held; "logical" counts a page once for each table that names it.
 
-    Between two events (a fork, the end of a sample, a preemption) a group's pages only grow and its sharing only
-    shrinks, so recording right after forks and right before releases misses no peak.
+    Between two events (a fork, the end of a sample, a preemption, a page that no window reaches) a group's pages only
+    grow and its sharing only shrinks, so recording right after forks and right before releases misses no peak.
     """
 
     physical_at_peak: int = 0
@@ -88,8 +88,8 @@ class GroupPages:
     physical: int = 0  # as last recorded
 
     def record(self, tables: list[BlockTable]) -> None:
-        logical = sum(len(table.pages) for table in tables)
-        self.note(len(set().union(*(table.pages for table in tables))), logical)
+        held = [table.held for table in tables]
+        self.note(len(set().union(*held)), sum(map(len, held)))
 
     def note(self, physical: int, logical: int) -> None:
         """`record` for who has counted already."""

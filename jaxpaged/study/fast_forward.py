@@ -27,6 +27,8 @@ def num_quiet_steps(plan: StepPlan, scheduler: Scheduler) -> int:
     """
     if plan.is_prefill or not plan.samples or plan.num_preempted or any(group.beams for group in scheduler.running):
         return 0
+    if scheduler.policy.window is not None:  # they give pages back, too
+        return 0
     most = min(group.max_len - sequence.num_tokens for group, sequence, _ in plan.samples) - 1
     if most < 1 or not isinstance(scheduler.policy, Paged):
         return max(most, 0)

@@ -32,8 +32,8 @@ class DeepPool(PoolModel):
     """Holds in every slot a number that is told by all tokens up to it, as keys and values are; the next token follows
     from what is read of the last. Pages that are free and unknown are scribbled over."""
 
-    def __init__(self, allocator: PageAllocator):
-        super().__init__(allocator.page_size)
+    def __init__(self, allocator: PageAllocator, window: int | None = None):
+        super().__init__(allocator.page_size, window=window)
         self.allocator = allocator
         self.names: dict[bytes, list[int]] = {}  # by hash, what a page of that name holds
 
@@ -399,7 +399,7 @@ def make_requests(call, one_call, stem_list, texts, prefix):
     return groups
 
 
-def run_calls(all_calls, stem_list, prefix_len, page_size, spare, budget, preemption, mixed, caching):
+def run_calls(all_calls, stem_list, prefix_len, page_size, spare, budget, preemption, mixed, caching, window=None):
     """Every call over one pool, as those of one LLM; outputs by request, and how many tokens were found."""
     prefix = ([1, 2, 3, 1] * 3)[:prefix_len]
     done, texts, scheduler, num_found = {}, [], None, 0
@@ -407,11 +407,12 @@ def run_calls(all_calls, stem_list, prefix_len, page_size, spare, budget, preemp
         groups = make_requests(call, asks, stem_list, texts, prefix)
         if scheduler is None:
             first = [g for c in all_calls for g in make_requests(0, c[0], [[1] * 30], [[1] * 40], prefix)]
-            pages = most_pages_of(first, page_size) + spare + 1
+            pages = most_pages_of(first, page_size, window) + spare + 1
             scheduler = make_scheduler(
-                pages, page_size, 64, budget, preemption=preemption, mixed_steps=mixed, prefix_caching=caching
-            )
-            pool = DeepPool(scheduler.allocator)
+                pages, page_size, 64, budget, preemption=preemption, mixed_steps=mixed, prefix_caching=caching,
+                window=window,
+            )  # fmt: skip
+            pool = DeepPool(scheduler.allocator, window)
         else:
             scheduler = next_call(scheduler)
             pool.swapped.clear()

@@ -135,8 +135,9 @@ class RunStats:
         claimed = sum([one.num_claimed for one in beams])
         num_used = allocator.num_used - claimed
         held = [*tables, *scheduler.prefix_tables]
-        logical = sum([len(table.pages) for table in tables]) + sum([one.width * one.num_pages for one in beams])
-        is_shared = bool(beams) or sum([len(table.pages) for table in held]) > num_used
+        logical = sum([len(table.pages) - table.num_gone for table in tables])
+        logical += sum([one.width * one.num_pages for one in beams])
+        is_shared = bool(beams) or sum([len(table.pages) - table.num_gone for table in held]) > num_used
         num_decoded = plan.num_rows + plan.num_idle_rows
         entries = {
             "pages_used": num_used,
@@ -146,7 +147,7 @@ class RunStats:
             "batch_tokens": sum([row.count for row in plan.rows]) if plan.is_prefill else num_decoded,
             "used_slots": self._num_filled(held, num_used) - sum([one.num_unfilled for one in beams])
             if is_shared
-            else sum([table.num_slots for table in held]),
+            else sum([table.num_slots - table.num_gone * self.page_size for table in held]),
             "requested_slots": policy.requested_slots - claimed * self.page_size,
             "largest_free": allocator.largest_free + claimed,
             "cached_pages": scheduler.num_cached_pages,

@@ -8,6 +8,7 @@ slot, and for every step
 
     used      positions that block tables cover when the step is planned: a prompt from its admission on, a generated
               token from the step on that computes its keys and values. A slot that several sequences share counts once.
+              Where every layer has a window, a position counts until the step that does not reach its page any more
     reserved  positions that those who hold them will fill later, as it turned out
     internal  the rest of what was asked for, which nobody will ever fill; of pages, the unfilled end of last pages; of
               a static batch, also all that its ended sequences still hold

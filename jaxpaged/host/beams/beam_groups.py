@@ -135,14 +135,15 @@ def _find_failures(searches: list[tuple[SequenceGroup, list[_Search]]], outputs:
 def _note_growth(group: SequenceGroup, policy: Forks) -> None:
     """The most pages that the group holds: what the step wrote is there, and nothing is freed yet.
 
-    Of shared pages counted anew only where the tables were made anew. Beams are of one length, so either all took a
-    page or none.
+    Of shared pages counted anew only where the tables were made anew, or give pages back while they grow. Beams are of
+    one length, so either all took a page or none.
     """
     pages, page_size = group.pages, policy.page_size
     if group.tables is not None:
         group.record_pages()
         return
-    if not (policy.shares_pages and group.is_forked) or group.num_preemptions != group.counted_preemptions:
+    is_counted = policy.shares_pages and group.is_forked and policy.window is None
+    if not is_counted or group.num_preemptions != group.counted_preemptions:
         group.record_pages()
         group.counted_preemptions = group.num_preemptions
     else:
@@ -216,7 +217,7 @@ def _carry_out(group: SequenceGroup, searches: list[_Search], policy: Forks) -> 
         for sequence, token in zip(parents, state.tokens[-1].tolist(), strict=True):
             sequence.token_ids.append(token)
     if policy.shares_pages:
-        group.pages.note(group.pages.physical - freed, num_rows * len(group.sequences[0].table.pages))
+        group.pages.note(group.pages.physical - freed, num_rows * len(group.sequences[0].table.held))
     return is_changed
 
 

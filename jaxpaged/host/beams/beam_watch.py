@@ -11,7 +11,7 @@ from jaxpaged.host.sequence import SequenceGroup
 
 
 def take_snapshot(group: SequenceGroup, step: int, output: RequestOutput | None) -> BeamSnapshot:
-    tables = [sequence.table.pages for sequence in group.unfinished]
+    tables = [sequence.table.held for sequence in group.unfinished]
     pages, logical_pages = len(set().union(*tables)), sum(map(len, tables))
     if group.tables is not None:
         pages, logical_pages = group.tables.physical, group.tables.logical

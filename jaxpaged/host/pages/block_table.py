@@ -30,6 +30,12 @@ class BlockTable:
 
     pages: array = field(default_factory=lambda: array("i"))  # int32: numpy reads it without a conversion
     num_slots: int = 0
+    num_gone: int = 0  # first entries that are NULL_PAGE, since no window reaches these positions any more (window.py)
+
+    @property
+    def held(self) -> array:
+        """The pages without what is gone."""
+        return self.pages[self.num_gone :] if self.num_gone else self.pages
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:
@@ -81,8 +87,8 @@ def append_slots(tables: Sequence[BlockTable], counts: Sequence[int], allocator:
 
 def fork(table: BlockTable, allocator: PageAllocator) -> BlockTable:
     """A second table over the same pages. Takes no page, copies nothing, cannot fail."""
-    allocator.share_all(table.pages)
-    return BlockTable(table.pages[:], table.num_slots)
+    allocator.share_all(table.held)
+    return BlockTable(table.pages[:], table.num_slots, table.num_gone)
 
 
 def refork(table: BlockTable, parent: BlockTable, allocator: PageAllocator) -> tuple[int, int]:
@@ -90,8 +96,9 @@ def refork(table: BlockTable, parent: BlockTable, allocator: PageAllocator) -> t
 
     Returns how many first pages the two had in common, and how many pages became free. Both must have come from one
     table by forks: then all pages before one that they have in common are common too, since a table only ever
-    replaces its last page.
+    replaces its last page. Pages that are gone, of both as many, tell nothing of what they had in common.
     """
+    assert table.num_gone == parent.num_gone, f"{table.num_gone} pages are gone, of the parent {parent.num_gone}"
     old, new = table.pages, parent.pages
     common = min(len(old), len(new))
     while common and old[common - 1] != new[common - 1]:
@@ -101,7 +108,7 @@ def refork(table: BlockTable, parent: BlockTable, allocator: PageAllocator) -> t
     freed = allocator.release_all(stale)
     old[common:] = fresh
     table.num_slots = parent.num_slots
-    return common, freed
+    return common if common > table.num_gone else 0, freed
 
 
 def truncate(table: BlockTable, num_slots: int, allocator: PageAllocator) -> int:
@@ -114,8 +121,9 @@ def truncate(table: BlockTable, num_slots: int, allocator: PageAllocator) -> int
     if num_slots % allocator.page_size and num_slots < table.num_slots:
         allocator.known.forget(table.pages[kept - 1])
     table.num_slots = num_slots
-    freed = allocator.release_all(table.pages[kept:])
+    freed = allocator.release_all(table.pages[max(kept, table.num_gone) :])
     del table.pages[kept:]
+    table.num_gone = min(table.num_gone, kept)
     return freed
 
 

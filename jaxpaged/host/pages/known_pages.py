@@ -12,22 +12,31 @@ from __future__ import annotations
 from array import array
 
 from jaxpaged.host.pages.page_allocator import PageAllocator
+from jaxpaged.host.pages.window import Window
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
 class KnownPages:
     """The pages of one pool that are known by their tokens; none without an allocator, where no pages are shared."""
 
-    def __init__(self, allocator: PageAllocator | None):
+    def __init__(self, allocator: PageAllocator | None, window: Window | None = None):
         self._allocator = allocator
+        self._window = window
 
     def find(self, group: SequenceGroup, sequence: Sequence) -> list[int]:
-        """Pages that hold the first tokens of a sequence, all but the last where that has to give logits."""
+        """Pages that hold the first tokens of a sequence, all but the last where that has to give logits.
+
+        NULL_PAGE for those that no window reaches from there on, where nobody else is to share them.
+        """
         if self._allocator is None or group.params.prompt_logprobs is not None:  # which every position has to give
             return []
         gives_logits = not (group.is_prefix or (group.beams and group.is_forked))
         most = (group.num_to_prefill(sequence) - gives_logits) // self._allocator.page_size
-        return self._allocator.known.find(_packed(sequence, group), _chain(sequence, group), most)
+        known, ids, chain = self._allocator.known, _packed(sequence, group), _chain(sequence, group)
+        if self._window is None or group.is_prefix or len(group.unfinished) > 1:
+            return known.find(ids, chain, most)
+        found = known.find_last(ids, chain, most, self._window.num_unread)
+        return found if self._window.can_take(found, group.num_to_prefill(sequence)) else []
 
     def add_computed(self, group: SequenceGroup, sequence: Sequence, start: int, stop: int) -> None:
         """A step is planned that computes these positions, all of whose tokens are known."""

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
+
+from jaxpaged.step_io import NULL_PAGE
 
 #: Bytes of a hash: among 2**40 pages, two of one hash are less likely than 1 in 2**48.
 HASH_BYTES = 16
@@ -50,17 +52,37 @@ class PrefixCache:
             found.append(page_id)
         return found
 
+    def find_last(
+        self, token_ids: array, chain: list[bytes], most: int, num_unread: Callable[[int], int]
+    ) -> list[int]:
+        """As `find`, for a sequence that reads its last pages alone: NULL_PAGE for those that it does not read.
+
+        As many pages as can be gone on behind: `num_unread(position)` first ones are not read from a position on, and
+        whether these are known does not matter.
+        """
+        if not self.is_on:
+            return []
+        self._extend(chain, token_ids, most)
+        pages = [self._pages.get(one, NULL_PAGE) for one in chain[:most]]
+        best = run = 0  # pages; and of these the last ones that are known
+        for count, page_id in enumerate(pages, 1):
+            run = run + 1 if page_id != NULL_PAGE else 0
+            if run >= count - num_unread(count * self.page_size):
+                best = count
+        unread = num_unread(best * self.page_size)
+        return [NULL_PAGE] * unread + pages[unread:best]
+
     def add(self, page_ids: Sequence[int], token_ids: array, chain: list[bytes], start: int, stop: int) -> None:
         """Pages `start` to `stop` of a table that holds these tokens are full: from now on they can be found.
 
-        What is known already by another page stays with that one.
+        What is known already by another page stays with that one. NULL_PAGE stands for pages that are gone.
         """
         if not self.is_on:
             return
         self._extend(chain, token_ids, stop)
         for i in range(start, stop):
             page_id, one = page_ids[i], chain[i]
-            if page_id not in self.hashes and one not in self._pages:
+            if page_id != NULL_PAGE and page_id not in self.hashes and one not in self._pages:
                 self.hashes[page_id] = one  # first: wherever an interrupt comes, what can be found is in both
                 self._pages[one] = page_id
 

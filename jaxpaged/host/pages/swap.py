@@ -54,8 +54,8 @@ class SwapSpace:
         return self.config.mode == "swap" or is_swap_cheaper(group, page_size, self.config.page_cost)
 
     def has_room_for(self, group: SequenceGroup) -> bool:
-        num_pages = len(_unique_pages([sequence.table for sequence in group.unfinished]))
-        return num_pages - len(self.pinned_pages) <= self.num_free
+        tables = [sequence.table for sequence in group.unfinished]
+        return len(_moved_pages(tables, len(self.pinned_pages))) <= self.num_free
 
     def take_out(self, group: SequenceGroup, allocator: PageAllocator) -> Swap:
         """Free the group's pages; there must be room for it."""
@@ -84,8 +84,8 @@ def is_swap_cheaper(group: SequenceGroup, page_size: int, page_cost: float) -> b
     The paper has a simpler rule, one sequence is computed again and several are swapped, because its recomputation
     cannot rebuild what a group shares. Ours can: the number of sequences itself decides nothing here.
     """
-    num_pages = len(_unique_pages([sequence.table for sequence in group.unfinished]))
-    num_pages -= group.prefix_len // page_size  # pinned: neither moved nor computed again
+    num_pinned = group.prefix_len // page_size  # neither moved nor computed again
+    num_pages = len(_moved_pages([sequence.table for sequence in group.unfinished], num_pinned))
     return num_pages * page_cost <= num_tokens_to_compute(plan_placements(group, page_size))
 
 
@@ -93,16 +93,16 @@ def unload(tables: Sequence[BlockTable], allocator: PageAllocator, num_pinned: i
     """Let go of all pages; the ids of the pages that are to be moved, each once.
 
     The tables then name places, not pages: the first `num_pinned` are the pages with which all tables begin, which
-    others hold and which stay; behind them are those that are moved, in order.
+    others hold and which stay; behind them are those that are moved, in order. What was gone stays so.
     """
-    page_ids = _unique_pages(tables)
-    places = {page_id: place for place, page_id in enumerate(page_ids)}
+    page_ids = _moved_pages(tables, num_pinned)
+    places = {page_id: place for place, page_id in enumerate(page_ids, num_pinned)}
     for table in reversed(tables):
-        swapped = array("i", [places[page_id] for page_id in table.pages])
-        num_slots = table.num_slots
+        names = [places[page_id] if i >= num_pinned else i for i, page_id in enumerate(table.held, table.num_gone)]
+        swapped, num_slots, gone = table.pages[: table.num_gone] + array("i", names), table.num_slots, table.num_gone
         release(table, allocator)
-        table.pages, table.num_slots = swapped, num_slots
-    return page_ids[num_pinned:]
+        table.pages, table.num_slots, table.num_gone = swapped, num_slots, gone
+    return page_ids
 
 
 def load(tables: Sequence[BlockTable], allocator: PageAllocator, pinned: Sequence[int] = ()) -> list[int]:
@@ -110,11 +110,11 @@ def load(tables: Sequence[BlockTable], allocator: PageAllocator, pinned: Sequenc
 
     The first places are `pinned` pages that are there already, and are not among the ids.
     """
-    places = sorted(_unique_pages(tables))[len(pinned) :]
+    places = sorted(_moved_pages(tables, len(pinned)))
     page_ids = dict(enumerate(pinned)) | {place: allocator.allocate() for place in places}
     held = set(range(len(pinned)))
     for table in tables:
-        for i, place in enumerate(table.pages):
+        for i, place in enumerate(table.held, table.num_gone):
             page_id = table.pages[i] = page_ids[place]
             if place in held:
                 allocator.share(page_id)
@@ -122,5 +122,8 @@ def load(tables: Sequence[BlockTable], allocator: PageAllocator, pinned: Sequenc
     return [page_ids[place] for place in places]
 
 
-def _unique_pages(tables: Sequence[BlockTable]) -> list[int]:
-    return list(dict.fromkeys(page_id for table in tables for page_id in table.pages))
+def _moved_pages(tables: Sequence[BlockTable], num_pinned: int) -> list[int]:
+    """All that the tables hold behind the pinned pages, each once."""
+    starts = [max(table.num_gone, num_pinned) for table in tables]
+    pairs = zip(tables, starts, strict=True)
+    return list(dict.fromkeys(page_id for table, start in pairs for page_id in table.pages[start:]))

@@ -15,7 +15,7 @@ from jaxpaged.host.step.constraint_batch import with_limits
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.sampling_batch import with_carried_beams, with_edits, without_history
 from jaxpaged.host.step.step_plan import StepPlan
-from jaxpaged.step_io import FREE_NODE, DecodeBatch, StepBatch, of_row
+from jaxpaged.step_io import FREE_NODE, NULL_PAGE, DecodeBatch, StepBatch, of_row
 
 
 class BatchMaker:
@@ -41,18 +41,18 @@ class BatchMaker:
         # Beams that are sequences go on from one another's pages, and where the last page is full, nothing tells.
         has_beams = any(group.beams for group, _, _ in plan.samples)
         if isinstance(batch, DecodeBatch) and not plan.is_prefill and plan.num_choices and not has_beams:
-            self._standing = _StandingBatch(batch, plan, self._cache.page_size, features)
+            self._standing = _StandingBatch(batch, plan, self._cache, features)
         return batch
 
 
 class _StandingBatch:
-    def __init__(self, batch: DecodeBatch, plan: StepPlan, page_size: int, features: SamplingFeatures):
+    def __init__(self, batch: DecodeBatch, plan: StepPlan, cache: CacheConfig, features: SamplingFeatures):
         self.batch = batch
         self._samples = plan.samples  # the scheduler's list, another one as soon as a sequence comes or goes
         self._num_idle_rows = plan.num_idle_rows
         self._searches = [(search.group, search.row) for search in plan.searches]
         self._features = features
-        self._page_size = page_size
+        self._page_size, self._window = cache.page_size, cache.window
         self._rows = np.arange(plan.num_rows)
         self._rows_before = np.array([of_row(row) for row in range(plan.num_rows)], np.int32)
         self._longest = int(batch.inputs.positions.max())  # position of the longest row
@@ -107,11 +107,20 @@ class _StandingBatch:
         columns, offsets = np.divmod(positions, size)
         for row in np.flatnonzero(offsets == 0).tolist():
             inputs.block_tables[row, columns[row]] = self._samples[row].sequence.table.pages[-1]
+        if self._window is not None:
+            self._clear_gone(positions)
         inputs.slot_mapping[:count] = inputs.block_tables[rows, columns] * size + offsets
         if self._samples[0].sequence.num_pending:  # the step in flight is this batch's last one: row i is row i there
             inputs.tokens[:count] = self._rows_before
         else:
             inputs.tokens[:count] = [sample.sequence.token_ids[-1] for sample in self._samples]
+
+    def _clear_gone(self, positions: np.ndarray) -> None:
+        """Take the pages out that were given back for this step (window.py), at most one a row."""
+        assert self._window is not None
+        gone, offsets = np.divmod(positions - (self._window - 1), self._page_size)
+        rows = np.flatnonzero((offsets == 0) & (gone > 0))
+        self.batch.inputs.block_tables[rows, gone[rows] - 1] = NULL_PAGE
 
     def _move_sampling(self, plan: StepPlan, vocab_size: int) -> None:
         """Without beams among the samples, what a step has for beams stays as it is: padding."""

@@ -81,6 +81,7 @@ class Contiguous(LeavesAtOnce):
     """
 
     shares_pages = False
+    window = None
 
     def __init__(
         self,

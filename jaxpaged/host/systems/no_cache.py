@@ -22,6 +22,7 @@ class NoCache(LeavesAtOnce):
     shares_pages = False
     requested_slots = 0
     hindsight = None
+    window = None
 
     def __init__(self, cache: CacheConfig, limits: EngineConfig):
         self.page_size = cache.page_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.pages.page_allocator import PageAllocator
+from jaxpaged.host.pages.window import Window
 from jaxpaged.host.systems.contiguous import ESTIMATES, Contiguous, estimate_max
 from jaxpaged.host.systems.dense_rows import RowAllocator, StaticBatches
 from jaxpaged.host.systems.no_cache import NoCache
@@ -17,7 +18,10 @@ def make_policy(cache: CacheConfig, limits: EngineConfig, allocator: PageAllocat
     Raises ValueError, with the numbers, for a pool in which no sequence of a dense cache fits."""
     match limits.kv_cache:
         case "paged":
-            return Paged(cache, allocator or PageAllocator(cache.num_pages, cache.page_size, limits.prefix_caching))
+            allocator = allocator or PageAllocator(cache.num_pages, cache.page_size, limits.prefix_caching)
+            has_window = cache.window is not None and cache.window < limits.max_model_len
+            window = Window(cache.window, limits.max_num_batched_tokens, allocator) if has_window else None
+            return Paged(cache, allocator, window)
         case "none":
             return NoCache(cache, limits)
         case "dense":

@@ -29,8 +29,10 @@ from jaxpaged.host.pages.block_table import (
 )
 from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.token_tree import Placement, num_pages_of
+from jaxpaged.host.pages.window import Window
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.roles import LeavesAtOnce
+from jaxpaged.step_io import NULL_PAGE
 
 
 class Paged(LeavesAtOnce):
@@ -39,8 +41,9 @@ class Paged(LeavesAtOnce):
     shares_pages = True
     hindsight = None
 
-    def __init__(self, cache: CacheConfig, allocator: PageAllocator):
+    def __init__(self, cache: CacheConfig, allocator: PageAllocator, window: Window | None = None):
         self.page_size = cache.page_size
+        self.window = window
         self.num_usable_pages = cache.num_usable_pages
         self.allocator = allocator
         self._prefix = BlockTable()
@@ -48,6 +51,8 @@ class Paged(LeavesAtOnce):
 
     def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
         needed = most_pages(prompt_len, num_samples, max_len, self.page_size, prefix_len)
+        if self.window is not None and num_samples == 1 and not prefix_len:
+            needed = min(needed, self.window.least_pages)
         if needed > self.num_usable_pages:
             raise ValueError(
                 f"{prompt_in_words(prompt_len, prefix_len)} with {num_samples} sample(s) of up to "
@@ -56,8 +61,13 @@ class Paged(LeavesAtOnce):
             )
 
     def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
-        resting = {page_id for one in placements for page_id in one.found if not self.allocator.ref_count(page_id)}
-        needed, free = num_pages_of(placements, self.page_size) + len(resting), self.allocator.num_free
+        found = {page_id for one in placements for page_id in one.found if page_id != NULL_PAGE}
+        num_resting = sum(not self.allocator.ref_count(page_id) for page_id in found)
+        is_moved_on = self.window is not None and len(placements) == 1  # others begin where it has been
+        num_new = num_pages_of(placements, self.page_size)
+        if self.window is not None and is_moved_on:
+            num_new = min(num_new, self.window.most_pages)
+        needed, free = num_new + num_resting, self.allocator.num_free
         if needed > free or needed + headroom() > free:  # the headroom takes a look at every running sequence
             return False
         for sequence, _, _, found in placements:  # all, before any other page is taken in their place
@@ -68,6 +78,8 @@ class Paged(LeavesAtOnce):
                 parent = self._prefix if num_shared == group.prefix_len else placements[i - 1].sequence.table
                 sequence.table = fork(parent, self.allocator)
                 truncate(sequence.table, num_shared, self.allocator)
+            if self.window is not None and is_moved_on:
+                num_to_compute = self.window.num_first_slots(num_shared, num_to_compute)
             copies = append_slots([sequence.table], [num_to_compute], self.allocator)
             group.pages.copied += len(copies)
             self._copies += copies
@@ -81,8 +93,9 @@ class Paged(LeavesAtOnce):
         return self._prefix
 
     def _table_of(self, found: Sequence[int]) -> BlockTable:
-        self.allocator.share_found(found)
-        return BlockTable(array("i", found), len(found) * self.page_size)
+        table = BlockTable(array("i", found), len(found) * self.page_size, num_gone=found.count(NULL_PAGE))
+        self.allocator.share_found(table.held)
+        return table
 
     def fork(self, table: BlockTable) -> BlockTable:
         return fork(table, self.allocator)
@@ -112,7 +125,8 @@ class Paged(LeavesAtOnce):
         self.allocator.check_invariants()
         held: Counter[int] = Counter()
         for table in tables:
-            held.update(table.pages)
+            held.update(table.held)
+            assert table.pages[: table.num_gone].count(NULL_PAGE) == table.num_gone, "what is gone is named"
             if table.num_slots % self.page_size:
                 assert table.pages[-1] not in self.allocator.known.hashes, f"page {table.pages[-1]} is not full"
         for page_id in range(1, self.allocator.num_pages):

@@ -15,6 +15,7 @@ import numpy as np
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy
 from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.token_tree import Placement
+from jaxpaged.host.pages.window import Window
 from jaxpaged.host.sequence import SequenceGroup
 
 
@@ -43,6 +44,11 @@ class Memory(Protocol):
 
     @property
     def allocator(self) -> PageAllocator | ChunkAllocator: ...
+
+    @property
+    def window(self) -> Window | None:
+        """By which sequences give pages back while they go on; None where they keep all."""
+        ...
 
     def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
         """ValueError, with the numbers, for a request that the empty pool could not hold.
@@ -73,6 +79,11 @@ class Forks(Protocol):
 
     @property
     def page_size(self) -> int: ...
+
+    @property
+    def window(self) -> Window | None:
+        """As of `Memory`."""
+        ...
 
     @property
     def shares_pages(self) -> bool:
