@@ -130,16 +130,21 @@ def _attend_keys(
     highest, total, decay, p = _add_keys(highest, total, scores, factor)
     if program.options.interpret is None:  # all of this while the value product runs
         highest, total, decay, p = lax.optimization_barrier((highest, total, decay, p))
+    start = i * program.sizes.keys
+    first_key = _first_key(segment, program.options.sliding_window)
     if converts:
-        convert_tile(program, program.value_pages, values, step, segment.context - i * program.sizes.keys)
+        begin = None if first_key is None else first_key - start
+        convert_tile(program, program.value_pages, values, step, begin, segment.context - start)
     else:
         plgpu.barrier_wait(values.ready.at[v_place])
     if not is_first:
         _rescale(program, item.outs, decay, previous)
     weights = p.astype(item.queries.dtype)  # not earlier: the value product was reading these registers
     if masked and not converts:
-        is_over_end = (i + 1) * program.sizes.keys > segment.context
-        pl.when(is_over_end)(lambda: _clear_values(program, v_place, i, segment.context))
+        num_outside = start + program.sizes.keys - segment.context
+        if first_key is not None:
+            num_outside = lax.max(num_outside, first_key - start)
+        pl.when(num_outside > 0)(lambda: _clear_values(program, v_place, start, first_key, segment.context))
     return State(highest, total, weights, step + 1)
 
 
@@ -190,8 +195,16 @@ def _rescale(program: PrefillProgram, outs, decay, place):
     outs[...] = done * lax.broadcast_in_dim(decay, done.shape, [0])
 
 
-def _clear_values(program: PrefillProgram, place, i, context):
-    """Values behind the context become 0: a weight of 0 times NaN would be NaN."""
+def _first_key(segment, sliding_window: int | None):
+    """The first key that some token of the segment reads; if it has no token, the end of its context."""
+    if sliding_window is None:
+        return None
+    first_key = segment.first + segment.shift - (sliding_window - 1)
+    return jnp.where(segment.first < segment.last, first_key, segment.context)
+
+
+def _clear_values(program: PrefillProgram, place, start, first_key, context):
+    """Values behind the context, and in front of all windows, become 0: a weight of 0 times NaN would be NaN."""
     tiles, keys = program.values.tiles, program.sizes.keys
 
     @pl.when(program.warpgroup == 0)
@@ -199,8 +212,11 @@ def _clear_values(program: PrefillProgram, place, i, context):
         for offset in range(0, keys, 64):
             part = pl.ds(offset, 64)
             values = plgpu.load(tiles.at[place, part], layout=TILE)
-            key = plgpu.broadcasted_iota(i32, values.shape, 0, layout=TILE) + (i * keys + offset)
-            tiles[place, part] = jnp.where(key < context, values, jnp.zeros_like(values))
+            key = plgpu.broadcasted_iota(i32, values.shape, 0, layout=TILE) + (start + offset)
+            inside = key < context
+            if first_key is not None:
+                inside &= key >= first_key
+            tiles[place, part] = jnp.where(inside, values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
     meet(program)

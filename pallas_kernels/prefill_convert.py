@@ -21,8 +21,9 @@ from pallas_kernels.prefill_program import Places, PrefillProgram, i32
 ROWS = 64
 
 
-def convert_tile(program: PrefillProgram, pages: Places, into: Places, step, end=None):
-    """This warpgroup's half of the step's tile, as soon as that is there; rows from `end` on become 0."""
+def convert_tile(program: PrefillProgram, pages: Places, into: Places, step, begin=None, end=None):
+    """This warpgroup's half of the step's tile, as soon as that is there; rows before `begin` and from `end` on become
+    0."""
     page_place, place = lax.rem(step, i32(pages.count)), lax.rem(step, i32(into.count))
     plgpu.barrier_wait(pages.ready.at[page_place])
     rows, columns = into.tiles.shape[1:]
@@ -35,15 +36,18 @@ def convert_tile(program: PrefillProgram, pages: Places, into: Places, step, end
         def _(warpgroup=warpgroup):
             for row, column in blocks[warpgroup::2]:
                 block = pl.ds(row, ROWS), pl.ds(column, width)
-                _convert_block(pages.tiles.at[(page_place, *block)], into.tiles.at[(place, *block)], row, end)
+                _convert_block(pages.tiles.at[(page_place, *block)], into.tiles.at[(place, *block)], row, begin, end)
 
     plgpu.commit_smem()
     plgpu.barrier_arrive(pages.free.at[page_place])
 
 
-def _convert_block(source, target, first_row: int, end):
+def _convert_block(source, target, first_row: int, begin, end):
     values = plgpu.load(source, layout=TILE).astype(target.dtype)
     if end is not None:  # a weight of 0 times NaN would be NaN
         row = plgpu.broadcasted_iota(i32, values.shape, 0, layout=TILE) + first_row
-        values = jnp.where(row < end, values, jnp.zeros_like(values))
+        inside = row < end
+        if begin is not None:
+            inside &= row >= begin
+        values = jnp.where(inside, values, jnp.zeros_like(values))
     target[...] = values

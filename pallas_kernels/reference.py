@@ -4,8 +4,8 @@ Both functions walk over the context in tiles with a running softmax (Milakov an
 memory stays bounded for any context, and the number of tiles follows the longest context, not the block table's width.
 A row's result does not depend, to the bit, on the other rows. Softmax and accumulation are in float32.
 
-Pages that no table names are never read; table entries behind a sequence's length may name any page (they are gathered,
-masked, and their contents, NaN included, never reach an output).
+Pages that no table names are never read; table entries behind a sequence's length, and in front of its first query's
+window, may name any page (they are gathered, masked, and their contents, NaN included, never reach an output).
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def _attend(
         readable = exists[:, None] & (keys_at <= positions[:, :, None])  # [B, Q, tile]
         if sliding_window is not None:
             readable &= keys_at > positions[:, :, None] - sliding_window
+            exists &= keys_at > positions[:, :1] - sliding_window  # before, the table may name any page
         k, v = read_tile(k_pages, k_scales, table), read_tile(v_pages, v_scales, table)
         v = jnp.where(exists[:, :, None, None], v, 0.0)  # a masked weight of 0 times NaN would be NaN
         scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, precision="highest") * scale

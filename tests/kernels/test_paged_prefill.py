@@ -36,6 +36,8 @@ def run(lens, counts, *, page_size=16, heads=2, kv_heads=1, head_dim=64, starts=
     counts = np.array(counts, np.int32)
     starts = np.cumsum(counts) - counts if starts is None else starts
     tokens = int((starts + counts).max()) if tokens is None else tokens
+    if "sliding_window" in options:
+        case.take_unread_pages(case.lens - counts, options["sliding_window"])
     args = [jnp.asarray(case.queries(tokens), dtype)]
     args += [jnp.asarray(x, pages_dtype or dtype) for x in (case.k_pages, case.v_pages)]
     rows = [jnp.asarray(x, jnp.int32) for x in (case.tables, starts, counts, case.lens)]

@@ -58,6 +58,11 @@ class Case:
         self.lens = np.array(lens, np.int32)
         self.rng, self.shape = rng, (heads, head_dim)
 
+    def take_unread_pages(self, first_positions, window):
+        """Pages that no query from these positions on reads are nobody's: the tables name page 0 in their places."""
+        for table, first in zip(self.tables, first_positions, strict=True):
+            table[: max(0, int(first) - window + 1) // self.k_pages.shape[1]] = 0
+
     def queries(self, count):
         return self.rng.standard_normal((count, *self.shape)).astype(np.float32)
 
@@ -66,6 +71,8 @@ class Case:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_decode_equals_the_definition(page_size, options):
     case = Case([0, 1, page_size, page_size + 1, 3 * page_size - 1 or 1, 150, 0], page_size)
+    if "sliding_window" in options:
+        case.take_unread_pages(case.lens - 1, options["sliding_window"])
     q = case.queries(len(case.lens))
     out = jax.jit(functools.partial(reference.paged_decode, **options))(
         q, case.k_pages, case.v_pages, case.tables, case.lens
@@ -80,6 +87,8 @@ def test_decode_equals_the_definition(page_size, options):
 def test_prefill_equals_the_definition(page_size, options):
     lens, counts = [7, 0, 50, 33, 150, 1], [7, 0, 1, 33, 70, 1]  # whole prompts, a chunk, a single token, padding
     case = Case(lens, page_size)
+    if "sliding_window" in options:
+        case.take_unread_pages(case.lens - counts, options["sliding_window"])
     starts = np.cumsum(counts) - counts
     q = case.queries(sum(counts) + 9)  # and tokens that no row owns
     out = jax.jit(functools.partial(reference.paged_prefill, **options))(
