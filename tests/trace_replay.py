@@ -33,6 +33,8 @@ class Replay:
         self.page_size = trace["page_size"]
 
     def apply(self, frame: dict[str, Any]) -> None:
+        for sequence, count in frame.get("gone", []):
+            self.tables[sequence][:count] = [0] * count
         for sequence in frame.get("grow", []):
             self.num_slots[sequence] += 1
         for sequence, kept, num_slots, *pages in frame.get("tables", []):
@@ -49,7 +51,7 @@ class Replay:
 
     @property
     def ref_counts(self) -> Counter[int]:
-        return Counter(page for table in self.tables for page in table)
+        return Counter(page for table in self.tables for page in table if page)
 
     @property
     def filled(self) -> dict[int, int]:
@@ -93,9 +95,9 @@ def random_group(i: int, rng: np.random.Generator, prefix: list[int]) -> Sequenc
     return group
 
 
-def make_scheduler(num_pages: int, page_size: int, preemption: PreemptionConfig, max_num_seqs=64) -> Scheduler:
+def make_scheduler(num_pages: int, page_size: int, preemption: PreemptionConfig, max_num_seqs=64, window=None) -> Scheduler:
     limits = EngineConfig(100, max_num_seqs, 48, preemption=preemption)
-    return Scheduler(CacheConfig(page_size, num_pages), limits)
+    return Scheduler(CacheConfig(page_size, num_pages, window=window), limits)
 
 
 def record_random_load(

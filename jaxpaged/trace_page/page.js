@@ -54,9 +54,9 @@ function highlight() {
   const { holders, filled } = state.shown.pages;
   if (followed.sequence !== undefined) {
     const table = state.shown.state.tables[followed.sequence];
-    for (const page of table) cells[page].cell.classList.add("lit");
+    for (const page of table) cells[page]?.cell.classList.add("lit");
     document.querySelector(`[data-sequence="${followed.sequence}"]`)?.classList.add("lit");
-    const text = table.length ? `${pageList(table)}, ${state.shown.state.slots[followed.sequence]} positions filled` : "no pages";
+    const text = table.length ? `${pageList(table.filter(Boolean))}, ${state.shown.state.slots[followed.sequence]} positions filled` : "no pages";
     detail.textContent = `${replay.names[followed.sequence]}: ${text}.`;
     return;
   }

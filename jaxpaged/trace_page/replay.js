@@ -26,6 +26,7 @@ class State {
   }
 
   apply(frame, replay) {
+    for (const [s, count] of frame.gone || []) this.tables[s] = this.tables[s].map((page, i) => (i < count ? 0 : page));
     for (const s of frame.grow || []) this.slots[s]++;
     const left = new Map();  // pages that a table lets go of, and where it had them
     for (const [s, kept, slots, ...pages] of frame.tables || []) {
@@ -82,7 +83,7 @@ class Replay {
     this.prepare();
   }
 
-  label(page) { return page - 1 + this.trace.first_label; }
+  label(page) { return page ? page - 1 + this.trace.first_label : "–"; }  // 0: given back
 
   nameSequences() {
     const { requests, sequences } = this.trace;
@@ -151,6 +152,7 @@ function pagesOf(state, replay) {
   for (const s of state.live) {
     const table = state.tables[s];
     for (let i = 0; i < table.length; i++) {
+      if (table[i] === 0) continue;  // given back
       holders[table[i]].push([s, i]);
       filled[table[i]] = Math.max(filled[table[i]], Math.min(size, state.slots[s] - i * size));
     }

@@ -97,7 +97,7 @@ function makeCard(s, now, ended, marks, shared) {
     const row = body.insertRow();
     const filled = entryFill(s, i, now);
     row.className = (marks && marks.get(i)) || "";
-    row.dataset.page = page;
+    if (page) row.dataset.page = page;
     row.append(element("td", "block", i));
     const tokens = replay.tokens[s].slice(i * replay.pageSize, i * replay.pageSize + filled);
     row.append(element("td", "tokens", tokens.map(shownPiece).join(" ")));
@@ -115,7 +115,7 @@ function makeRow(s, now, ended, marks, shared) {
   const entries = element("div", "entries");
   now.state.tables[s].forEach((page, i) => {
     const entry = element("span", `entry ${(marks && marks.get(i)) || ""} ${shared[i] > 1 ? "shared" : ""}`);
-    entry.dataset.page = page;
+    if (page) entry.dataset.page = page;
     entry.append(replay.label(page), element("i", "", entryFill(s, i, now)));
     entries.append(entry);
   });

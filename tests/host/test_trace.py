@@ -47,9 +47,11 @@ class Watch:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("prefix_len", [0, 10])
-def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at_every_frame(way, seed, prefix_len):
-    scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS[way])
+@pytest.mark.parametrize("prefix_len, window", [(0, None), (10, None), (0, 11), (10, 5)])
+def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at_every_frame(
+    way, seed, prefix_len, window
+):
+    scheduler = make_scheduler(num_pages=50, page_size=4, preemption=WAYS[way], window=window)
     watch = Watch(scheduler)
     recorder = record_random_load(seed, 30, scheduler, watch.look, prefix_len)
     trace = json.loads(json.dumps(recorder.trace("load")))
@@ -63,6 +65,7 @@ def test_replaying_the_differences_gives_the_tables_and_the_allocators_counts_at
         assert {i: table for i, table in enumerate(replay.tables) if table} == {i: t for i, (t, _, _) in tables.items()}
         for i, (_, num_slots, tokens) in tables.items():
             assert (replay.num_slots[i], replay.tokens[i]) == (num_slots, tokens)
+    assert any("gone" in frame for frame in trace["frames"]) == (window is not None)
     names = {event[0] for frame in trace["frames"] for event in frame.get("events", [])}
     assert names - {"find"} == {"admit", "append", "fork", "copy", "preempt", "resume", "finish", "free", "cache"}
 

@@ -18,6 +18,7 @@ look: nothing in the scheduler knows of it. A trace is one JSON object:
 A frame has "step" (from 1), "kind" ("prefill", "decode", "mixed" or "commit"), "computed" (tokens that the step
 computes), and what changed, to be applied in this order (absent where nothing did):
 
+    gone      [sequence, count]: the first `count` pages of its table, which no window reaches any more, are given back
     grow      sequences that fill one more position of the last page they have
     tables    [sequence, kept, num_slots, page, ...]: the first `kept` pages stay, these follow, `num_slots` are filled
     tokens    [sequence, token, ...] that are new: a prompt at its first sight, then what each step chose
@@ -32,7 +33,7 @@ computes), and what changed, to be applied in this order (absent where nothing d
               "tables" alone
 
 Reference counts are not stored: they are the number of tables that name a page. A sequence that is swapped out, waits
-or has finished has an empty table. A page that is cached is in none.
+or has finished has an empty table. A page that is cached is in none. What is gone is 0 in a table.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ from jaxpaged.host.pages.prefix_cache import PrefixCache
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import StepPlan
+from jaxpaged.step_io import NULL_PAGE
 
 FORMAT, VERSION = "jaxpaged trace", 1
 
 Frame = dict[str, Any]
-_CHANGES = ("grow", "tables", "tokens", "forks", "cached", "uncached", "events")
+_CHANGES = ("gone", "grow", "tables", "tokens", "forks", "cached", "uncached", "events")
 
 
 @dataclass(slots=True)
@@ -153,7 +155,7 @@ class TraceRecorder:
                 if sequence not in self._live:
                     self._note_new(frame, sequence, group, known)
         lost += frame["uncached"]
-        freed = set(lost).difference(*(seen.pages for seen in self._live.values())) if lost else set()
+        freed = set(lost).difference([NULL_PAGE], *(seen.pages for seen in self._live.values())) if lost else set()
         for name, pages in (("free", freed - self._resting.keys()), ("cache", freed & self._resting.keys())):
             if pages:
                 frame["events"].append([name, *sorted(pages)])
@@ -222,13 +224,15 @@ class TraceRecorder:
         holds_pages = sequence.status is SequenceStatus.RUNNING  # of a swapped one, the table names places elsewhere
         pages = list(sequence.table.pages) if holds_pages else []
         num_slots = sequence.table.num_slots if holds_pages else 0
+        gone = self._note_gone(frame, seen, sequence.table.num_gone if holds_pages else 0)
         kept = _common_prefix_len(seen.pages, pages)
         lost, new = seen.pages[kept:], pages[kept:]
         if lost or new or num_slots not in (seen.num_slots, seen.num_slots + 1):
             frame["tables"].append([seen.index, kept, num_slots, *new])
         elif num_slots == seen.num_slots + 1:
             frame["grow"].append(seen.index)
-        taken = new if seen.group.is_prefix else [page for page in new if page not in self._prefix_pages]
+        others = {NULL_PAGE} if seen.group.is_prefix else {NULL_PAGE, *self._prefix_pages}
+        taken = [page for page in new if page not in others]
         at = next((i for i, page in enumerate(taken) if page in copied), None)
         if at is not None:
             frame["events"].append(["copy", seen.index, copied[taken[at]], taken[at]])
@@ -236,7 +240,16 @@ class TraceRecorder:
         if taken and is_append:
             self._note_taken(frame, seen.index, taken)
         seen.pages, seen.num_slots = pages, num_slots
-        return lost
+        return gone + lost
+
+    def _note_gone(self, frame: Frame, seen: _Seen, num_gone: int) -> list[int]:
+        """Take the pages out of what was seen that are given back now; returns them."""
+        num_gone = min(num_gone, len(seen.pages))
+        gone = [page for page in seen.pages[:num_gone] if page != NULL_PAGE]
+        if gone:
+            frame["gone"].append([seen.index, num_gone])
+            seen.pages = [NULL_PAGE] * num_gone + seen.pages[num_gone:]
+        return gone
 
     def _note_taken(self, frame: Frame, sequence: int, pages: list[int]) -> None:
         if self._found is None:
