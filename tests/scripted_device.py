@@ -112,7 +112,8 @@ def begin(scheduler: Scheduler, groups: list[SequenceGroup]) -> None:
 
 def run_all(scheduler: Scheduler, groups) -> tuple[dict[str, list[list[int]]], list[StepPlan]]:
     begin(scheduler, groups)
-    pool, plans, done = PoolModel(scheduler.cache.page_size, scheduler.limits.kv_cache != "none", scheduler.cache.window), [], {}
+    cache, is_cached, plans, done = scheduler.cache, scheduler.limits.kv_cache != "none", [], {}
+    pool = PoolModel(cache.page_size, is_cached, cache.window)
     while (plan := scheduler.schedule()) is not None:
         plans.append(plan)
         for group in scheduler.commit(plan, pool.run(plan)):

@@ -58,6 +58,7 @@ def toy_engine(
     async_scheduling=True,
     mixed_steps=True,
     prefix_caching=False,
+    model=TOY,
 ) -> Engine:
     limits = EngineConfig(
         max_model_len, max_num_seqs, max_num_batched_tokens, preemption=preemption or PreemptionConfig(),
@@ -65,7 +66,7 @@ def toy_engine(
         prefix_caching=prefix_caching,
     )  # fmt: skip
     cache = CacheConfig(page_size, num_pages, kv_dtype)
-    return Engine(StepRunner(toy_params(), TOY, cache, limits, kernels, jax.devices()[0]))
+    return Engine(StepRunner(toy_params(), model, cache, limits, kernels, jax.devices()[0]))
 
 
 def few_programs(engine: Engine) -> Engine:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxpaged.api.beam_params import BeamSearchParams
 from jaxpaged.api.sampling_params import SamplingParams
-from jaxpaged.config import CacheConfig, EngineConfig, PreemptionConfig
+from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.account.trace import TraceRecorder
 from jaxpaged.host.beams.beam_state import BeamState
 from jaxpaged.host.scheduler import Scheduler
@@ -95,7 +95,7 @@ def random_group(i: int, rng: np.random.Generator, prefix: list[int]) -> Sequenc
     return group
 
 
-def make_scheduler(num_pages: int, page_size: int, preemption: PreemptionConfig, max_num_seqs=64, window=None) -> Scheduler:
+def make_scheduler(num_pages: int, page_size: int, preemption, max_num_seqs=64, window=None) -> Scheduler:
     limits = EngineConfig(100, max_num_seqs, 48, preemption=preemption)
     return Scheduler(CacheConfig(page_size, num_pages, window=window), limits)
 

@@ -80,7 +80,9 @@ def _describe_windows(config: ModelConfig) -> str:
     if not sliding:
         return "full"
     window = f"a window of {config.sliding_window:,} tokens"
-    return window if sliding == config.num_layers else f"{window} in {sliding} of {config.num_layers} layers, else full"
+    if config.window is not None:
+        return f"{window}; pages that it does not reach are given back"
+    return f"{window} in {sliding} of {config.num_layers} layers, else full"
 
 
 def _bytes(count: int) -> str:

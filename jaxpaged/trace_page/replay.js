@@ -26,9 +26,12 @@ class State {
   }
 
   apply(frame, replay) {
-    for (const [s, count] of frame.gone || []) this.tables[s] = this.tables[s].map((page, i) => (i < count ? 0 : page));
-    for (const s of frame.grow || []) this.slots[s]++;
     const left = new Map();  // pages that a table lets go of, and where it had them
+    for (const [s, count] of frame.gone || []) {
+      this.tables[s].forEach((page, i) => { if (i < count) left.set(page, [s, i]); });
+      this.tables[s] = this.tables[s].map((page, i) => (i < count ? 0 : page));
+    }
+    for (const s of frame.grow || []) this.slots[s]++;
     for (const [s, kept, slots, ...pages] of frame.tables || []) {
       if (frame.cached) this.tables[s].forEach((page, i) => { if (i >= kept) left.set(page, [s, i]); });
       this.tables[s] = this.tables[s].slice(0, kept).concat(pages);

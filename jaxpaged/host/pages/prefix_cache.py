@@ -52,9 +52,7 @@ class PrefixCache:
             found.append(page_id)
         return found
 
-    def find_last(
-        self, token_ids: array, chain: list[bytes], most: int, num_unread: Callable[[int], int]
-    ) -> list[int]:
+    def find_last(self, token_ids: array, chain: list[bytes], most: int, num_unread: Callable[[int], int]) -> list[int]:
         """As `find`, for a sequence that reads its last pages alone: NULL_PAGE for those that it does not read.
 
         As many pages as can be gone on behind: `num_unread(position)` first ones are not read from a position on, and

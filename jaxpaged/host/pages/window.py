@@ -42,7 +42,7 @@ class Window:
 
     def gives_back(self, table: BlockTable) -> bool:
         """Whether the table still holds pages that its next token does not read."""
-        return self.num_unread(table.num_slots) > table.num_gone
+        return table.num_slots - self.length + 1 >= (table.num_gone + 1) * self._page_size
 
     def give_back(self, table: BlockTable, position: int) -> int:
         """Let go of what nothing from `position` on reads; returns how many pages became free."""

@@ -63,10 +63,10 @@ class Paged(LeavesAtOnce):
     def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
         found = {page_id for one in placements for page_id in one.found if page_id != NULL_PAGE}
         num_resting = sum(not self.allocator.ref_count(page_id) for page_id in found)
-        is_moved_on = self.window is not None and len(placements) == 1  # others begin where it has been
         num_new = num_pages_of(placements, self.page_size)
-        if self.window is not None and is_moved_on:
-            num_new = min(num_new, self.window.most_pages)
+        window = self.window if len(placements) == 1 else None  # of several, some begin where others have been
+        if window is not None:
+            num_new = min(num_new, window.most_pages)
         needed, free = num_new + num_resting, self.allocator.num_free
         if needed > free or needed + headroom() > free:  # the headroom takes a look at every running sequence
             return False
@@ -78,8 +78,8 @@ class Paged(LeavesAtOnce):
                 parent = self._prefix if num_shared == group.prefix_len else placements[i - 1].sequence.table
                 sequence.table = fork(parent, self.allocator)
                 truncate(sequence.table, num_shared, self.allocator)
-            if self.window is not None and is_moved_on:
-                num_to_compute = self.window.num_first_slots(num_shared, num_to_compute)
+            if window is not None:
+                num_to_compute = window.num_first_slots(num_shared, num_to_compute)
             copies = append_slots([sequence.table], [num_to_compute], self.allocator)
             group.pages.copied += len(copies)
             self._copies += copies
