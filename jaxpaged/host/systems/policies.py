@@ -19,8 +19,9 @@ def make_policy(cache: CacheConfig, limits: EngineConfig, allocator: PageAllocat
     match limits.kv_cache:
         case "paged":
             allocator = allocator or PageAllocator(cache.num_pages, cache.page_size, limits.prefix_caching)
-            has_window = cache.window is not None and cache.window < limits.max_model_len
-            window = Window(cache.window, limits.max_num_batched_tokens, allocator) if has_window else None
+            window = None
+            if cache.window is not None and cache.window < limits.max_model_len:
+                window = Window(cache.window, limits.max_num_batched_tokens, allocator)
             return Paged(cache, allocator, window)
         case "none":
             return NoCache(cache, limits)
