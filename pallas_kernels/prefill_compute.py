@@ -130,21 +130,20 @@ def _attend_keys(
     highest, total, decay, p = _add_keys(highest, total, scores, factor)
     if program.options.interpret is None:  # all of this while the value product runs
         highest, total, decay, p = lax.optimization_barrier((highest, total, decay, p))
-    start = i * program.sizes.keys
-    first_key = _first_key(segment, program.options.sliding_window)
+    first_key, tile_keys = _first_key(segment, program.options.sliding_window), program.sizes.keys
     if converts:
-        begin = None if first_key is None else first_key - start
-        convert_tile(program, program.value_pages, values, step, begin, segment.context - start)
+        begin = None if first_key is None else first_key - i * tile_keys
+        convert_tile(program, program.value_pages, values, step, begin, segment.context - i * tile_keys)
     else:
         plgpu.barrier_wait(values.ready.at[v_place])
     if not is_first:
         _rescale(program, item.outs, decay, previous)
     weights = p.astype(item.queries.dtype)  # not earlier: the value product was reading these registers
     if masked and not converts:
-        num_outside = start + program.sizes.keys - segment.context
+        is_outside = (i + 1) * tile_keys > segment.context
         if first_key is not None:
-            num_outside = lax.max(num_outside, first_key - start)
-        pl.when(num_outside > 0)(lambda: _clear_values(program, v_place, start, first_key, segment.context))
+            is_outside |= i * tile_keys < first_key
+        pl.when(is_outside)(lambda: _clear_values(program, v_place, i, first_key, segment.context))
     return State(highest, total, weights, step + 1)
 
 
@@ -203,7 +202,7 @@ def _first_key(segment, sliding_window: int | None):
     return jnp.where(segment.first < segment.last, first_key, segment.context)
 
 
-def _clear_values(program: PrefillProgram, place, start, first_key, context):
+def _clear_values(program: PrefillProgram, place, i, first_key, context):
     """Values behind the context, and in front of all windows, become 0: a weight of 0 times NaN would be NaN."""
     tiles, keys = program.values.tiles, program.sizes.keys
 
@@ -212,7 +211,7 @@ def _clear_values(program: PrefillProgram, place, start, first_key, context):
         for offset in range(0, keys, 64):
             part = pl.ds(offset, 64)
             values = plgpu.load(tiles.at[place, part], layout=TILE)
-            key = plgpu.broadcasted_iota(i32, values.shape, 0, layout=TILE) + (start + offset)
+            key = plgpu.broadcasted_iota(i32, values.shape, 0, layout=TILE) + (i * keys + offset)
             inside = key < context
             if first_key is not None:
                 inside &= key >= first_key

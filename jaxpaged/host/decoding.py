@@ -9,7 +9,7 @@ from jaxpaged.host.pages.block_table import PageCopy, num_pages_needed
 from jaxpaged.host.pages.known_pages import KnownPages
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.swap import Swap, SwapSpace
-from jaxpaged.host.pages.window import Window
+from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.sequence import SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import NO_COPIES, Sample, SearchRows, StepPlan
 from jaxpaged.host.systems.roles import Memory
@@ -59,7 +59,7 @@ def place_beams(searches: list[SearchRows], samples: list[Sample], policy: Memor
     return np.concatenate(copies, axis=1)
 
 
-def _give_back(samples: list[Sample], window: Window) -> None:
+def _give_back(samples: list[Sample], window: PageWindow) -> None:
     """Let go of what the tokens to come do not read; first, what their groups have held is taken down."""
     due = [(group, sequence.table) for group, sequence, _ in samples if window.gives_back(sequence.table)]
     for group in dict.fromkeys(group for group, _ in due):

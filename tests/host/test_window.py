@@ -14,13 +14,13 @@ from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.memory_account import CATEGORIES
 from jaxpaged.host.pages.block_table import BlockTable, append_slots, fork, refork
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.window import Window
+from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.sequence import Sequence, SequenceStatus
 
 
 def test_a_table_names_null_page_where_nothing_is_read_any_more():
     allocator, table = PageAllocator(10, 4), BlockTable()
-    window = Window(6, 64, allocator)
+    window = PageWindow(6, 64, allocator)
     append_slots([table], [16], allocator)
     assert window.give_back(table, 8) == 0  # position 8 reads 3 to 8
     assert window.give_back(table, 9) == 1  # 4 to 9
@@ -35,7 +35,7 @@ def test_tables_of_which_all_pages_in_common_are_gone_have_nothing_in_common():
     allocator, tables = PageAllocator(10, 2), [BlockTable(), BlockTable()]
     append_slots(tables, [6, 6], allocator)
     for table in tables:
-        Window(3, 64, allocator).give_back(table, 6)
+        PageWindow(3, 64, allocator).give_back(table, 6)
     assert [list(table.pages) for table in tables] == [[0, 0, 3], [0, 0, 6]]
     assert refork(tables[1], tables[0], allocator) == (0, 1)
     assert list(tables[1].pages) == [0, 0, 3] and allocator.ref_count(3) == 2
@@ -96,7 +96,7 @@ def test_a_later_turn_finds_the_last_window_though_the_beginning_is_lost():
 
 def test_pages_are_found_as_far_as_all_that_is_read_behind_them_is_known():
     allocator = PageAllocator(10, 2, prefix_caching=True)
-    window, ids = Window(5, 64, allocator), array("i", range(12))
+    window, ids = PageWindow(5, 64, allocator), array("i", range(12))
     allocator.known.add([0, 0, 3, 4, 0, 6], ids, [], 0, 6)
     assert allocator.known.find(ids, [], 6) == []
     assert allocator.known.find_last(ids, [], 6, window.num_unread) == [0, 0, 3, 4]

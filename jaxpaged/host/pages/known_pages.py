@@ -12,14 +12,14 @@ from __future__ import annotations
 from array import array
 
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.window import Window
+from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
 class KnownPages:
     """The pages of one pool that are known by their tokens; none without an allocator, where no pages are shared."""
 
-    def __init__(self, allocator: PageAllocator | None, window: Window | None = None):
+    def __init__(self, allocator: PageAllocator | None, window: PageWindow | None = None):
         self._allocator = allocator
         self._window = window
 

@@ -21,7 +21,7 @@ from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.step_io import NULL_PAGE
 
 
-class Window:
+class PageWindow:
     """What sequences of a pool read, and so hold: the last `length` positions, that of the query included.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.window import Window
+from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.systems.contiguous import ESTIMATES, Contiguous, estimate_max
 from jaxpaged.host.systems.dense_rows import RowAllocator, StaticBatches
 from jaxpaged.host.systems.no_cache import NoCache
@@ -21,7 +21,7 @@ def make_policy(cache: CacheConfig, limits: EngineConfig, allocator: PageAllocat
             allocator = allocator or PageAllocator(cache.num_pages, cache.page_size, limits.prefix_caching)
             window = None
             if cache.window is not None and cache.window < limits.max_model_len:
-                window = Window(cache.window, limits.max_num_batched_tokens, allocator)
+                window = PageWindow(cache.window, limits.max_num_batched_tokens, allocator)
             return Paged(cache, allocator, window)
         case "none":
             return NoCache(cache, limits)

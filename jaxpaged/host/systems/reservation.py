@@ -29,7 +29,7 @@ from jaxpaged.host.pages.block_table import (
 )
 from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.token_tree import Placement, num_pages_of
-from jaxpaged.host.pages.window import Window
+from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.roles import LeavesAtOnce
 from jaxpaged.step_io import NULL_PAGE
@@ -41,7 +41,7 @@ class Paged(LeavesAtOnce):
     shares_pages = True
     hindsight = None
 
-    def __init__(self, cache: CacheConfig, allocator: PageAllocator, window: Window | None = None):
+    def __init__(self, cache: CacheConfig, allocator: PageAllocator, window: PageWindow | None = None):
         self.page_size = cache.page_size
         self.window = window
         self.num_usable_pages = cache.num_usable_pages

@@ -15,7 +15,7 @@ import numpy as np
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy
 from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.token_tree import Placement
-from jaxpaged.host.pages.window import Window
+from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.sequence import SequenceGroup
 
 
@@ -46,7 +46,7 @@ class Memory(Protocol):
     def allocator(self) -> PageAllocator | ChunkAllocator: ...
 
     @property
-    def window(self) -> Window | None:
+    def window(self) -> PageWindow | None:
         """By which sequences give pages back while they go on; None where they keep all."""
         ...
 
@@ -81,7 +81,7 @@ class Forks(Protocol):
     def page_size(self) -> int: ...
 
     @property
-    def window(self) -> Window | None:
+    def window(self) -> PageWindow | None:
         """As of `Memory`."""
         ...
 
