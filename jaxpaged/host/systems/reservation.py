@@ -28,7 +28,7 @@ from jaxpaged.host.pages.block_table import (
     truncate,
 )
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.token_tree import Placement, num_pages_of
+from jaxpaged.host.pages.token_tree import SequencePlacement, num_pages_of
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.roles import LeavesAtOnce
 
@@ -55,7 +55,7 @@ class Paged(LeavesAtOnce):
                 f"the pool has {self.num_usable_pages}: raise num_pages, or lower max_tokens or n"
             )
 
-    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[SequencePlacement], headroom: Callable[[], int]) -> bool:
         resting = {page_id for one in placements for page_id in one.found if not self.allocator.ref_count(page_id)}
         needed, free = num_pages_of(placements, self.page_size) + len(resting), self.allocator.num_free
         if needed > free or needed + headroom() > free:  # the headroom takes a look at every running sequence
