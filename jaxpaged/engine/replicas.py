@@ -1,0 +1,60 @@
+"""Several engines of one model, each on devices of its own, that run one set of requests together.
+
+Each has a thread; they take requests from one queue and hand the finished ones to the caller's thread. The first error
+of any of them, or an interrupt of the caller, stops all: each ends the step that it is in, and leaves its pool as a run
+that was left early does.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
+from jaxpaged.engine.engine import Engine
+from jaxpaged.host.ownership import Hold
+from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.shared_queue import SharedQueue
+
+
+def run_together(
+    engines: Sequence[Engine], groups: list[SequenceGroup], hold: Hold
+) -> Generator[list[SequenceGroup], None, None]:
+    """As `Engine.run_steps` of one engine, by all of them: what each step of any has finished, often nothing. What they
+    are given to hold is one pool to everyone else."""
+    shared = SharedQueue(groups, len(engines), engines[0].limits)
+    finished: queue.SimpleQueue[list[SequenceGroup] | BaseException] = queue.SimpleQueue()
+    is_over = threading.Event()
+
+    def run(number: int, engine: Engine) -> None:
+        try:
+            with closing(engine.run_steps(groups, hold, (shared, number))) as steps_taken:
+                for some in steps_taken:
+                    finished.put(some)
+                    if is_over.is_set():
+                        return
+        except BaseException as error:  # whatever it is, it is the caller's: he waits for all engines
+            finished.put(error)
+
+    threads = [
+        threading.Thread(target=run, args=(i, engine), name=f"engine {i}", daemon=True)
+        for i, engine in enumerate(engines)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        left = len(groups)
+        while left:
+            some = finished.get()
+            if isinstance(some, BaseException):
+                raise some
+            left -= len(some)
+            yield some
+    finally:
+        is_over.set()
+        if not sys.is_finalizing():  # threads stand still by then, and will not end
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
