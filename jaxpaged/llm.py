@@ -107,7 +107,9 @@ class LLM:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.
             TypeError: for an option that there is not, with the name that was probably meant, or that vLLM's has here.
         """
-        check_names("LLM", options, ("model", "tokenizer", *OPTION_NAMES, "revision", "download", "mesh"), OTHER_OPTIONS)
+        check_names(
+            "LLM", options, ("model", "tokenizer", *OPTION_NAMES, "revision", "download", "mesh"), OTHER_OPTIONS
+        )
         self._mesh = mesh
         self._options = settled = EngineOptions(**options)
         self._checkpoint = checkpoint = open_checkpoint(

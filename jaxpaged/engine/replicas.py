@@ -27,21 +27,20 @@ def run_together(
     shared = SharedQueue(groups, len(engines), engines[0].limits)
     finished: queue.SimpleQueue[list[SequenceGroup] | BaseException] = queue.SimpleQueue()
     is_over = threading.Event()
+    is_ending = sys.is_finalizing  # by then the threads have ended, and modules have no names
 
     def run(number: int, engine: Engine) -> None:
         try:
             with closing(engine.run_steps(groups, hold, (shared, number))) as steps_taken:
                 for some in steps_taken:
                     finished.put(some)
-                    if is_over.is_set():
+                    # Python ends by waiting for threads: a run that is open by then is over, too.
+                    if is_over.is_set() or not threading.main_thread().is_alive():
                         return
         except BaseException as error:  # whatever it is, it is the caller's: he waits for all engines
             finished.put(error)
 
-    threads = [
-        threading.Thread(target=run, args=(i, engine), name=f"engine {i}", daemon=True)
-        for i, engine in enumerate(engines)
-    ]
+    threads = [threading.Thread(target=run, args=(i, engine), name=f"engine {i}") for i, engine in enumerate(engines)]
     try:
         for thread in threads:
             thread.start()
@@ -54,7 +53,6 @@ def run_together(
             yield some
     finally:
         is_over.set()
-        if not sys.is_finalizing():  # threads stand still by then, and will not end
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+        for thread in threads:
+            if thread.ident is not None and not is_ending():
+                thread.join()

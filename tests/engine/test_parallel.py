@@ -140,10 +140,11 @@ def test_engines_of_two_devices_each_share_a_run():
 def test_an_error_in_one_engine_stops_all_and_the_next_run_is_whole():
     found = quick("replicas")
     assert found["error"] == "RuntimeError: out of order" and found["same after the error"]
-    assert found["threads"] == 1
+    assert found["threads"] == []
 
 
 def test_a_run_of_several_engines_that_is_left_frees_their_pools():
+    """Nor does one that is left open keep Python from its end, which is where the process of these tests leaves it."""
     assert quick("replicas")["used after leaving"] == [0, 0]
 
 
