@@ -137,11 +137,16 @@ class LLM:
         return describe_checkpoint(_find(model, revision, download, needs_weights=False), settled)
 
     @property
+    def _engine(self) -> Engine | None:
+        """The first of all."""
+        return next(iter(self._engines), None)
+
+    @property
     def engine(self) -> Engine:
         """What runs the requests; RuntimeError where there is none: while it is rebuilt, after a rebuild that failed,
         after `close`, and in a process that was forked off."""
         self._check_usable()
-        engine = next(iter(self._engines), None)
+        engine = self._engine
         if engine is None:
             with self._owner.held("LLM.engine"):
                 raise RuntimeError(
@@ -505,8 +510,8 @@ class LLM:
 
         RuntimeError while a run or a tree is open.
         """
-        self._owner.check_process()
-        for engine in self._engines or [self.engine]:
+        _ = self.engine  # there is one
+        for engine in self._engines:
             engine.forget_pages()
 
     def check_request(
@@ -540,7 +545,7 @@ class LLM:
         self._check_usable()
         with self._owner.held(who) as hold:
             engine = checked_for()
-            if engine is None or engine not in self._engines[:1]:
+            if engine is None or engine is not self._engine:
                 raise RuntimeError(f"the engine was rebuilt since {who} checked these requests: call it again")
             if isinstance(groups, list):  # others get theirs when they are read
                 self._requests.give_seeds(groups)
