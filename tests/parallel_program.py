@@ -135,6 +135,7 @@ def aliasing(name: str, shape: StepShape, num_shards: int = 2) -> dict[str, Any]
     model = SHALLOW["llama"]
     lowered = lower_step(shape, model, "float32", cache, REFERENCE, SamplingFeatures(), where)
     memory = lowered.compile().memory_analysis()
+    assert memory is not None
     pool = 2000 * 16 * model.kv_bytes_per_token(4) // num_shards
     return {"pool": pool, name: (memory.alias_size_in_bytes, memory.temp_size_in_bytes)}
 
@@ -248,11 +249,11 @@ def replicas(num_shards: int, num_engines: int) -> dict[str, Any]:
     found["total"] = together.last_run.num_requests
     assert len(together.last_run.memory.used) == together.last_run.steps > 0
     broken = together._engines[-1].runner
-    launch, broken.launch = broken.launch, fail
+    launch, broken.launch = broken.launch, fail  # pyright: ignore[reportAttributeAccessIssue]
     found["error"] = refusal(run)
     broken.launch = launch
     found["same after the error"] = run() == expected
-    left = together.generate_iter(prompts, params)
+    left: Any = together.generate_iter(prompts, params)
     next(left)
     left.close()
     LEFT_OPEN.append(together.generate_iter(prompts, params))

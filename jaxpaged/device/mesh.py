@@ -95,7 +95,8 @@ class Placement:
 def mesh_of(array: Any) -> Mesh | None:
     """The mesh on which an array lies, or is to lie; None where it is one device's."""
     layout = getattr(array, "sharding", None)
-    return layout.mesh if isinstance(layout, NamedSharding) and layout.mesh.size > 1 else None
+    mesh = layout.mesh if isinstance(layout, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 def specs_of(arrays: Any) -> Any:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -37,7 +38,7 @@ PROMPTS_ALONE = {
 
 
 @functools.cache
-def results(cases: tuple[str, ...]) -> dict:
+def results(cases: tuple[str, ...]) -> dict[str, Any]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, str(ROOT / "tests" / "parallel_program.py"), *cases]
     run = subprocess.run(
@@ -47,11 +48,11 @@ def results(cases: tuple[str, ...]) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def quick(case: str) -> dict:
+def quick(case: str) -> Any:
     return results(QUICK)[case]
 
 
-def slow(case: str) -> dict:
+def slow(case: str) -> Any:
     return results(SLOW)[case]
 
 
