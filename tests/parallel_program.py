@@ -245,6 +245,9 @@ def replicas(num_shards: int, num_engines: int) -> dict[str, Any]:
         return [output.outputs[0].token_ids for output in outputs]
 
     found["same"] = run() == expected
+    streamed = together.generate_iter((prompt for prompt in prompts), params)
+    found["same from a generator"] = sorted(output.outputs[0].token_ids for output in streamed) == sorted(expected)
+    found["same"] &= run() == expected
     found["requests"] = [one.stats.num_requests for one in together._engines]
     found["total"] = together.last_run.num_requests
     assert len(together.last_run.memory.used) == together.last_run.steps > 0

@@ -114,9 +114,7 @@ class Engine:
             finally:
                 self.recorder = None
 
-    def _run_steps(
-        self, groups: Groups, share: tuple[SharedQueue, int] | None
-    ) -> Iterator[list[SequenceGroup]]:
+    def _run_steps(self, groups: Groups, share: tuple[SharedQueue, int] | None) -> Iterator[list[SequenceGroup]]:
         prefix = prefix_of(_known(groups))
         self.scheduler.expect(_known(groups))
         arrivals, listed = self._coming(groups, share)

@@ -136,6 +136,7 @@ def test_engines_of_two_devices_each_share_a_run():
     found = quick("replicas")
     assert found["same"] and min(found["requests"]) >= 1 and sum(found["requests"]) == found["total"] == 9
     assert found["order"] == [str(i) for i in range(9)]
+    assert found["same from a generator"]
 
 
 def test_an_error_in_one_engine_stops_all_and_the_next_run_is_whole():
