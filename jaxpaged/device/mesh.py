@@ -73,7 +73,9 @@ class Placement:
 
     def copy(self, arrays: Any) -> Any:
         """Arrays that lie on as many other devices, lying here as they lie there."""
-        return jax.device_put(arrays, jax.tree.map(self.lay, specs_of(arrays)))
+        return jax.device_put(
+            arrays, self.lay() if specs_of(arrays) == WHOLE else jax.tree.map(self.lay, specs_of(arrays))
+        )
 
     def put_pieces(self, pieces: Sequence[Array | np.ndarray], axis: int) -> Array:
         """One piece for each device, which side by side along this axis are the array."""
@@ -100,13 +102,15 @@ def mesh_of(array: Any) -> Mesh | None:
 
 
 def specs_of(arrays: Any) -> Any:
-    """How these arrays are divided, each as it lies; what lies nowhere yet, as what the host sends, is whole."""
+    """How these arrays are divided, each as it lies; what lies nowhere yet, as what the host sends, is whole. Where all
+    are whole that is one word, whichever of them there are."""
 
     def spec_of(leaf: Any) -> PartitionSpec:
         layout = getattr(leaf, "sharding", None)
         return layout.spec if isinstance(layout, NamedSharding) else WHOLE
 
-    return jax.tree.map(spec_of, arrays)
+    specs = jax.tree.map(spec_of, arrays)
+    return WHOLE if all(spec == WHOLE for spec in jax.tree.leaves(specs)) else specs
 
 
 # What shards do together, in a program that all of them run

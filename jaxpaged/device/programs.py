@@ -272,7 +272,7 @@ class Step:
         if mesh is not None:
             # Not checked: kernels do not say which of their results are the same on all devices.
             function = jax.shard_map(
-                function, mesh=mesh, in_specs=specs_of(args), out_specs=self._divided, check_vma=False
+                function, mesh=mesh, in_specs=tuple(map(specs_of, args)), out_specs=self._divided, check_vma=False
             )
         return Program(function, self._jit, name, self._cache_index)
 

@@ -182,7 +182,7 @@ class StepRunner:
             return carried._replace(nodes=None)
         if self._tries is None or self._tries[0] != features.tries:
             tables = features.tries.tables(self.model.vocab_size)
-            self._tries = features.tries, jax.device_put(tables, self.device)
+            self._tries = features.tries, self.placement.put(tables)
         nodes = carried.tokens if carried.nodes is None else carried.nodes
         return carried._replace(nodes=nodes, tries=self._tries[1])
 
@@ -365,7 +365,7 @@ class StepRunner:
     def _carried_as(self, form: _Form) -> steps.Carried:
         """What the step takes over from the one before, empty."""
 
-        shape = jax.ShapeDtypeStruct
+        shape = self.placement.struct
         history = None if form.history_shape is None else shape(form.history_shape, np.int32)
         beams = None
         if form.tables_shape is not None:
