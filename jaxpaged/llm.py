@@ -23,8 +23,9 @@ from jaxpaged.checkpoint import open_checkpoint
 from jaxpaged.config.options import FIXED_OPTIONS, OPTION_NAMES, EngineOptions, lists_options
 from jaxpaged.engine.describe import describe_checkpoint
 from jaxpaged.engine.engine import Engine, Groups
-from jaxpaged.engine.loading import build_engine
+from jaxpaged.engine.loading import build_engines
 from jaxpaged.engine.profile import trace_to
+from jaxpaged.engine.replicas import run_together
 from jaxpaged.engine.warm_up import WarmUp
 from jaxpaged.host.account.accounting import RunStats
 from jaxpaged.host.account.trace import TraceRecorder
@@ -87,6 +88,7 @@ class LLM:
         *,
         revision: str | None = None,
         download: bool = False,
+        mesh: Any = None,
         **options: Any,
     ):
         """Open a checkpoint directory (native or Hugging Face), load its weights and allocate the page pool.
@@ -97,13 +99,18 @@ class LLM:
             tokenizer: a file, a directory or an object with `encode` and `decode`; by default the checkpoint's own.
             revision: of a model of the Hub: a branch, a tag or a commit; by default "main".
             download: fetch what the Hub's cache lacks of the model; otherwise nothing is ever downloaded.
+            mesh: a `jax.sharding.Mesh` of one axis, among whose devices the model is divided; by default the first
+                `tensor_parallel_size` devices.
             **options: of the engine, by name, as below; docs/guide.md says more about them.
 
         Raises:
             FileNotFoundError, ValueError: with what was given, what is possible and what to change.
             TypeError: for an option that there is not, with the name that was probably meant, or that vLLM's has here.
         """
-        check_names("LLM", options, ("model", "tokenizer", *OPTION_NAMES, "revision", "download"), OTHER_OPTIONS)
+        check_names(
+            "LLM", options, ("model", "tokenizer", *OPTION_NAMES, "revision", "download", "mesh"), OTHER_OPTIONS
+        )
+        self._mesh = mesh
         self._options = settled = EngineOptions(**options)
         self._checkpoint = checkpoint = open_checkpoint(
             _find(model, revision, download, needs_weights=settled.load_format != "dummy")
@@ -116,8 +123,10 @@ class LLM:
         self._async_runs = AsyncRuns()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators and trees that `close` may have to end
         self._closed: RunStats | None = None  # what is left of an LLM that was closed: its last run
-        self._engine: Engine | None = build_engine(checkpoint, settled, owner=self._owner)
-        self._weights: Any = self._engine.params
+        #: One, or with `data_parallel_size` several, which run what generates together; of trees, streams and watched
+        #: beams the first has all. None where there is none.
+        self._engines = build_engines(checkpoint, settled, owner=self._owner, mesh=mesh)
+        self._weights: Any = [engine.params for engine in self._engines]
 
     @staticmethod
     def describe(model: str | Path, *, revision: str | None = None, download: bool = False, **options: Any) -> str:
@@ -126,6 +135,11 @@ class LLM:
         check_names("describe", options, ("model", "revision", "download", *OPTION_NAMES), OTHER_OPTIONS)
         settled = EngineOptions(**options)
         return describe_checkpoint(_find(model, revision, download, needs_weights=False), settled)
+
+    @property
+    def _engine(self) -> Engine | None:
+        """The first of all."""
+        return next(iter(self._engines), None)
 
     @property
     def engine(self) -> Engine:
@@ -146,7 +160,11 @@ class LLM:
 
     @property
     def last_run(self) -> RunStats:
-        return self.engine.stats if self._closed is None else self._closed
+        return self._stats() if self._closed is None else self._closed
+
+    def _stats(self) -> RunStats:
+        first, others = self.engine.stats, [engine.stats for engine in self._engines[1:]]
+        return first.with_others(others) if others else first
 
     def close(self) -> None:
         """Free the weights and the pool on the device and end what works for this LLM; once more does nothing.
@@ -163,9 +181,9 @@ class LLM:
             if not isinstance(iterator, Generator) or inspect.getgeneratorstate(iterator) == inspect.GEN_SUSPENDED:
                 iterator.close()
         with self._owner.held("close"):
-            engine, self._engine, self._weights = self._engine, None, None
-            self._closed = RunStats(0, 0) if engine is None else engine.stats
-            if engine is not None:
+            closed = self._stats() if self._engines else RunStats(0, 0)
+            engines, self._engines, self._weights, self._closed = self._engines, [], None, closed
+            for engine in engines:
                 engine.runner.free()
         self._requests.close()
 
@@ -187,6 +205,10 @@ class LLM:
     def record_trace(self) -> TraceRecorder:
         """Have the next run taken down, step by step; the recorder's `trace` then has what the page pool did."""
         engine = self.engine
+        if len(self._engines) > 1:
+            raise ValueError(
+                f"a trace is of one engine, and data_parallel_size={len(self._engines)} makes so many: leave it out"
+            )
         with self._owner.held("record_trace"):
             engine.recorder = recorder = TraceRecorder(engine.cache_config)
         return recorder
@@ -236,10 +258,11 @@ class LLM:
         order = {group: i for i, group in enumerate(groups)}
         outputs: list[RequestOutput | None] = [None] * len(groups)
         run, done = self._run_steps("generate", groups, weakref.ref(engine)), 0
-        with closing(run), ProgressBar(len(groups), lambda: engine.stats, enabled=progress) as bar:
+        with closing(run), ProgressBar(len(groups), lambda: self.last_run, enabled=progress) as bar:
             for finished in run:
                 if teller is not None:
-                    teller.tell(engine.scheduler.running, [group for group, _ in finished])
+                    running = [group for one in self._engines for group in one.scheduler.running]
+                    teller.tell(running, [group for group, _ in finished])
                 for group, output in finished:
                     outputs[order[group]] = output
                 bar.update(done := done + len(finished))
@@ -460,7 +483,8 @@ class LLM:
         params = given if is_list(given) else [given]
         groups = [self._requests.read(Prompt(None, [0]), one, "", 0, self.engine) for one in params]
         with CompilingLine(progress) as line:
-            return self.engine.warm_up(groups, line.update)
+            first, *others = [engine.warm_up(groups, line.update) for engine in self._engines]
+        return first.with_others(others)
 
     def rebuild(self, **options: Any) -> None:
         """Make the engine anew with other options, the weights kept: `llm.rebuild(kv_cache="contiguous-max")`.
@@ -469,7 +493,7 @@ class LLM:
         one is made. Raises ValueError as the constructor does; after one, the LLM can only be rebuilt, from the options
         of the last engine that there was. RuntimeError, which costs nothing, while a run or a tree is open.
         """
-        if fixed := sorted({*FOUND_BY, *FIXED_OPTIONS} & set(options)):
+        if fixed := sorted({*FOUND_BY, "mesh", *FIXED_OPTIONS} & set(options)):
             raise ValueError(
                 f"{', '.join(fixed)} cannot change without another LLM; rebuild takes the engine's options"
             )
@@ -477,8 +501,8 @@ class LLM:
         new = dataclasses.replace(self._options, **options)
         self._check_usable()
         with self._owner.held("rebuild"):
-            self._engine = None  # and with it the pool
-            self._engine = build_engine(self._checkpoint, new, self._weights, self._owner)
+            self._engines = []  # and with them the pools
+            self._engines = build_engines(self._checkpoint, new, self._weights, self._owner, self._mesh)
             self._options = new
 
     def reset_prefix_cache(self) -> None:
@@ -486,7 +510,9 @@ class LLM:
 
         RuntimeError while a run or a tree is open.
         """
-        self.engine.forget_pages()
+        _ = self.engine  # there is one
+        for engine in self._engines:
+            engine.forget_pages()
 
     def check_request(
         self, prompt: Any, params: RequestParams, shared_prefix: Any = None, add_special_tokens: bool = True
@@ -503,14 +529,15 @@ class LLM:
         self, who: str, groups: Groups, checked_for: weakref.ref[Engine]
     ) -> Generator[list[tuple[SequenceGroup, RequestOutput]], None, None]:
         """What each step has finished, often nothing."""
-        with (
-            self._begin(who, groups, checked_for) as hold,
-            closing(self.engine.run_steps(groups, hold)) as steps,
-        ):
+        with self._begin(who, groups, checked_for) as hold, closing(self._steps_of(groups, hold)) as steps:
             for finished in steps:
                 yield [(group, make_output(group, self.tokenizer)) for group in finished]
         if isinstance(groups, StreamedGroups) and groups.error is not None:
             raise groups.error
+
+    def _steps_of(self, groups: Groups, hold: Hold) -> Generator[list[SequenceGroup], None, None]:
+        engines = self._engines
+        return run_together(engines, groups, hold) if len(engines) > 1 else self.engine.run_steps(groups, hold)
 
     @contextmanager
     def _begin(self, who: str, groups: Groups, checked_for: weakref.ref[Engine]) -> Iterator[Hold]:

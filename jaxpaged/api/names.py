@@ -11,7 +11,8 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_ONE_DEVICE = "jaxpaged runs on one GPU, so leave it out"
+_BY_HEADS = "a model is divided among devices by heads alone, which is tensor_parallel_size, so leave it out"
+_ONE_PROCESS = "one process runs all devices of an LLM, so leave it out"
 _NO_ADAPTERS = "jaxpaged has no adapters, so leave it out"
 _NO_IMAGES = "jaxpaged runs models of text alone, so leave it out"
 
@@ -29,11 +30,9 @@ VLLM_OPTIONS = {
     "enable_prefix_caching": "here it is prefix_caching",
     "disable_cascade_attn": "here cascade_attention=True enables it",
     "enable_chunked_prefill": "prompts beyond max_num_batched_tokens are always computed in chunks, so leave it out",
-    "tensor_parallel_size": _ONE_DEVICE,
-    "pipeline_parallel_size": _ONE_DEVICE,
-    "data_parallel_size": _ONE_DEVICE,
-    "distributed_executor_backend": _ONE_DEVICE,
-    "disable_custom_all_reduce": _ONE_DEVICE,
+    "pipeline_parallel_size": _BY_HEADS,
+    "distributed_executor_backend": _ONE_PROCESS,
+    "disable_custom_all_reduce": "sums of several devices are NCCL's, so leave it out",
     "enforce_eager": "every step is a compiled program, so leave it out",
     "trust_remote_code": "no code of a checkpoint is ever run, so leave it out",
     "quantization": "weights are kept in dtype, 16 or 32 bits",

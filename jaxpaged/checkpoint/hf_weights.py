@@ -24,8 +24,10 @@ from jaxpaged.checkpoint.files import INDEX_NAME, find_weight_files, read_weight
 from jaxpaged.checkpoint.safetensors_files import DTYPES, StoredTensor, read_ahead, read_headers, read_tensor
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import ModelConfig
+from jaxpaged.device.mesh import Placement
 from jaxpaged.device.param_nodes import Params, by_name
 from jaxpaged.device.params import Tensor, param_records, stored_names
+from jaxpaged.device.shards import place_parts
 
 # Modules that a family names differently, below "layers.N." those of a layer: the name in `param_records` -> its own.
 GEMMA_NAMES = {
@@ -57,18 +59,24 @@ class Source:
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    transpose: bool
+    record: Tensor
+
+    @property
+    def transpose(self) -> bool:
+        return self.record.is_transposed
 
 
-def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax.Device) -> Params:
-    """The weights in `directory` as `dtype` on `device`; ValueError names every tensor that does not fit `config`."""
+def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax.Device | Placement) -> Params:
+    """The weights in `directory` as `dtype` on `device`, or divided among several; ValueError names every tensor that
+    does not fit `config`."""
+    placement = Placement.of(device)
     treedef = jax.tree.structure(param_records(config))
     stored = _read_headers(directory)
     sources = _find_sources(stored, config)
     _check(stored, config, sources, directory)
     reading = read_ahead([stored[name] for source in sources for name in source.names])
     with closing(reading):
-        return jax.tree.unflatten(treedef, [_load(reading, source, dtype, device) for source in sources])
+        return jax.tree.unflatten(treedef, [_load(reading, source, config, dtype, placement) for source in sources])
 
 
 def stored_dtype(directory: Path) -> str:
@@ -85,11 +93,16 @@ def _read_headers(directory: Path) -> Stored:
     return stored
 
 
-def _load(reading: Iterator[np.ndarray], source: Source, dtype: str, device: jax.Device) -> jax.Array:
+def _load(
+    reading: Iterator[np.ndarray], source: Source, config: ModelConfig, dtype: str, placement: Placement
+) -> jax.Array:
+    if placement.size > 1:
+        stored = [next(reading) for _ in source.names]
+        return place_parts(stored, source.record, config, placement, dtype=dtype, is_transposed=source.transpose)
     parts = []
     for _ in source.names:
         # A CPU "device" that may alias would keep the host's copy alive; waiting frees it before the next is taken.
-        parts.append(jax.block_until_ready(jax.device_put(next(reading), device, may_alias=False)))
+        parts.append(jax.block_until_ready(jax.device_put(next(reading), placement.device, may_alias=False)))
     return jax.block_until_ready(_assemble(parts, source.transpose, dtype))
 
 
@@ -119,7 +132,7 @@ def _source(name: str, record: Tensor, renamed: Mapping[str, str], prefix: str) 
     shapes = [(*record.shape[:-1], part.width) for part in record.parts]
     if record.is_transposed:
         shapes = [shape[::-1] for shape in shapes]
-    return Source(names, tuple(shapes), record.is_transposed)
+    return Source(names, tuple(shapes), record)
 
 
 def _head_name(prefix: str) -> str:

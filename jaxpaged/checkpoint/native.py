@@ -35,8 +35,10 @@ from jaxpaged.checkpoint.checksums import (
 from jaxpaged.checkpoint.files import find_file, read_json
 from jaxpaged.checkpoint.tensor_check import Shape, check_shapes
 from jaxpaged.config import DTYPES, ModelConfig
+from jaxpaged.device.mesh import Placement
 from jaxpaged.device.param_nodes import Params, by_name
-from jaxpaged.device.params import param_shapes
+from jaxpaged.device.params import Tensor, param_records, param_shapes
+from jaxpaged.device.shards import place_parts
 
 FORMAT = "jaxpaged"
 FORMAT_VERSION = 2
@@ -71,8 +73,9 @@ def parse_config(values: dict[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict({key: values[key] for key in values if key not in ("format", "format_version")})
 
 
-def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax.Device) -> Params:
-    """Restore the parameters onto `device` as `dtype`, after checking every name and shape against `config`.
+def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax.Device | Placement) -> Params:
+    """Restore the parameters onto `device` as `dtype`, or divided among several, after checking every name and shape
+    against `config`.
 
     ValueError names a tensor that is not the one that was saved, or says what is broken in a damaged directory.
     """
@@ -84,15 +87,23 @@ def load_params(directory: Path, config: ModelConfig, *, dtype: str, device: jax
     check_shapes({name: tensor.shape for name, tensor in stored.items()}, expected, str(folder))
     _check_dtypes(stored, folder)
     checksums = _read_checksums(directory, set(expected))
+    placement, records = Placement.of(device), by_name(param_records(config))
     names, arrays = list(expected), []
     for batch in _batches([stored[name].size * stored[name].dtype.numpy_dtype.itemsize for name in names]):
         tensors = _read_tensors({names[i]: stored[names[i]] for i in batch}, folder)
         if checksums is not None:
             check_tensors(tensors, checksums, folder)
-        arrays += [jax.device_put(tensor, device).astype(dtype) for tensor in tensors.values()]
+        arrays += [_placed(tensor, records[name], config, dtype, placement) for name, tensor in tensors.items()]
         del tensors
         jax.block_until_ready(arrays)  # or this batch would stay in host memory beside the next
     return jax.tree.unflatten(treedef, arrays)
+
+
+def _placed(tensor: np.ndarray, record: Tensor, config: ModelConfig, dtype: str, placement: Placement) -> jax.Array:
+    if placement.size == 1:
+        return jax.device_put(tensor, placement.device).astype(dtype)
+    ends = np.cumsum([part.width for part in record.parts])[:-1]
+    return place_parts(np.split(tensor, ends, axis=-1), record, config, placement, dtype=dtype)
 
 
 def _open_tensors(folder: Path) -> dict[str, ts.TensorStore]:

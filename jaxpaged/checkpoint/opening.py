@@ -20,8 +20,10 @@ from jaxpaged.checkpoint import hf_config, hf_weights, native
 from jaxpaged.checkpoint.files import find_file, read_json, user_path
 from jaxpaged.config import DTYPES, ModelConfig
 from jaxpaged.config.choices import LOAD_FORMATS
+from jaxpaged.device.mesh import Placement
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.params import random_params
+from jaxpaged.device.shards import place_random
 from jaxpaged.text.added_tokens import COMPANIONS
 
 Format = Literal["native", "huggingface"]
@@ -69,15 +71,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_params(
-    checkpoint: Checkpoint, *, dtype: str, device: jax.Device, load_format: str = "auto", seed: int = 0
+    checkpoint: Checkpoint, *, dtype: str, device: jax.Device | Placement, load_format: str = "auto", seed: int = 0
 ) -> Params:
-    """The weights on `device` as `dtype`; load_format "dummy" makes random ones from `seed` and reads no file."""
+    """The weights on `device`, or divided among several, as `dtype`; load_format "dummy" makes random ones from `seed`
+    and reads no file."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format is {load_format!r}; choose one of {', '.join(LOAD_FORMATS)}")
     if load_format == "dummy":
-        return random_params(checkpoint.config, dtype, seed, device)
+        placement = Placement.of(device)
+        if placement.size > 1:
+            return place_random(checkpoint.config, dtype, seed, placement)
+        return random_params(checkpoint.config, dtype, seed, placement.device)
     wanted = "huggingface" if load_format == "safetensors" else load_format
     if wanted not in ("auto", checkpoint.format):
         raise ValueError(

@@ -140,6 +140,16 @@ class ModelConfig:
     def embedding_dim(self) -> int:
         return self.embedding_size or self.hidden_size
 
+    @property
+    def num_shards(self) -> int:
+        """Devices among which the model is divided, of which this is one's part (shard.py)."""
+        return 1
+
+    @property
+    def num_vocab_rows(self) -> int:
+        """Tokens of the vocabulary whose embeddings and logits are here."""
+        return self.vocab_size
+
     def is_sliding(self, layer: int) -> bool:
         if self.sliding_window is None:
             return False

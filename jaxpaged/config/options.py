@@ -140,6 +140,14 @@ class EngineOptions:
         None, "tokens of prompt and output at most", _count_or_none,
         unset="the model's positions, before scaling that depends on it", decides_result=True,
     )  # fmt: skip
+    tensor_parallel_size: int = option(
+        1, "devices among which the model is divided, by heads; their number must divide the model's heads", _count,
+        is_fixed=True,
+    )  # fmt: skip
+    data_parallel_size: int = option(
+        1, "engines with the whole model each, on tensor_parallel_size devices of their own, which share the requests "
+        "of a run", _count, is_fixed=True,
+    )  # fmt: skip
     page_size: int = option(16, "token positions in a page", _count)
     num_pages: int | None = option(
         None, "pages of the pool, page 0 included, which is never used", _count_or_none, unset="what fits the device"

@@ -186,9 +186,11 @@ def _as_floats(pool: Array) -> Array:
     return jax.lax.bitcast_convert_type(pool, jnp.dtype(FP8)) if pool.dtype == FP8_BITS else pool
 
 
-def make_paged_cache(model: ModelConfig, cache: CacheConfig, device: jax.Device | None = None) -> PagedCache:
-    """An empty pool (zeros: what a page held before must never be a NaN) on the device."""
-    shape = (cache.num_pages, cache.page_size, model.num_kv_heads, model.head_dim)
+def make_paged_cache(
+    model: ModelConfig, cache: CacheConfig, device: jax.Device | jax.sharding.Sharding | None = None
+) -> PagedCache:
+    """An empty pool (zeros: what a page held before must never be a NaN) on the device, or on several as it says."""
+    shape = (cache.num_pages, cache.page_size, model.num_kv_heads * model.num_shards, model.head_dim)
     dtype = FP8_BITS if cache.dtype == FP8 else cache.dtype
 
     def pools() -> tuple[Array, ...]:

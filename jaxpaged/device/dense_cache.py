@@ -130,19 +130,26 @@ class OneStepCache(LayerArrays):
 
 
 def make_dense_cache(
-    model: ModelConfig, cache: CacheConfig, max_model_len: int, device: jax.Device | None = None
+    model: ModelConfig,
+    cache: CacheConfig,
+    max_model_len: int,
+    device: jax.Device | jax.sharding.Sharding | None = None,
 ) -> DenseCache:
     """An empty dense cache (zeros) of as many rows as the usable pages of `cache` hold, rounded down."""
     max_len = -(-max_model_len // cache.page_size) * cache.page_size
-    shape = (num_dense_rows(cache, max_model_len), max_len, model.num_kv_heads, model.head_dim)
+    kv_heads = model.num_kv_heads * model.num_shards
+    shape = (num_dense_rows(cache, max_model_len), max_len, kv_heads, model.head_dim)
     k, v = (tuple(jnp.zeros(shape, cache.dtype, device=device) for _ in range(model.num_layers)) for _ in "kv")
     return DenseCache(k, v, cache.page_size)
 
 
 def make_cache(
-    model: ModelConfig, cache: CacheConfig, limits: EngineConfig, device: jax.Device | None = None
+    model: ModelConfig,
+    cache: CacheConfig,
+    limits: EngineConfig,
+    device: jax.Device | jax.sharding.Sharding | None = None,
 ) -> PagedCache | DenseCache | OneStepCache:
-    """The cache of the system that `limits.kv_cache` names."""
+    """The cache of the system that `limits.kv_cache` names, of a model or, on several devices, of all its shards."""
     if limits.kv_cache == "none":
         return OneStepCache((), (), limits.max_model_len)
     if limits.kv_cache in DENSE_CACHES:

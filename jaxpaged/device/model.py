@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.device.heads import Heads
+from jaxpaged.device.mesh import AXIS, add_up, side_by_side
 from jaxpaged.device.norms import AddNorm, add_and_norm, norm
 from jaxpaged.device.param_nodes import Layer, Linear, Params
 from jaxpaged.device.rope import rotation_at
@@ -93,7 +94,9 @@ def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
             logits = jnp.einsum("re,ve->rv", hidden, params.embedding, **_product_options(hidden, jnp.float32))
         else:
             logits = jnp.matmul(hidden, params.lm_head.weight, **_product_options(hidden, jnp.float32))
-        return soft_cap(logits, config.final_soft_cap)
+        logits = soft_cap(logits, config.final_soft_cap)
+        # Whole rows on every device, so that each chooses as one device would. The last shard's are padded.
+        return logits if config.num_shards == 1 else side_by_side(logits, config)[:, : config.vocab_size]
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
@@ -102,7 +105,7 @@ def soft_cap(x: Array, cap: float | None) -> Array:
 
 
 def _embed(params: Params, config: ModelConfig, tokens: Array, positions: Array) -> Array:
-    x = params.embedding[tokens]
+    x = params.embedding[tokens] if config.num_shards == 1 else _look_up(params.embedding, tokens, config)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the weights' dtype, as Gemma was trained
     if params.embedding_in is not None:
@@ -110,6 +113,14 @@ def _embed(params: Params, config: ModelConfig, tokens: Array, positions: Array)
     if params.position_embedding is not None:
         x = x + params.position_embedding[positions + config.learned_position_offset]
     return x
+
+
+def _look_up(embedding: Array, tokens: Array, config: ModelConfig) -> Array:
+    """The rows of tokens, each of which one shard has: the others add zeros."""
+    rows = len(embedding)
+    at = tokens - jax.lax.axis_index(AXIS) * rows
+    is_here = (at >= 0) & (at < rows)
+    return add_up(jnp.where(is_here[:, None], embedding[jnp.where(is_here, at, 0)], 0), config)
 
 
 def _block(
@@ -148,7 +159,7 @@ def _attention(weights: Layer, config: ModelConfig, layer: int, x: Array, positi
     if (rope := config.rope_of(layer)) is not None:
         rotation = rotation_at(positions, rope, head_dim)
     out, cache = attend(cache, layer, Heads(projected, kv_heads, rotation, norms))
-    return _linear(weights.attention_out, out.reshape(x.shape[0], heads * head_dim)), cache
+    return _linear_in_shards(weights.attention_out, config, out.reshape(x.shape[0], heads * head_dim)), cache
 
 
 def _mlp(weights: Layer, config: ModelConfig, x: Array) -> Array:
@@ -158,7 +169,7 @@ def _mlp(weights: Layer, config: ModelConfig, x: Array) -> Array:
         h = _activate(config, gate) * up
     else:
         h = _activate(config, h)
-    return _linear(weights.mlp_out, h)
+    return _linear_in_shards(weights.mlp_out, config, h)
 
 
 def _activate(config: ModelConfig, x: Array) -> Array:
@@ -175,6 +186,12 @@ def _activate(config: ModelConfig, x: Array) -> Array:
 
 def _linear(weights: Linear, x: Array) -> Array:
     y = _matmul(x, weights.weight)
+    return y if weights.bias is None else y + weights.bias
+
+
+def _linear_in_shards(weights: Linear, config: ModelConfig, x: Array) -> Array:
+    """Of an x of which each shard has some columns, and of the weights the rows that go with them."""
+    y = add_up(_matmul(x, weights.weight), config)
     return y if weights.bias is None else y + weights.bias
 
 

@@ -57,13 +57,13 @@ def param_records(config: ModelConfig) -> Params:
     embed, project = Part("embed_tokens", "embed", embedded), embedded != hidden
     positions = config.max_position_embeddings + config.learned_position_offset
     return Params(
-        embedding=_table("vocab", config.vocab_size, embed, normal),
+        embedding=_table("vocab", config.num_vocab_rows, embed, normal),
         embedding_in=_matrix("embed", embedded, (Part("project_in", "embed", hidden),), normal) if project else None,
         embedding_out=_matrix("embed", hidden, (embed._replace(module="project_out"),), normal) if project else None,
         final_norm=_norm(config, "norm") if config.has_final_norm else None,
         layers=(_layer(config),) * config.num_layers,
         lm_head=None if config.tie_word_embeddings else _linear(
-            "embed", embedded, (Part("lm_head", "vocab", config.vocab_size),), False, normal
+            "embed", embedded, (Part("lm_head", "vocab", config.num_vocab_rows),), False, normal
         ),
         position_embedding=None if config.rope is not None else _table(
             "position", positions, Part("embed_positions", "embed", hidden), normal
@@ -162,16 +162,18 @@ def random_params(config: ModelConfig, dtype: str, seed: int, device: jax.Device
 
     Matrices are normal, norms are the identity, biases zero.
     """
+    with jax.default_device(device):
+        return make_params(config, seed, lambda record, key: record.init(key, record.shape, jnp.dtype(dtype)))
+
+
+def make_params(config: ModelConfig, seed: int, make: Callable[[Tensor, Array], Array]) -> Params:
+    """What `make` makes of each record and its own random key."""
     records, treedef = jax.tree.flatten(param_records(config))
     # The hardware generator: threefry would take minutes for billions of weights, and nothing depends on these numbers.
     key = jax.random.key(seed & 0xFFFFFFFF, impl="unsafe_rbg")
     if seed >> 32:  # jax would drop these bits of a seed, or refuse it
         key = jax.random.fold_in(key, jnp.uint32(seed >> 32))
-    with jax.default_device(device):
-        arrays = [
-            record.init(jax.random.fold_in(key, i), record.shape, jnp.dtype(dtype)) for i, record in enumerate(records)
-        ]
-    return jax.tree.unflatten(treedef, arrays)
+    return jax.tree.unflatten(treedef, [make(record, jax.random.fold_in(key, i)) for i, record in enumerate(records)])
 
 
 def stored_names(name: str, record: Tensor, renamed: Mapping[str, str] | None = None) -> tuple[str, ...]:

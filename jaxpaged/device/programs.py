@@ -23,6 +23,7 @@ import jax.monitoring
 
 from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.device.lowering_workers import Jit
+from jaxpaged.device.mesh import POOL, WHOLE, mesh_of, specs_of
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.device.step_files import StepName, made_or_read, step_name
 from jaxpaged.step_io import Layout
@@ -231,11 +232,13 @@ class ProgramToMake(NamedTuple):
 class Step:
     """A function that runs on the device, as programs: one for each set of keyword arguments and each size of `cache`.
 
-    Called, and lowered, as `jax.jit` of the function would be, with all keyword arguments static.
+    Called, and lowered, as `jax.jit` of the function would be, with all keyword arguments static. Where its arrays lie
+    on a mesh, each device runs it on its own part of them; `divided` says how the results lie there.
     """
 
-    def __init__(self, function: Callable[..., Any], donates_cache: bool):
+    def __init__(self, function: Callable[..., Any], divided: Any, donates_cache: bool):
         self.function = function
+        self._divided = divided
         self._cache_index = list(inspect.signature(function).parameters).index("cache")
         donated = self._cache_index if donates_cache else ()
         self._jit = functools.partial(jax.jit, donate_argnums=donated, compiler_options=XLA_OPTIONS)
@@ -256,14 +259,22 @@ class Step:
         if processors := values.get("processors"):
             values["processors"] = PROGRAMS.computation_of(processors, static["layout"], static["config"].vocab_size)
         pool = jax.tree.leaves(args[self._cache_index])[:1]
+        mesh = mesh_of((pool or jax.tree.leaves(args[0]))[0])
         params = tuple(shapes_of(each) for each in args[: self._cache_index])
-        key = (self.function, params, tuple(sorted(values.items())), *((leaf.shape, leaf.dtype) for leaf in pool))
-        return PROGRAMS.find(key, lambda: self._made(static))
+        lies = (getattr(leaf, "sharding", None) for leaf in pool)  # a program is for these devices alone
+        key = (self.function, params, tuple(sorted(values.items())), *((x.shape, x.dtype) for x in pool), *lies)
+        return PROGRAMS.find(key, lambda: self._made(args, static, mesh))
 
-    def _made(self, static: dict[str, Any]) -> Program:
+    def _made(self, args: tuple[Any, ...], static: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Program:
         """With a function of its own: jax keeps together what it compiled of one function, and this is to go alone."""
         function = functools.partial(self.function, **static)
-        return Program(function, self._jit, step_name(self.function, static), self._cache_index)
+        name = step_name(self.function, static, is_divided=mesh is not None)
+        if mesh is not None:
+            # Not checked: kernels do not say which of their results are the same on all devices.
+            function = jax.shard_map(
+                function, mesh=mesh, in_specs=tuple(map(specs_of, args)), out_specs=self._divided, check_vma=False
+            )
+        return Program(function, self._jit, name, self._cache_index)
 
 
 def _like(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -277,6 +288,7 @@ class Shapes:
     def __init__(self):
         self._numbers: dict[Hashable, int] = {}
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, params: Any) -> int:
         """A number: the same one for parameters of the same shapes in the same places."""
@@ -285,7 +297,8 @@ class Shapes:
             return found[1]
         leaves, tree = jax.tree.flatten(params)
         shapes = tree, *((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
-        number = self._numbers.setdefault(shapes, len(self._numbers))
+        with self._lock:  # engines in several threads
+            number = self._numbers.setdefault(shapes, len(self._numbers))
         self._known[id(params)] = weakref.ref(params, functools.partial(self._forget, id(params))), number
         return number
 
@@ -296,10 +309,10 @@ class Shapes:
 shapes_of = Shapes()
 
 
-def takes_cache(function: Callable[..., Any]) -> Step:
-    """A step that takes its cache by donation."""
-    return Step(function, donates_cache=True)
+def takes_cache(function: Callable[..., Any], divided: Any = (WHOLE, POOL)) -> Step:
+    """A step that takes its cache by donation; by default one that gives results, and the new cache."""
+    return Step(function, divided, donates_cache=True)
 
 
-def reads_cache(function: Callable[..., Any]) -> Step:
-    return Step(function, donates_cache=False)
+def reads_cache(function: Callable[..., Any], divided: Any = WHOLE) -> Step:
+    return Step(function, divided, donates_cache=False)

@@ -27,6 +27,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jaxpaged.device import program_files
 from jaxpaged.device.attention import AttentionKernels, named_kernels
 from jaxpaged.device.lowering_workers import LOWERING, Jit
+from jaxpaged.device.mesh import Placement
 
 logger = logging.getLogger("jaxpaged")
 
@@ -46,16 +47,17 @@ class StepName(NamedTuple):
     function: Callable[..., Any]
     static: dict[str, Any]
     described: str
+    is_divided: bool = False  # among devices of a mesh
 
 
 class Unnamed(Exception):
     """A value without a name that another process would give it, too."""
 
 
-def step_name(function: Callable[..., Any], static: dict[str, Any]) -> StepName | None:
+def step_name(function: Callable[..., Any], static: dict[str, Any], is_divided: bool = False) -> StepName | None:
     """None for a step that no other process would know."""
     try:
-        return StepName(function, static, _described((function, static)))
+        return StepName(function, static, _described((function, static)), is_divided)
     except Unnamed:
         return None
 
@@ -68,7 +70,7 @@ def made_or_read(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, 
         return _lowered(name, jit, jitted, args).compile(), False
     key = _key(name, args)
     content = files.read(key)
-    if content is not None and (found := _loaded(content)) is not None:
+    if content is not None and (found := _loaded(content, args)) is not None:
         return found, True
     with files.set_aside():  # the program is kept once, under this name
         compiled = _lowered(name, jit, jitted, args).compile()
@@ -77,21 +79,30 @@ def made_or_read(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, 
 
 
 def _lowered(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, ...]) -> jax.stages.Lowered:
-    """By another process, where some are at work; else here."""
-    by_worker = None if name is None else LOWERING.lower(name.function, name.static, args, jit)
+    """By another process, where some are at work; else here, and so is a step of several devices: they have none."""
+    by_worker = None if name is None or name.is_divided else LOWERING.lower(name.function, name.static, args, jit)
     if by_worker is not None:
         return by_worker
     with TRACING:
         return jitted.lower(*args)
 
 
-def _loaded(content: bytes) -> Compiled | None:
-    """None, and a line of the log, for what this device cannot load."""
+def _loaded(content: bytes, args: tuple[Any, ...]) -> Compiled | None:
+    """None, and a line of the log, for what these devices cannot load."""
     try:
-        return deserialize_and_load(*pickle.loads(content))
+        return deserialize_and_load(*pickle.loads(content), execution_devices=_devices_of(args))
     except (jax.errors.JaxRuntimeError, ValueError, pickle.UnpicklingError) as error:
         logger.warning("a program in a file cannot be loaded (%s), and is compiled anew", error)
         return None
+
+
+def _devices_of(args: tuple[Any, ...]) -> list[jax.Device]:
+    """Those on which the arguments lie, and so the program is to run: not all that there are."""
+    layouts = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+    layout = next((layout for layout in layouts if layout is not None), None)
+    if layout is None:
+        return jax.devices()[:1]
+    return list(Placement.of(layout).devices)
 
 
 def _key(name: StepName, args: tuple[Any, ...]) -> str:

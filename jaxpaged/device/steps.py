@@ -32,6 +32,7 @@ from jaxpaged.device.beam_tables import CarriedBeams, carry, descend, of_parents
 from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
 from jaxpaged.device.constraints import next_nodes, with_masks
 from jaxpaged.device.heads import Heads
+from jaxpaged.device.mesh import MOVED_PAGES, POOL, mesh_of
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import PROGRAMS, ProgramToMake, reads_cache, takes_cache
@@ -139,7 +140,9 @@ def decode_programs(
 ) -> list[ProgramToMake]:  # fmt: skip
     """The programs that `decode_step` launches for these arguments. Nothing is run, and no cache is taken."""
     batch: DecodeBatch = jax.eval_shape(functools.partial(unpack, layout=layout), packed)
-    hidden = jax.ShapeDtypeStruct((len(batch.inputs.tokens), config.hidden_size), parts[0].params.embedding.dtype)
+    shape = (len(batch.inputs.tokens), config.hidden_size)
+    layout_of_hidden = carried.tokens.sharding if mesh_of(carried.tokens) is not None else None
+    hidden = jax.ShapeDtypeStruct(shape, parts[0].params.embedding.dtype, sharding=layout_of_hidden)
     programs = []
     for x, part in zip((None, *[hidden] * len(parts)), parts, strict=False):
         static = _static_of(part, config, kernels, layout, wanted, processors)
@@ -199,7 +202,7 @@ def decode_layers(
         drawn, kept, parents = _drawn(columns, wanted, len(carried.tokens)), None, None
         if beams is not None:
             kept, chosen = carry(inputs, beams, sampling.beam_rows)
-            drawn = drawn.at[: len(chosen)].set(jnp.where(chosen == NO_TOKEN, drawn[: len(chosen)], chosen))
+            drawn = _first_replaced(drawn, jnp.where(chosen == NO_TOKEN, drawn[: len(chosen)], chosen))
             parents = kept.parents
         nodes = next_nodes(sampling, carried.tries, drawn, parents)
         return StepResults(_for_host(columns), Carried(drawn, sampling.history, nodes, beams=kept)), cache.kept()
@@ -327,19 +330,19 @@ def _with_pending(batch: MixedBatch, tokens: Array) -> SamplingInputs:
     return sampling._replace(history=history)
 
 
-@takes_cache
+@functools.partial(takes_cache, divided=POOL)
 def copy_pages(cache: CopiesPages, copies: Array, *, kernels: AttentionKernels) -> CopiesPages:
     """copies i32[2, C]: source and destination pages; copy-on-write for all layers in one launch."""
     return cache.copy_pages(copies[0], copies[1], kernels)
 
 
-@reads_cache
+@functools.partial(reads_cache, divided=MOVED_PAGES)
 def gather_pages(cache: PagedCache, page_ids: Array) -> Array:
     """Pages i32[C] of all layers, keys and then values, in one array [2 * layers, C, S, K, D], ready to leave."""
     return cache.gather_pages(page_ids)
 
 
-@takes_cache
+@functools.partial(takes_cache, divided=POOL)
 def scatter_pages(cache: PagedCache, page_ids: Array, pages: Array) -> PagedCache:
     """What `gather_pages` took, [2 * layers, C, S, K, D], into the pages i32[C]."""
     return cache.scatter_pages(page_ids, pages)
@@ -396,8 +399,13 @@ def _left(columns: Array, sampling: SamplingInputs, carried: Carried, wanted: Wa
 
 def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
     """i32[size]: the tokens that the rows have drawn."""
-    tokens = columns[:, 0] if wanted.draws_tokens else columns[:0, 0]
-    return jnp.zeros(size, jnp.int32).at[: len(tokens)].set(jnp.maximum(tokens, 0))
+    tokens = jnp.maximum(columns[:, 0] if wanted.draws_tokens else columns[:0, 0], 0)
+    return _first_replaced(jnp.zeros(size, jnp.int32), tokens)
+
+
+def _first_replaced(values: Array, first: Array) -> Array:
+    """All of them set at once would be a scatter by an empty list of places, at which XLA crashes on a mesh."""
+    return first if len(first) == len(values) else values.at[: len(first)].set(first)
 
 
 def _attend(inputs: StepInputs, config: ModelConfig, kernels: AttentionKernels, first: int = 0) -> Attend[KVCache]:

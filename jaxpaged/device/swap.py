@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxpaged.device import steps
 from jaxpaged.device.cache import PagedCache
+from jaxpaged.device.mesh import MOVED_PAGES, Placement
 
 Array = jax.Array
 
@@ -26,17 +27,19 @@ Array = jax.Array
 ARRAYS_A_TRANSFER = 3
 
 
-def host_memory(device: jax.Device) -> jax.sharding.Sharding:
+def host_memory(where: Placement | jax.Device) -> jax.sharding.Sharding:
     """Where swapped pages lie: pinned host memory if the device has its own memory, else where everything lies."""
+    placement = Placement.of(where)
+    device = placement.device
     if device.platform == "cpu":
-        return jax.sharding.SingleDeviceSharding(device)
+        return placement.lay(MOVED_PAGES)
     kinds = [memory.kind for memory in device.addressable_memories()]
     if "pinned_host" not in kinds:
         raise ValueError(
             f"{device.device_kind} has no memory of kind 'pinned_host', which swapping needs, but only "
             f"{', '.join(kinds)}: choose preemption='recompute'"
         )
-    return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    return placement.lay(MOVED_PAGES, memory_kind="pinned_host")
 
 
 def transfer_bytes(num_pages: int, page_bytes: int) -> int:
@@ -62,28 +65,33 @@ def reserve(num_bytes: int, bytes_a_transfer: int, device: jax.Device) -> None:
 
 
 def fetch_pages(
-    pool: PagedCache, page_ids: np.ndarray, sizes: Sequence[int], host: jax.sharding.Sharding, device: jax.Device
-) -> list[Array]:
+    pool: PagedCache, page_ids: np.ndarray, sizes: Sequence[int], host: jax.sharding.Sharding,
+    where: Placement | jax.Device,
+) -> list[Array]:  # fmt: skip
     """Copies in host memory of the pages i32[C], `sizes` of them a transfer, [2 * layers, size, S, K, D] each.
 
     When this returns they are there, so the pages may be overwritten.
     """
     fetched: list[Array] = []
+    placement = Placement.of(where)
     for part in np.split(page_ids, np.cumsum(sizes)[:-1]):
-        gathered = steps.gather_pages(pool, jax.device_put(part, device))
+        gathered = steps.gather_pages(pool, placement.put(part))
         fetched.append(jax.device_put(gathered, host))
         jax.block_until_ready(fetched[-2:-1])
     return jax.block_until_ready(fetched)
 
 
-def restore_pages(pool: PagedCache, page_ids: np.ndarray, fetched: Sequence[Array], device: jax.Device) -> PagedCache:
+def restore_pages(
+    pool: PagedCache, page_ids: np.ndarray, fetched: Sequence[Array], where: Placement | jax.Device
+) -> PagedCache:
     """The pool, which is donated, with what `fetch_pages` gave in the pages i32[C]."""
     sizes = [pages.shape[1] for pages in fetched]
-    on_device = jax.sharding.SingleDeviceSharding(device)
+    placement = Placement.of(where)
+    on_device = placement.lay(MOVED_PAGES)
     before: Array | None = None
     for part, pages in zip(np.split(page_ids, np.cumsum(sizes)[:-1]), fetched, strict=True):
         arriving = jax.device_put(pages, on_device)
-        pool = steps.scatter_pages(pool, jax.device_put(part, device), arriving)
+        pool = steps.scatter_pages(pool, placement.put(part), arriving)
         jax.block_until_ready(before)
         before = arriving
     return jax.block_until_ready(pool)

@@ -41,6 +41,7 @@ def measure_checkpoint(checkpoint: Checkpoint, plan: EnginePlan) -> dict[str, st
         "vocabulary": f"{config.vocab_size:,}",
         "positions": f"{config.max_position_embeddings:,}",
         "parameters": f"{count:,}",
+        **_describe_devices(sizer.placement.size),
         "weights": f"{_bytes(sizer.weight_bytes)} as {sizer.dtype}{stored}",
         "KV per token": f"{_bytes(sizer.page_bytes // sizer.page_size)} as {sizer.kv_dtype}",
         **_describe_pool(plan),
@@ -50,6 +51,10 @@ def measure_checkpoint(checkpoint: Checkpoint, plan: EnginePlan) -> dict[str, st
 
 def count_params(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(config, config.dtype)))
+
+
+def _describe_devices(count: int) -> dict[str, str]:
+    return {} if count == 1 else {"devices": f"{count}; weights and KV below are what each of them holds"}
 
 
 def _describe_pool(plan: EnginePlan) -> dict[str, str]:

@@ -28,6 +28,7 @@ from jaxpaged.host.pages.page_allocator import PageAllocator
 from jaxpaged.host.pages.shared_prefix import prefix_of
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.sequence import SequenceGroup
+from jaxpaged.host.shared_queue import SharedArrivals, SharedQueue
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.foreseen import first_decode_shape, foreseen_shapes
@@ -98,21 +99,25 @@ class Engine:
             for finished in steps_taken:
                 yield from finished
 
-    def run_steps(self, groups: Groups, hold: Hold | None = None) -> Generator[list[SequenceGroup], None, None]:
-        """As `run`, but yields after every step: the groups that it finished, often none."""
+    def run_steps(
+        self, groups: Groups, hold: Hold | None = None, share: tuple[SharedQueue, int] | None = None
+    ) -> Generator[list[SequenceGroup], None, None]:
+        """As `run`, but yields after every step: the groups that it finished, often none.
+
+        `share`: the queue in which the groups are, of which this engine, the so manieth, takes some (replicas.py).
+        """
         with self._from_idle("Engine.run", hold):
             for group in _known(groups):  # before any of them runs
                 self.scheduler.check(group.prompt_len, group.params.num_samples, group.max_len, group.prefix_len)
             try:
-                yield from self._run_steps(groups)
+                yield from self._run_steps(groups, share)
             finally:
                 self.recorder = None
 
-    def _run_steps(self, groups: Groups) -> Iterator[list[SequenceGroup]]:
+    def _run_steps(self, groups: Groups, share: tuple[SharedQueue, int] | None) -> Iterator[list[SequenceGroup]]:
         prefix = prefix_of(_known(groups))
-        listed = groups if isinstance(groups, list) else []
         self.scheduler.expect(_known(groups))
-        arrivals = groups if isinstance(groups, StreamedGroups) else Arrivals(groups)
+        arrivals, listed = self._coming(groups, share)
         features = SamplingFeatures.of(_known(groups), self.model.vocab_size)
         loop = self._begin_loop(features, self.recorder)
         # Not while a trace is recorded, which is of sequences, nor for who steps by hand and looks at them; nor where
@@ -120,7 +125,7 @@ class Engine:
         policy = self.scheduler.policy
         is_plain = self.recorder is None and isinstance(policy, Paged) and policy.window is None
         self.scheduler.gathers_beams = is_plain and features.merged_widths is not None
-        loop.record.add_requests(listed)
+        loop.record.add_requests(listed if share is None else [])
         made_before, read_before = steps.num_programs(), steps.num_read()
         self.runner.compile_ahead(self._foreseen(listed), features)
         if prefix:
@@ -134,6 +139,7 @@ class Engine:
                         continue  # it is at its end
                     loop.record.stats.add_pause()
                     time.sleep(arrivals.seconds_to_next(loop.record.seconds))
+                    yield []
                     continue
                 finished = loop.step()
                 loop.record.made(steps.num_programs() - made_before, steps.num_read() - read_before)
@@ -144,11 +150,26 @@ class Engine:
         if stats.programs_made:
             logger.info("programs: %d compiled and %d read in this run", stats.compilations, stats.programs_read)
 
-    def _arrived(self, arrivals: Arrivals | StreamedGroups, loop: StepLoop) -> list[SequenceGroup]:
+    def _coming(
+        self, groups: Groups, share: tuple[SharedQueue, int] | None
+    ) -> tuple[Arrivals | SharedArrivals | StreamedGroups, list[SequenceGroup]]:
+        """Where requests come from, and those that will, as far as that is known."""
+        if isinstance(groups, StreamedGroups):
+            return groups, []
+        if share is None:
+            return Arrivals(groups), groups
+        shared = SharedArrivals(*share, self.scheduler)
+        return shared, shared.known
+
+    def _arrived(self, arrivals: Arrivals | SharedArrivals | StreamedGroups, loop: StepLoop) -> list[SequenceGroup]:
         """What is to be queued before the next step."""
         now = loop.record.seconds
         if isinstance(arrivals, Arrivals):
             return arrivals.take(now)
+        if isinstance(arrivals, SharedArrivals):
+            shared = arrivals.take(now)
+            loop.record.add_requests(shared)
+            return shared
         num_inside = len(self.scheduler.waiting) + len(self.scheduler.running)
         taken = arrivals.take(2 * self.limits.max_num_seqs - num_inside, is_idle=not loop.has_work)
         loop.record.add_requests(taken)

@@ -5,8 +5,11 @@ What can be refused by arithmetic is refused before weights are read.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +27,11 @@ from jaxpaged.config import (
 from jaxpaged.config.choices import FP8
 from jaxpaged.device.attention import AttentionKernels, resolve_attention, resolve_dense_attention
 from jaxpaged.device.memory import start_device, usable_memory
+from jaxpaged.device.mesh import Placement
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.program_files import keep_programs
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.placing import resolve_placements
 from jaxpaged.engine.pool_size import PoolSize, PoolSizer
 from jaxpaged.engine.preemption import reserve_swap_space, resolve_preemption
 from jaxpaged.engine.runner import StepRunner
@@ -61,37 +66,68 @@ class EnginePlan:
         return CacheConfig(self.sizer.page_size, num_pages, self.sizer.kv_dtype)
 
 
+def build_engines(
+    checkpoint: Checkpoint, options: EngineOptions, weights: Sequence[Params] | None = None,
+    owner: Ownership | None = None, mesh: Any = None,
+) -> list[Engine]:  # fmt: skip
+    """`data_parallel_size` engines, alike but for their devices: one, unless more were asked for.
+
+    Their weights are loaded, or are those given, of each. `owner` is of an LLM, which builds engines again and again,
+    and to which all of them together are one; `mesh` names the devices. ValueError, with the numbers, for what cannot
+    run there.
+    """
+    placements = _placements(options, mesh)
+    first = build_engine(checkpoint, options, placements[0], weights[0] if weights else None, owner)
+    like_the_first = dataclasses.replace(options, num_pages=first.cache_config.num_pages)
+    others = [
+        build_engine(
+            checkpoint, like_the_first, placement, weights[i] if weights else placement.copy(first.params), first.owner
+        )
+        for i, placement in enumerate(placements[1:], start=1)
+    ]
+    return [first, *others]
+
+
 def build_engine(
-    checkpoint: Checkpoint, options: EngineOptions, params: Params | None = None, owner: Ownership | None = None
-) -> Engine:
-    """Load the weights, or take those given, and make the page pool; ValueError, with the numbers, for what cannot run
-    on this device. `owner` is of an LLM that builds several engines, one after the other."""
-    plan = plan_engine(checkpoint.config, options)
+    checkpoint: Checkpoint, options: EngineOptions, placement: Placement, params: Params | None = None,
+    owner: Ownership | None = None,
+) -> Engine:  # fmt: skip
+    """Load the weights, or take those given, and make the page pool."""
+    plan = plan_engine(checkpoint.config, options, placement)
     plan.check()
-    sizer, device = plan.sizer, plan.sizer.device
+    sizer = plan.sizer
     if plan.num_pages is None:
         sizer.compile_ahead()
     if params is None:
         params = load_params(
-            checkpoint, dtype=sizer.dtype, device=device, load_format=options.load_format, seed=options.seed
+            checkpoint, dtype=sizer.dtype, device=placement, load_format=options.load_format, seed=options.seed
         )
     pool = plan.pool(params)
     cache = plan.cache_of(pool.num_pages)
     if plan.limits.kv_cache != "none":  # which has no pool
         logger.info("pool: %s", sizer.in_words(pool))
-    limits = reserve_swap_space(plan.limits, cache, plan.model, device)
-    return Engine(StepRunner(params, plan.model, cache, limits, plan.kernels, device), owner)
+    limits = reserve_swap_space(plan.limits, cache, plan.model, placement.device)
+    return Engine(StepRunner(params, plan.model, cache, limits, plan.kernels, placement), owner)
 
 
-def plan_engine(config: ModelConfig, options: EngineOptions) -> EnginePlan:
-    """What the options mean for this model on this device; ValueError for what cannot run there."""
+def _placements(options: EngineOptions, mesh: Any) -> list[Placement]:
+    """The devices of each engine; JAX runs from here on."""
     keep_programs(options.compilation_cache)
     device = start_device(options.memory_utilization)
+    return resolve_placements(options.tensor_parallel_size, options.data_parallel_size, mesh, device)
+
+
+def plan_engine(config: ModelConfig, options: EngineOptions, placement: Placement | None = None) -> EnginePlan:
+    """What the options mean for this model on its devices, by default the first ones; ValueError for what cannot run
+    there."""
+    placement = placement or _placements(options, None)[0]
+    device = placement.device
     max_model_len = _max_model_len(options, config)
     model = config.for_length(max_model_len)
+    shard = placement.shard(model)
     dtype = resolve_dtype(options.dtype, model, device)
     kv_dtype = FP8 if options.has_fp8_pages else dtype
-    kernels = _resolve_kernels(options, model, device, dtype, kv_dtype)
+    kernels = _resolve_kernels(options, shard, device, dtype, kv_dtype)
     preemption = PreemptionConfig()
     if options.kv_cache == "paged":  # who has reserved everything never gives way
         preemption = resolve_preemption(
@@ -105,8 +141,8 @@ def plan_engine(config: ModelConfig, options: EngineOptions) -> EnginePlan:
         options.mixed_steps and device.platform != "cpu",
         options.prefix_caching,
     )  # fmt: skip
-    memory = usable_memory(device, options.memory_utilization)
-    sizer = PoolSizer(model, dtype, kv_dtype, options.page_size, limits, kernels, device, memory)
+    memory = min(usable_memory(each, options.memory_utilization) for each in placement.devices)
+    sizer = PoolSizer(model, dtype, kv_dtype, options.page_size, limits, kernels, placement, memory)
     num_pages = 2 if options.kv_cache == "none" and options.num_pages is None else options.num_pages  # it has no pool
     return EnginePlan(model, limits, kernels, sizer, num_pages)
 

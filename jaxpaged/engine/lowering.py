@@ -11,8 +11,9 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device import steps
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.dense_cache import make_cache
-from jaxpaged.device.params import param_shapes
+from jaxpaged.device.mesh import POOL, Placement
 from jaxpaged.device.programs import ProgramToMake
+from jaxpaged.device.shards import placed_structs
 from jaxpaged.host.step.batching import Buckets, StepShape, make_batch, with_copies
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.step_plan import StepPlan
@@ -25,7 +26,7 @@ def largest_steps(
     cache: CacheConfig,
     limits: EngineConfig,
     kernels: AttentionKernels,
-    device: jax.Device,
+    where: jax.Device | Placement,
 ) -> list[ProgramToMake]:
     """The largest decode step and the largest one with prompts, with all that ordinary requests ask of the sampler.
 
@@ -39,8 +40,8 @@ def largest_steps(
     )  # fmt: skip
     prefill = StepShape(buckets.prefill_rows[-1], width, buckets.prefill_tokens[-1])
     shapes = StepShape(buckets.decode_rows[-1], width), (buckets.mixed_shapes() or [prefill])[-1]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    return [step_to_make(shape, model, dtype, cache, kernels, features, sharding, limits) for shape in shapes]
+    placement = Placement.of(where)
+    return [step_to_make(shape, model, dtype, cache, kernels, features, placement, limits) for shape in shapes]
 
 
 def step_to_make(
@@ -50,28 +51,28 @@ def step_to_make(
     cache: CacheConfig,
     kernels: AttentionKernels,
     features: SamplingFeatures,
-    sharding: jax.sharding.Sharding,
+    where: jax.sharding.Sharding | Placement,
     limits: EngineConfig | None = None,
 ) -> ProgramToMake:
     """The program of a step of this shape, before there are weights or a pool: to learn what it takes, or to keep it.
 
-    `dtype` is of the weights. `sharding` names the device that it is for, `limits` the system that keeps KV memory, by
-    default pages.
+    `dtype` is of the weights, `model` whole. `where` names the device that it is for, or several, `limits` the system
+    that keeps KV memory, by default pages.
     """
+    placement = Placement.of(where)
+    shard = placement.shard(model)
     nothing = StepPlan(is_prefill=shape.num_tokens is not None)
     batch = make_batch(nothing, shape, cache, model.vocab_size, features)
     if isinstance(batch, DecodeBatch) and features.has_samples and kernels.copies_in_steps:
         batch = with_copies(batch, [])
     packed, layout = pack(batch)
     limits = limits or EngineConfig(model.max_position_embeddings)
-    pool = jax.eval_shape(lambda: make_cache(model, cache, limits))
+    pool = jax.eval_shape(lambda: make_cache(shard, cache, limits))
     num_tokens = max(limits.max_num_seqs, shape.num_rows)
     carried = jax.eval_shape(lambda: steps.Carried(jnp.zeros(num_tokens, jnp.int32)))
-    params, pool, carried, packed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (param_shapes(model, dtype), pool, carried, packed),
-    )
-    static = static_arguments(model, kernels, layout, features)
+    params, pool = placed_structs(model, dtype, placement), _lying(pool, placement.lay(POOL))
+    carried, packed = _lying((carried, packed), placement.lay())
+    static = static_arguments(shard, kernels, layout, features)
     if shape.num_prompts is not None:
         return steps.mixed_step.to_make(params, pool, carried, packed, **static)
     if shape.num_tokens is not None:
@@ -86,11 +87,15 @@ def lower_step(
     cache: CacheConfig,
     kernels: AttentionKernels,
     features: SamplingFeatures,
-    sharding: jax.sharding.Sharding,
+    where: jax.sharding.Sharding | Placement,
     limits: EngineConfig | None = None,
 ) -> jax.stages.Lowered:
     """That program's text, for whichever device and compiler."""
-    return step_to_make(shape, model, dtype, cache, kernels, features, sharding, limits).lower()
+    return step_to_make(shape, model, dtype, cache, kernels, features, where, limits).lower()
+
+
+def _lying(arrays: Any, layout: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), arrays)
 
 
 def static_arguments(

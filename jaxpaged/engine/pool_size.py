@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxpaged.config import DENSE_CACHES, CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.memory import bytes_in_use, device_memory
+from jaxpaged.device.mesh import Placement
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.params import param_shapes
 from jaxpaged.device.program_files import recall, remember
@@ -57,22 +58,35 @@ class PoolSize(NamedTuple):
 class PoolSizer:
     """Weighs a pool against the memory of a device."""
 
-    model: ModelConfig
+    model: ModelConfig  # the whole one
     dtype: str  # of weights and activations
     kv_dtype: str
     page_size: int
     limits: EngineConfig
     kernels: AttentionKernels
-    device: jax.Device
-    memory: int  # bytes of the device that weights, pool and steps may fill
+    where: jax.Device | Placement  # if several, each holds a shard of the weights and of every page
+    memory: int  # bytes of each device that weights, pool and steps may fill
+
+    @property
+    def placement(self) -> Placement:
+        return Placement.of(self.where)
+
+    @property
+    def device(self) -> jax.Device:
+        return self.placement.device
+
+    @property
+    def shard(self) -> ModelConfig:
+        return self.placement.shard(self.model)
 
     @property
     def page_bytes(self) -> int:
-        return self.page_size * self.model.kv_bytes_per_token(jnp.dtype(self.kv_dtype).itemsize)
+        """Of one device, as all bytes here are."""
+        return self.page_size * self.shard.kv_bytes_per_token(jnp.dtype(self.kv_dtype).itemsize)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(param_shapes(self.model, self.dtype)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(param_shapes(self.shard, self.dtype)))
 
     def check(self, num_pages: int | None) -> None:
         """Refuse, before weights are read, `num_pages` (None: at least one page) that cannot fit beside them."""
@@ -94,7 +108,7 @@ class PoolSizer:
         weights = self.weight_bytes
         if params is not None:
             jax.block_until_ready(params)
-            weights = bytes_in_use(self.device) or weights
+            weights = max(bytes_in_use(device) or weights for device in self.placement.devices)
         useful = self._useful()
         if self._fits(useful.num_pages, weights):
             return useful
@@ -155,7 +169,7 @@ class PoolSizer:
         """What the largest steps follow from, as text that another process finds again."""
         kernels = [value for value in self.kernels if not callable(value)]
         return (
-            self.model, self.dtype, self.kv_dtype, self.page_size, self.limits, tuple(kernels), self.device.device_kind,
+            self.shard, self.dtype, self.kv_dtype, self.page_size, self.limits, tuple(kernels), self.device.device_kind,
         )  # fmt: skip
 
     def measured_step_bytes(self) -> int:
@@ -181,7 +195,7 @@ class PoolSizer:
 
     def _largest_steps(self) -> list[ProgramToMake]:
         cache = CacheConfig(self.page_size, self._nominal_pages, self.kv_dtype)
-        return largest_steps(self.model, self.dtype, cache, self.limits, self.kernels, self.device)
+        return largest_steps(self.model, self.dtype, cache, self.limits, self.kernels, self.placement)
 
     @property
     def _nominal_pages(self) -> int:
@@ -223,7 +237,7 @@ class PoolSizer:
     def _least_step_bytes(self) -> int:
         """Fewer bytes than any compiler needs: the logits, or one activation of the widest matrix."""
         logits = self.limits.max_num_seqs * self.model.vocab_size * 4
-        widest = max(self.model.intermediate_size, self.model.num_heads * self.model.head_dim)
+        widest = max(self.shard.intermediate_size, self.shard.num_heads * self.shard.head_dim)
         return max(logits, self.limits.max_num_batched_tokens * widest * self._itemsize)
 
     def _most_step_bytes(self) -> int:
@@ -231,7 +245,7 @@ class PoolSizer:
 
         Only says whether measuring could matter, so it may be several times too high.
         """
-        model, limits = self.model, self.limits
+        model, limits = self.shard, self.limits
         sampling = 8 * limits.max_num_seqs * (model.vocab_size + limits.max_model_len) * 4
         heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
         token = (model.num_layers + 8) * model.hidden_size + 8 * (2 * model.intermediate_size + heads)

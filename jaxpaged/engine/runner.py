@@ -21,6 +21,7 @@ from jaxpaged.device.attention import AttentionKernels
 from jaxpaged.device.beam_tables import CarriedBeams
 from jaxpaged.device.cache import PagedCache
 from jaxpaged.device.dense_cache import make_cache
+from jaxpaged.device.mesh import POOL, Placement
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import ProgramToMake
 from jaxpaged.engine.lowering import static_arguments
@@ -98,16 +99,18 @@ class StepRunner:
         cache: CacheConfig,
         limits: EngineConfig,
         kernels: AttentionKernels,
-        device: jax.Device,
+        where: Placement | jax.Device,
     ):
         self.params = params
+        self.placement = Placement.of(where)
+        self.device = self.placement.device
         self._parts = {is_async: steps.decode_parts(params, model, is_async) for is_async in (True, False)}
         self.model = model
+        self._shard = self.placement.shard(model)  # what each device computes: on one, the model
         window = model.window if limits.kv_cache == "paged" else None
         self.cache_config = cache = dataclasses.replace(cache, window=window)
         self.limits = limits
         self.kernels = kernels
-        self.device = device
         self.buckets = Buckets.for_limits(limits, cache, kernels.min_rows)
         self.remake_pool()
         self.page_bytes = cache.page_size * model.kv_bytes_per_token(jax.numpy.dtype(cache.dtype).itemsize)
@@ -124,8 +127,10 @@ class StepRunner:
 
     def _find_cascade(self) -> Cascade:
         assert self.kernels.max_members is not None, f"{self.kernels.name} has no cascade attention"
-        most = self.kernels.max_members(self.model.num_heads, self.model.num_kv_heads, self.model.head_dim)
-        token_bytes = self.pool.k[0].nbytes * 2 // (self.cache_config.num_pages * self.cache_config.page_size)
+        shard = self._shard
+        most = self.kernels.max_members(shard.num_heads, shard.num_kv_heads, shard.head_dim)
+        num_slots = self.cache_config.num_pages * self.cache_config.page_size * self.placement.size
+        token_bytes = self.pool.k[0].nbytes * 2 // num_slots
         return Cascade(most, measured_rule(token_bytes))
 
     # A step
@@ -150,7 +155,7 @@ class StepRunner:
 
     def launch(self, step: PreparedStep) -> LaunchedStep:
         """Send the step, behind whatever is on its way already, and do not wait for it."""
-        static = static_arguments(self.model, self.kernels, step.layout, step.features)
+        static = static_arguments(self._shard, self.kernels, step.layout, step.features)
         carried = self._with_tries(self._carried, step.features)
         carried = carried if step.goes_on else carried._replace(history=None)
         carried = carried if step.keeps_beams else carried._replace(beams=None)
@@ -179,7 +184,7 @@ class StepRunner:
             return carried._replace(nodes=None)
         if self._tries is None or self._tries[0] != features.tries:
             tables = features.tries.tables(self.model.vocab_size)
-            self._tries = features.tries, jax.device_put(tables, self.device)
+            self._tries = features.tries, self.placement.put(tables)
         nodes = carried.tokens if carried.nodes is None else carried.nodes
         return carried._replace(nodes=nodes, tries=self._tries[1])
 
@@ -244,8 +249,8 @@ class StepRunner:
         return False
 
     def remake_pool(self) -> None:
-        self.pool = make_cache(self.model, self.cache_config, self.limits, self.device)
-        self._carried = steps.Carried(jax.device_put(np.zeros(self.buckets.decode_rows[-1], np.int32), self.device))
+        self.pool = make_cache(self._shard, self.cache_config, self.limits, self.placement.lay(POOL))
+        self._carried = steps.Carried(self.placement.put(np.zeros(self.buckets.decode_rows[-1], np.int32)))
 
     def free(self) -> None:
         """Give back the device's memory, weights included; whoever still has the arrays has nothing. For the end."""
@@ -272,14 +277,14 @@ class StepRunner:
         if one.is_out:
             self._swapped[one.group] = self._fetch(page_ids)
         else:
-            self.pool = swap.restore_pages(self.pages, page_ids, self._swapped.pop(one.group), self.device)
+            self.pool = swap.restore_pages(self.pages, page_ids, self._swapped.pop(one.group), self.placement)
 
     def forget_swapped(self) -> None:
         self._swapped.clear()
 
     def _fetch(self, page_ids: np.ndarray) -> list[jax.Array]:
         sizes = split(len(page_ids), self.buckets.swaps)
-        return swap.fetch_pages(self.pages, page_ids, sizes, swap.host_memory(self.device), self.device)
+        return swap.fetch_pages(self.pages, page_ids, sizes, swap.host_memory(self.placement), self.placement)
 
     # Programs ahead of need
 
@@ -295,7 +300,7 @@ class StepRunner:
         self.compile_copies()
         for size in self.buckets.swaps:
             nothing = np.full(size, NULL_PAGE, np.int32)
-            self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.device)
+            self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.placement)
 
     def compile_ahead(self, shapes: list[StepShape], features: SamplingFeatures) -> None:
         """Compile the programs of steps of these shapes while the caller goes on, until he says `stop_ahead`."""
@@ -354,7 +359,7 @@ class StepRunner:
         step = form.step
         carried = self._with_tries(self._carried_as(form), step.features)
         arguments = self.pool, carried, step.packed
-        static = static_arguments(self.model, self.kernels, step.layout, step.features)
+        static = static_arguments(self._shard, self.kernels, step.layout, step.features)
         if step.layout[0] is DecodeBatch:
             return steps.decode_programs(self._parts_for(step.features), *arguments, **static)
         return [_STEPS[step.layout[0]].to_make(self.params, *arguments, **static)]
@@ -362,7 +367,7 @@ class StepRunner:
     def _carried_as(self, form: _Form) -> steps.Carried:
         """What the step takes over from the one before, empty."""
 
-        shape = jax.ShapeDtypeStruct
+        shape = self.placement.struct
         history = None if form.history_shape is None else shape(form.history_shape, np.int32)
         beams = None
         if form.tables_shape is not None:

@@ -35,6 +35,12 @@ class WarmUp(NamedTuple):
     folder: Path | None  # in which the files are, if there are any
     folder_bytes: int
 
+    def with_others(self, others: SequenceOf[WarmUp]) -> WarmUp:
+        """This one, and those of other engines behind it."""
+        every = [self, *others]
+        compiled, read, seconds = (sum(getattr(one, name) for one in every) for name in ("compiled", "read", "seconds"))
+        return every[-1]._replace(compiled=compiled, read=read, seconds=seconds)
+
 
 def no_progress(_done: int, _total: int) -> None:
     pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from threading import Lock
 from time import monotonic
 from typing import Protocol
 
@@ -63,6 +64,7 @@ class StreamedGroups:
         self._reader = reader
         self._is_over = False
         self._next_read = 0.0  # by the clock of `time.monotonic`
+        self._lock = Lock()  # of several engines one reads, and others go on meanwhile, if they have work
 
     def __bool__(self) -> bool:
         """Whether any group may still come."""
@@ -74,6 +76,14 @@ class StreamedGroups:
 
     def take(self, room: int, is_idle: bool) -> list[SequenceGroup]:
         """So many at most, at least one if `is_idle`: nothing else runs. Fewer, or none, at the end."""
+        if not self._lock.acquire(blocking=is_idle):
+            return []
+        try:
+            return self._read(room, is_idle)
+        finally:
+            self._lock.release()
+
+    def _read(self, room: int, is_idle: bool) -> list[SequenceGroup]:
         began = monotonic()
         if self._is_over or (not is_idle and began < self._next_read):
             return []

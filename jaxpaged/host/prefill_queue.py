@@ -9,7 +9,7 @@ from collections import deque
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.host.pages.known_pages import KnownPages
-from jaxpaged.host.pages.token_tree import Placement
+from jaxpaged.host.pages.token_tree import SequencePlacement
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, StepPlan
 from jaxpaged.host.systems.roles import Forks
@@ -33,7 +33,7 @@ class PrefillQueue:
         """Tokens still to compute."""
         return sum(sequence.num_tokens - sequence.num_computed for _, sequence in self._queue)
 
-    def add(self, group: SequenceGroup, placements: list[Placement]) -> None:
+    def add(self, group: SequenceGroup, placements: list[SequencePlacement]) -> None:
         """Queue what the group's sequences do not share; there is memory for all of it."""
         for sequence, num_shared, num_to_compute, _ in placements:
             sequence.num_computed = num_shared

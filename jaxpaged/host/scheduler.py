@@ -41,7 +41,7 @@ from jaxpaged.host.pages.known_pages import KnownPages
 from jaxpaged.host.pages.page_allocator import OutOfPagesError, PageAllocator
 from jaxpaged.host.pages.shared_prefix import make_prefix
 from jaxpaged.host.pages.swap import Swap, SwapSpace
-from jaxpaged.host.pages.token_tree import Placement, plan_placements
+from jaxpaged.host.pages.token_tree import SequencePlacement, plan_placements
 from jaxpaged.host.prefill_queue import PrefillQueue
 from jaxpaged.host.sequence import Sequence, SequenceGroup, SequenceStatus
 from jaxpaged.host.step.step_plan import PlanRow, Sample, SearchRows, StepPlan
@@ -112,7 +112,7 @@ class Scheduler:
         sequence.table = self.policy.place_prefix(len(token_ids), found)
         self.swap_space.pinned_pages = sequence.table.pages[: len(token_ids) // self.cache.page_size]
         self.num_cached_tokens += (num_found := len(found) * self.cache.page_size)
-        self._prefill.add(self.prefix, [Placement(sequence, num_found, len(token_ids) - num_found)])
+        self._prefill.add(self.prefix, [SequencePlacement(sequence, num_found, len(token_ids) - num_found)])
 
     def check(self, prompt_len: int, num_samples: int, max_len: int, prefix_len: int = 0) -> None:
         """Raise ValueError for a request that could not run even alone, with the numbers that say why.

@@ -27,7 +27,7 @@ def test_the_table_of_the_guide_is_what_the_options_say():
 
 def test_help_lists_every_option_with_its_default_and_its_choices():
     shown, text = inspect.signature(LLM).parameters, " ".join((inspect.getdoc(LLM.__init__) or "").split())
-    assert list(shown) == ["model", "tokenizer", "revision", "download", *OPTION_NAMES]
+    assert list(shown) == ["model", "tokenizer", "revision", "download", "mesh", *OPTION_NAMES]
     for option in engine_options():
         assert shown[option.name].default == option.default
         assert f"{option.name}: {option.help_text}" in text
@@ -46,7 +46,7 @@ def test_an_option_that_is_not_given_has_its_default():
 
 
 def test_which_options_an_llm_settles_and_which_decide_results():
-    assert FIXED_OPTIONS == ("dtype", "load_format", "seed")
+    assert FIXED_OPTIONS == ("dtype", "load_format", "seed", "tensor_parallel_size", "data_parallel_size")
     assert RESULT_OPTIONS == ("dtype", "load_format", "seed", "max_model_len", "kv_cache_dtype")
 
 
@@ -70,7 +70,7 @@ UNKNOWN = [
     (dict(swap_space=4), "'swap_space' (here it is swap_space_gib)"),
     (dict(shared_prefixes=True), "'shared_prefixes' (it is called cascade_attention now)"),
     (dict(disable_cascade_attn=True), "'disable_cascade_attn' (here cascade_attention=True enables it)"),
-    (dict(tensor_parallel_size=2), "'tensor_parallel_size' (jaxpaged runs on one GPU, so leave it out)"),
+    (dict(pipeline_parallel_size=2), "(a model is divided among devices by heads alone, which is tensor_parallel_size"),
     (dict(enable_prefix_caching=True), "'enable_prefix_caching' (here it is prefix_caching)"),
     (dict(block_size=16, watermrk=0), "'block_size' (here it is page_size), 'watermrk' (did you mean watermark?)"),
     (dict(foo=1), "'foo' (there is none like it); it takes model, tokenizer, dtype, load_format, seed,"),

@@ -21,6 +21,12 @@ _SERIES = (
     "pages_used", "logical_pages", "running", "waiting", "batch_tokens", "used_slots", "requested_slots",
     "largest_free", "cached_pages", "is_short", "copied_pages", "swapped_out_pages", "swapped_in_pages",
 )  # fmt: skip
+#: What several engines did in sum.
+_SUMS = (
+    "num_requests", "num_prompt_tokens", "num_generated_tokens", "cached_tokens", "steps", "prefill_steps",
+    "mixed_steps", "preemptions", "recomputed_tokens", "swaps_out", "swaps_in", "swapped_out_bytes",
+    "swapped_in_bytes", "swap_overflows", "page_copies",
+)  # fmt: skip
 
 
 @dataclass
@@ -55,10 +61,31 @@ class RunStats:
     _times: tuple[array, array] = field(default_factory=lambda: (array("d"), array("d")))
     _pauses: list[int] = field(default_factory=list)
     _hindsight: Hindsight | None = None  # of the policy that made the plans
+    _parts: list[RunStats] = field(default_factory=list)  # of several engines, those that this one adds up
 
     @classmethod
     def for_cache(cls, cache: CacheConfig) -> RunStats:
         return cls(num_pages=cache.num_usable_pages, page_size=cache.page_size)
+
+    def with_others(self, others: list[RunStats]) -> RunStats:
+        """This and what other engines did in the same run, as one: sums, and the steps of one engine behind those of
+        the other. Seconds are those of the engine that took longest; programs, which each sees of all, likewise."""
+        every = [self, *others]
+        joined = RunStats(self.num_pages, self.page_size, _parts=every)
+        for name in _SUMS:
+            setattr(joined, name, sum(getattr(one, name) for one in every))
+        for name in ("compilations", "programs_read"):
+            setattr(joined, name, max(getattr(one, name) for one in every))
+        joined.seconds = dict(max((one.seconds for one in every), key=lambda seconds: seconds["total"]))
+        num_steps = 0
+        for one in every:
+            joined._pauses += [num_steps + step for step in one._pauses]
+            num_steps += one.steps
+            for times, theirs in zip(joined._times, one._times, strict=True):
+                times.extend(theirs)
+            for name, values in joined._series.items():
+                values.extend(one._series[name])
+        return joined
 
     @property
     def programs_made(self) -> int:
@@ -110,8 +137,14 @@ class RunStats:
     def memory(self) -> MemoryAccount:
         """Where every token slot of the pool was at each step, in hindsight; while the run goes on, as far as it is."""
         series = {name: np.array(values, np.int64) for name, values in self._series.items()}
-        final = None if self._hindsight is None else self._hindsight.final_slots(self.steps)
-        return make_account(series, self.num_pages, self.page_size, final)
+        return make_account(series, self.num_pages, self.page_size, self._final_slots())
+
+    def _final_slots(self) -> np.ndarray | None:
+        if self._parts:
+            finals = [one._final_slots() for one in self._parts]
+            known = [final for final in finals if final is not None]
+            return np.concatenate(known) if len(known) == len(finals) else None
+        return None if self._hindsight is None else self._hindsight.final_slots(self.steps)
 
     @property
     def cached_share(self) -> float:

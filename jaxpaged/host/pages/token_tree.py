@@ -20,7 +20,7 @@ from jaxpaged.host.pages.block_table import num_pages_for
 from jaxpaged.host.sequence import Sequence, SequenceGroup
 
 
-class Placement(NamedTuple):
+class SequencePlacement(NamedTuple):
     """`sequence` shares its first positions with the one before it, the run's prefix, or whoever filled the pages that
     were found, and computes the rest."""
 
@@ -36,7 +36,7 @@ def _find_nothing(sequence: Sequence) -> list[int]:
 
 def plan_placements(
     group: SequenceGroup, page_size: int, find: Callable[[Sequence], list[int]] = _find_nothing
-) -> list[Placement]:
+) -> list[SequencePlacement]:
     """Order the sequences so that each shares its longest common prefix with the one before it.
 
     In lexicographic order of tokens that neighbour has the longest common prefix of all that come earlier. Where a
@@ -45,7 +45,7 @@ def plan_placements(
     Then those that the neighbour has are among them, since it has found them too.
     """
     ordered = sorted(group.unfinished, key=lambda sequence: sequence.token_ids)
-    placements: list[Placement] = []
+    placements: list[SequencePlacement] = []
     before: list[int] = []
     for sequence in ordered:
         count = group.num_to_prefill(sequence)
@@ -54,14 +54,14 @@ def plan_placements(
         found = find(sequence)
         if len(found) * page_size > shared:
             shared = len(found) * page_size
-            placements.append(Placement(sequence, shared, count - shared, found))
+            placements.append(SequencePlacement(sequence, shared, count - shared, found))
         else:
-            placements.append(Placement(sequence, shared, count - shared))
+            placements.append(SequencePlacement(sequence, shared, count - shared))
         before = sequence.token_ids
     return placements
 
 
-def num_pages_of(placements: list[Placement], page_size: int) -> int:
+def num_pages_of(placements: list[SequencePlacement], page_size: int) -> int:
     """Pages that the group's tokens take, shared ones counted once, those of the run's prefix not at all.
 
     A part-filled page is copied by who adds to it.
@@ -70,7 +70,7 @@ def num_pages_of(placements: list[Placement], page_size: int) -> int:
     return sum(num_pages_for(shared + count, page_size) - shared // page_size for shared, count in computing)
 
 
-def num_tokens_to_compute(placements: list[Placement]) -> int:
+def num_tokens_to_compute(placements: list[SequencePlacement]) -> int:
     return sum(placement.num_to_compute for placement in placements)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxpaged.config import CacheConfig
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for
 from jaxpaged.host.pages.page_allocator import OutOfPagesError
-from jaxpaged.host.pages.token_tree import Placement
+from jaxpaged.host.pages.token_tree import SequencePlacement
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.buddy_allocator import BuddyAllocator, chunk_pages_for
 from jaxpaged.host.systems.roles import ChunkAllocator, LeavesAtOnce
@@ -119,7 +119,7 @@ class Contiguous(LeavesAtOnce):
                 "raise num_pages, lower max_model_len, max_tokens or n, or use kv_cache='paged'"
             )
 
-    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[SequencePlacement], headroom: Callable[[], int]) -> bool:
         requested = self.num_requested_for(group.prompt_len, group.max_len)
         size = self.allocator.chunk_pages_for(num_pages_for(requested, self.page_size))
         chunks: list[Chunk] = []

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from jaxpaged.config import CacheConfig, EngineConfig, num_dense_rows
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy, num_pages_for
 from jaxpaged.host.pages.page_allocator import OutOfPagesError
-from jaxpaged.host.pages.token_tree import Placement
+from jaxpaged.host.pages.token_tree import SequencePlacement
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.contiguous import Chunk, Contiguous, estimate_max
 from jaxpaged.step_io import NULL_PAGE
@@ -100,7 +100,7 @@ class StaticBatches(Contiguous):
     def num_idle_rows(self) -> int:
         return len(self._idle)
 
-    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[SequencePlacement], headroom: Callable[[], int]) -> bool:
         num_rows = len(self._idle) + sum(reservation.num_chunks for reservation in self._reservations.values())
         if self._num_decodes or num_rows + group.num_rows > self._max_rows:
             return False

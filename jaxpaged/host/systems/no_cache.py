@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.token_tree import Placement
+from jaxpaged.host.pages.token_tree import SequencePlacement
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.roles import LeavesAtOnce
 
@@ -39,7 +39,7 @@ class NoCache(LeavesAtOnce):
                 f"max_num_batched_tokens={self.max_step_tokens}: raise it, or lower max_tokens or n"
             )
 
-    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[SequencePlacement], headroom: Callable[[], int]) -> bool:
         needed = group.num_rows * _tokens_at_most(group.prompt_len, group.max_len)
         if sum(self._step_tokens.values()) + needed > self.max_step_tokens:
             return False

@@ -28,7 +28,7 @@ from jaxpaged.host.pages.block_table import (
     truncate,
 )
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.token_tree import Placement, num_pages_of
+from jaxpaged.host.pages.token_tree import SequencePlacement, num_pages_of
 from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.sequence import SequenceGroup
 from jaxpaged.host.systems.roles import LeavesAtOnce
@@ -60,7 +60,7 @@ class Paged(LeavesAtOnce):
                 f"the pool has {self.num_usable_pages}: raise num_pages, or lower max_tokens or n"
             )
 
-    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[SequencePlacement], headroom: Callable[[], int]) -> bool:
         found = {page_id for one in placements for page_id in one.found if page_id != NULL_PAGE}
         num_resting = sum(not self.allocator.ref_count(page_id) for page_id in found)
         num_new = num_pages_of(placements, self.page_size)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpaged.host.pages.block_table import BlockTable, PageCopy
 from jaxpaged.host.pages.page_allocator import PageAllocator
-from jaxpaged.host.pages.token_tree import Placement
+from jaxpaged.host.pages.token_tree import SequencePlacement
 from jaxpaged.host.pages.window import PageWindow
 from jaxpaged.host.sequence import SequenceGroup
 
@@ -57,7 +57,7 @@ class Memory(Protocol):
         """
         ...
 
-    def try_place(self, group: SequenceGroup, placements: list[Placement], headroom: Callable[[], int]) -> bool:
+    def try_place(self, group: SequenceGroup, placements: list[SequencePlacement], headroom: Callable[[], int]) -> bool:
         """Memory for a group that is to be prefilled: all of it, or False. `headroom()`: pages others need soon."""
         ...
 
