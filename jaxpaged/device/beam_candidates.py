@@ -167,10 +167,11 @@ def _joined(tiles: _Best, slices: int, tile_width: int, count: int) -> _Best:
         beams=jnp.where(best.beams >= 0, best.beams + first_beams, -1), failures=best.failures.min(axis=1)
     )
     if slices == 1:
-        return _Best(*(field[:, 0] for field in best[:-1]), best.failures)
+        return _Best._make([*(field[:, 0] for field in best[:-1]), best.failures])
     flat = [field.reshape(len(field), -1) for field in best[:-1]]
     ranks, places = jax.lax.top_k(flat[0], min(count, flat[0].shape[1]))
-    return _Best(ranks, *(jnp.take_along_axis(field, places, axis=1) for field in flat[1:]), best.failures)
+    rest = [jnp.take_along_axis(field, places, axis=1) for field in flat[1:]]
+    return _Best._make([ranks, *rest, best.failures])
 
 
 def with_logprobs(candidates: GroupCandidates, logits: Array, beam_rows: Array) -> GroupCandidates:

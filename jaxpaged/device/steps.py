@@ -455,6 +455,7 @@ def _choose(
         merged = group_candidates(
             lambda rows, _: (logits[rows], processed[rows]), sampling, wanted.num_candidates, config.vocab_size
         )
+        assert sampling.beam_rows is not None, "merged beams have rows"
         known = with_logprobs(merged, logits, sampling.beam_rows) if wanted.beam_logprobs else merged
         columns.append(group_columns(known, len(logits)))
         return jnp.concatenate(columns, axis=1), choose_beams(merged, sampling, tries)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -366,8 +366,7 @@ class StepRunner:
 
     def _carried_as(self, form: _Form) -> steps.Carried:
         """What the step takes over from the one before, empty."""
-
-        shape = self.placement.struct
+        shape: Any = self.placement.struct
         history = None if form.history_shape is None else shape(form.history_shape, np.int32)
         beams = None
         if form.tables_shape is not None:

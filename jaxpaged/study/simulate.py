@@ -198,7 +198,7 @@ class Simulation:
         tokens = np.fromiter(map(_token, samples), np.int32, len(samples))
         outputs = StepOutputs(tokens, TokenLogprobs(np.zeros(len(samples), np.float32)))
         if isinstance(self.params, BeamSearchParams) and samples:
-            outputs = outputs._replace(candidates=self._candidates(samples, 2 * self.params.beam_width))
+            outputs = outputs._replace(candidates=self._candidates(samples, 2 * max(self.params.widths)))
         return outputs
 
     def _candidates(self, samples: list[Sample], count: int) -> RowCandidates:
