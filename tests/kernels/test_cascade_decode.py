@@ -209,8 +209,8 @@ def runs_read(monkeypatch):
     """Of every decode step of an engine that shares: the lengths, in pages, of the runs that it read once."""
     found = []
 
-    def plan(batch, page_size, cascade):
-        shared = plan_cascade(batch, page_size, cascade)
+    def plan(batch, page_size, cascade, searches=()):
+        shared = plan_cascade(batch, page_size, cascade, searches)
         groups = shared.inputs.cascade_groups
         if batch.inputs.context_lens.any():  # not of an empty batch, whose program is made ahead
             found.append([] if groups is None else [int(count) for count in groups.num_pages if count])

@@ -17,7 +17,7 @@ from jaxpaged.checkpoint import save_checkpoint
 from jaxpaged.cli.main import main
 from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.device.attention import REFERENCE
-from jaxpaged.device.beam_candidates import beam_columns
+from jaxpaged.device.beam_candidates import beam_columns, group_candidates, group_columns
 from jaxpaged.device.param_nodes import Linear
 from jaxpaged.device.sampling import row_failures, sample_tokens, token_logprobs
 from jaxpaged.engine.engine import Engine
@@ -282,7 +282,13 @@ def test_of_beams_the_group_with_the_row_fails_and_no_other(drawn, is_merged):
         beam_rows=np.array([[0, 1], [2, 3], [5, 4]], np.int32) if is_merged else None,
     )  # fmt: skip
     wanted = Wanted(False, num_candidates=4, draws_beams=drawn)
-    columns = beam_columns(jnp.asarray(logits), jax.nn.log_softmax(jnp.asarray(logits)), inputs, wanted)
+    of_model = jnp.asarray(logits)
+    processed = jax.nn.log_softmax(of_model)
+    if is_merged:
+        merged = group_candidates(lambda rows, _: (of_model[rows], processed[rows]), inputs, 4, 50)
+        columns = group_columns(merged, 6)
+    else:
+        columns = beam_columns(of_model, processed, inputs, wanted)
     candidates = unpack_outputs(np.asarray(columns), wanted, 3 if is_merged else 0).candidates
     assert candidates is not None
     codes = np.minimum(candidates.tokens, 0)

@@ -187,7 +187,7 @@ def _advance(searches: list[tuple[SequenceGroup, list[_Search]]], outputs: StepO
 def _fail(group: SequenceGroup, searches: list[_Search], policy: Forks) -> bool:
     """End a request that cannot go on; the sequence that stays is the best beam, as it was."""
     if group.tables is not None:
-        group.sequences[0].token_ids += searches[0].state.running_token_ids()[0].tolist()
+        group.sequences[0].token_ids += searches[0].state.best_token_ids()
     fail(group, policy)
     group.tables, group.sequences = None, group.sequences[:1]
     group.sequences[0].cumulative_logprob = searches[0].state.last_score

@@ -159,6 +159,14 @@ class BeamState:
         last = np.full(self.width, self.num_generated - 1)
         return self._walk(last, self.parents[-1], self.tokens[-1])[0]
 
+    def best_token_ids(self) -> list[int]:
+        """Generated tokens of the best running beam; of a search that is done, as it was before the last step."""
+        step = self.num_generated - 1 - self.is_done
+        if step < 0:
+            return []
+        tokens, _ = self._walk(np.array([step]), self.parents[step][:1], self.tokens[step][:1])
+        return tokens[0, : step + 1].tolist()
+
     def hypotheses(self) -> list[Hypothesis]:
         """The finished pool, best first. Fewer than `width` only where so many were not possible, or not finished."""
         pool = Finished(*(values[self._place] for values in self._batch.beams.finished))

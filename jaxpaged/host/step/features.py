@@ -155,12 +155,12 @@ def _candidates(states: list[BeamState], vocab_size: int) -> int:
 
 
 def _merged_widths(states: list[BeamState]) -> tuple[int, int] | None:
-    """The least width of all groups of beams, and the most, rounded up; None without beams, and where merging is not
+    """The least width of all groups of beams, rounded down, and the most, rounded up; None without beams, and where merging is not
     possible: diverse groups wait for one another."""
     widths = [width for state in states for width in state.widths]
     if not states or any(state.earlier for state in states):
         return None
-    return min(widths), _rounded(max(widths))
+    return 1 << min(widths).bit_length() - 1, _rounded(max(widths))
 
 
 def _rounded(count: int) -> int:
