@@ -181,6 +181,7 @@ def stored_text(outputs: list[dict]) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # of what this model writes
+@pytest.mark.slow
 def test_the_tour_runs_and_shows_what_it_says(on_small_model):
     printed = "".join(printed_by_tour().values())
     assert printed.count("the same texts: True") == 2 and printed.count("1 figures") == 7

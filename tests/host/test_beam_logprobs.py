@@ -36,15 +36,15 @@ def assert_are_the_models(beam, count: int, prompt=PROMPT) -> None:
     "fields, count",
     [
         (dict(beam_width=4), 3),
-        (dict(beam_width=4), 0),
-        (dict(beam_width=3), -1),
+        pytest.param(dict(beam_width=4), 0, marks=pytest.mark.slow),
+        pytest.param(dict(beam_width=3), -1, marks=pytest.mark.slow),
         (dict(beam_width=4, stop_token_ids=[31, 94]), 2),
         (dict(beam_width=6, num_beam_groups=3, diversity_penalty=1.5), 2),
-        (dict(beam_width=4, do_sample=True, temperature=1.4, seed=3), 2),
-        (dict(beam_width=4, repetition_penalty=1.5, logit_bias={7: 5.0}), 2),
+        pytest.param(dict(beam_width=4, do_sample=True, temperature=1.4, seed=3), 2, marks=pytest.mark.slow),
+        pytest.param(dict(beam_width=4, repetition_penalty=1.5, logit_bias={7: 5.0}), 2, marks=pytest.mark.slow),
         (dict(beam_width=32), 2),  # whose rows the device merges
         (dict(beam_width=32, do_sample=True, seed=4), 2),
-        (dict(beam_width=32, frequency_penalty=1.0), -1),
+        pytest.param(dict(beam_width=32, frequency_penalty=1.0), -1, marks=pytest.mark.slow),
     ],
 )
 def test_every_token_of_every_beam(llm, fields, count):
@@ -72,6 +72,7 @@ def test_each_request_of_a_batch_gets_what_it_asked_for(llm):
     assert all(beam.logprobs is None for beam in plain.outputs)
 
 
+@pytest.mark.slow
 def test_they_do_not_depend_on_preemption(llm, tmp_path):
     prompts = [[i + 3, *PROMPT] for i in range(5)]
     tight = LLM(save_toy_checkpoint(tmp_path / "toy"), page_size=4, num_pages=40, max_num_seqs=32, max_model_len=64)

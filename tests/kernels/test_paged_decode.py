@@ -325,7 +325,12 @@ def test_values_of_scale_0_are_0():
     "shapes, options",
     [
         pytest.param(dict(lens=[300, 20], heads=8, kv_heads=2), dict(num_programs=5), id="cut-row"),
-        pytest.param(dict(lens=[70, 0, 140, 3, 90] * 2), dict(num_programs=1, sliding_window=80), id="many-rows"),
+        pytest.param(
+            dict(lens=[70, 0, 140, 3, 90] * 2),
+            dict(num_programs=1, sliding_window=80),
+            id="many-rows",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(dict(lens=[1100, 3]), INVARIANT, id="chunks", marks=pytest.mark.slow),
         pytest.param(dict(lens=[200, 3], dtype=FP8), {}, id="fp8", marks=pytest.mark.slow),
     ],

@@ -81,6 +81,7 @@ def strict_rows(path):
     return {row["index"]: row for row in (json.loads(line, parse_constant=refuse) for line in lines)}
 
 
+@pytest.mark.slow
 def test_a_file_has_error_rows_for_such_lines_and_a_resumed_run_does_them_again(llm, directory, tmp_path, capfd):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in LINES))
