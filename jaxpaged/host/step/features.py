@@ -155,8 +155,8 @@ def _candidates(states: list[BeamState], vocab_size: int) -> int:
 
 
 def _merged_widths(states: list[BeamState]) -> tuple[int, int] | None:
-    """The least width of all groups of beams, rounded down, and the most, rounded up; None without beams, and where merging is not
-    possible: diverse groups wait for one another."""
+    """The least width of all groups of beams, rounded down, and the most, rounded up; None without beams, and where
+    merging is not possible: diverse groups wait for one another."""
     widths = [width for state in states for width in state.widths]
     if not states or any(state.earlier for state in states):
         return None
