@@ -127,7 +127,7 @@ class Engine:
         self.scheduler.gathers_beams = is_plain and features.merged_widths is not None
         loop.record.add_requests(listed if share is None else [])
         made_before, read_before = steps.num_programs(), steps.num_read()
-        self.runner.compile_ahead(self._foreseen(listed), features)
+        self.runner.compile_ahead(self._foreseen(listed), features, behind_first=self.device.platform != "cpu")
         if prefix:
             self.scheduler.share_prefix(prefix)
         try:

@@ -122,6 +122,7 @@ class StepRunner:
         self._beams_share: CascadeGroups | None = None  # what the rows of the latest batch of beams read once
         self._swapped: dict[SequenceGroup, list[jax.Array]] = {}
         self._ahead: Ahead | None = None
+        self._to_make: list[ProgramToMake] = []  # ahead, once a step has been launched
         self._foreseen: set[tuple[StepShape, SamplingFeatures]] = set()  # what has been compiled ahead, once
         self._tries: tuple[TrieSet, TrieTables] | None = None
 
@@ -165,6 +166,8 @@ class StepRunner:
         else:
             results, self.pool = _STEPS[step.layout[0]](self.params, *arrays, **static)
         self._carried = results.carried
+        if self._to_make:
+            self._begin_ahead()
         return LaunchedStep(results, step.layout, step.features)
 
     @staticmethod
@@ -302,16 +305,25 @@ class StepRunner:
             nothing = np.full(size, NULL_PAGE, np.int32)
             self.pool = swap.restore_pages(self.pages, nothing, self._fetch(nothing), self.placement)
 
-    def compile_ahead(self, shapes: list[StepShape], features: SamplingFeatures) -> None:
-        """Compile the programs of steps of these shapes while the caller goes on, until he says `stop_ahead`."""
+    def compile_ahead(self, shapes: list[StepShape], features: SamplingFeatures, behind_first: bool = False) -> None:
+        """Compile the programs of steps of these shapes while the caller goes on, until he says `stop_ahead`.
+
+        `behind_first`: not before the next step has been launched, whose program has the compiler to itself until then.
+        """
         new = [shape for shape in shapes if (shape, features) not in self._foreseen]
         self._foreseen.update((shape, features) for shape in new)
         programs = [one for shape in new for form in self._forms(shape, features) for one in self._programs(form)]
         missing = [one for one in programs if not one.is_there]
-        self._ahead = Ahead(missing) if missing else None
+        self._to_make = missing
+        if not behind_first:
+            self._begin_ahead()
+
+    def _begin_ahead(self) -> None:
+        self._ahead, self._to_make = Ahead(self._to_make) if self._to_make else None, []
 
     def stop_ahead(self) -> None:
         """What has not been begun is not compiled."""
+        self._to_make = []
         if self._ahead is not None:
             self._ahead.stop()
             self._ahead = None

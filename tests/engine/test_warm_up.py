@@ -11,6 +11,9 @@ from toy import make_group, run_tokens, toy_engine
 from jaxpaged.api.sampling_params import SamplingParams
 from jaxpaged.device.programs import MADE
 from jaxpaged.engine.warm_up import compile_together
+from jaxpaged.host.step.batching import StepShape, make_batch
+from jaxpaged.host.step.features import SamplingFeatures
+from jaxpaged.host.step.step_plan import StepPlan
 
 PARAMS = [SamplingParams(temperature=0, max_tokens=9), SamplingParams(n=2, repetition_penalty=1.2, max_tokens=7)]
 
@@ -77,3 +80,21 @@ def test_the_first_decode_step_is_compiled_beside_the_prompts(params, num_progra
         run_tokens(engine, [make_group([1, 2, 3, 4, 5], params, max_model_len=8)])
         assert engine.stats.programs_made == expected
         assert sum(name.startswith("compile") for name in makers) == in_threads
+
+
+def test_what_is_foreseen_waits_for_the_first_step_where_that_is_asked_for(makers):
+    engine = toy_engine(num_pages=62, page_size=4, max_num_seqs=4, max_model_len=32)
+    runner = engine.runner
+    features = SamplingFeatures.of(groups()[:1], 97)
+    later = StepShape(4, runner.buckets.table_widths[-1])
+    runner.compile_ahead([later], features, behind_first=True)
+    assert not in_threads(makers)
+    nothing = make_batch(StepPlan(is_prefill=False), later._replace(num_rows=2), engine.cache_config, 97, features)
+    runner.run(runner.prepare_batch(nothing, features))
+    runner._ahead.pending[0].result()
+    assert in_threads(makers)
+    runner.stop_ahead()
+
+
+def in_threads(makers) -> list[str]:
+    return [name for name in makers if name.startswith("compile")]
