@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import sys
@@ -166,9 +167,8 @@ def _gauge(name: str) -> Any:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    from ray.util.metrics import Gauge
-
-    return Gauge(f"jaxpaged_{name}", description=f"{name.replace('_', ' ')} of a worker's last batch")
+    metrics = importlib.import_module("ray.util.metrics")
+    return metrics.Gauge(f"jaxpaged_{name}", description=f"{name.replace('_', ' ')} of a worker's last batch")
 
 
 def _columns(results: list[RequestOutput | None], errors: list[str | None], has_several: bool) -> dict[str, list[Any]]:
