@@ -130,6 +130,7 @@ def penalised_requests():
     return [make_group(prompt, PENALISED[i % 3], str(i), seed=i) for i, prompt in enumerate(random_prompts(9))]
 
 
+@pytest.mark.slow
 def test_the_device_keeps_the_history_that_penalties_are_made_of(engine, waiting_engine):
     sent = []
     launch = engine.runner.launch

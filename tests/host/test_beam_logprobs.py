@@ -58,6 +58,7 @@ def test_every_token_of_every_beam(llm, fields, count):
             assert beam.cumulative_logprob == pytest.approx(total, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_each_request_of_a_batch_gets_what_it_asked_for(llm):
     params = [
         BeamSearchParams(beam_width=3, max_tokens=6, logprobs=2),

@@ -115,7 +115,7 @@ def interpreted(case, groups, detect_races=False, **options):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", all_but_slow(CASES, "two prompts", "beams with a common history"))
+@pytest.mark.parametrize("name", all_but_slow(CASES, "two prompts"))
 def test_the_kernel_gives_what_plain_attention_gives(name):
     shape, options = CASES[name]
     case = SharedCase(**shape)

@@ -199,9 +199,7 @@ def three_rows(lens, seed=0):
 LAYOUTS = [[320, 0, 1], [63, 64, 65], [0, 0, 300], [128, 129, 10], [0, 0, 0], [1, 257, 1]]
 
 
-@pytest.mark.parametrize(
-    "num_programs", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("num_programs", [pytest.param(count, marks=pytest.mark.slow) for count in (1, 3, 5)])
 def test_rows_cut_anywhere_equal_the_reference(num_programs):
     for seed, lens in enumerate(LAYOUTS):
         check(three_rows(lens, seed), num_programs=num_programs)
@@ -306,7 +304,7 @@ def test_fp8_pages_without_scales_have_scale_1():
     assert_same_bits(attend(case, k_scales=jnp.ones((1, 1)), v_scales=jnp.ones((1, 1))), out)
 
 
-@pytest.mark.parametrize("poison", [np.nan, 1e30])
+@pytest.mark.parametrize("poison", [pytest.param(np.nan, marks=pytest.mark.slow), 1e30])
 def test_scales_of_pages_without_keys_reach_no_output(poison):
     case, scales = quantise(make_case([100, 20]), True, True)
     live = np.zeros((case.k_pages.shape[0], 1), bool)
@@ -388,7 +386,7 @@ LLAMA_8B = dict(rows=64, heads=32, kv_heads=8, num_pages=9000, columns=256)
     [
         pytest.param(LLAMA_8B, {}, id="8B"),
         pytest.param(LLAMA_8B, INVARIANT, id="8B-invariant", marks=pytest.mark.slow),
-        pytest.param(LLAMA_8B | dict(rows=1, pages=FP8), {}, id="8B-fp8-one-row"),
+        pytest.param(LLAMA_8B | dict(rows=1, pages=FP8), {}, id="8B-fp8-one-row", marks=pytest.mark.slow),
         pytest.param(dict(head_dim=80, page_size=8), dict(sliding_window=100), id="head-80", marks=pytest.mark.slow),
         pytest.param(dict(head_dim=256, page_size=256, rows=20), dict(soft_cap=50.0), id="head-256"),
         pytest.param(dict(head_dim=64, heads=7, kv_heads=1, dtype=F16), {}, id="group-7-f16", marks=pytest.mark.slow),

@@ -76,7 +76,7 @@ SMALL = [
     pytest.param(dict(RAGGED, **WINDOW, soft_cap=2.0, kv_heads=2), id="window-and-cap", marks=SLOW),
     pytest.param(dict(lens=[200], counts=[150], head_dim=128, page_size=8, **CAP), id="page-8-cap", marks=SLOW),
     pytest.param(dict(RAGGED, page_size=32, head_dim=80, heads=3), id="page-32-head-80", marks=SLOW),
-    pytest.param(dict(lens=[300, 20], counts=[30, 20], page_size=256, head_dim=96), id="page-256-head-96"),
+    pytest.param(dict(lens=[300, 20], counts=[30, 20], page_size=256, head_dim=96), id="page-256-head-96", marks=SLOW),
     pytest.param(dict(lens=[150, 20], counts=[100, 20], head_dim=256, heads=1), id="head-256", marks=SLOW),
     pytest.param(dict(lens=[140, 9], counts=[31, 9], heads=8, dtype=jnp.float16), id="float16-group-8", marks=SLOW),
 ]
@@ -146,7 +146,8 @@ def test_large_shapes_equal_the_reference_and_reruns_equal_to_the_bit(case):
     run(**dict(heads=8, kv_heads=2, head_dim=128, interpret=None, num_programs=None, reruns=3) | case)
 
 
-@pytest.mark.parametrize("pages", [{}, pytest.param(FP8, marks=SLOW, id="fp8")])
+@pytest.mark.slow
+@pytest.mark.parametrize("pages", [{}, pytest.param(FP8, id="fp8")])
 def test_no_data_race(pages, capfd):
     run(lens=[300, 260], counts=[100, 30], **WINDOW, **pages, interpret=WITH_RACE_DETECTOR, num_programs=1)
     output = capfd.readouterr()

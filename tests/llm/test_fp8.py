@@ -85,7 +85,7 @@ def test_tokens_are_those_of_a_model_that_rounds_its_keys_and_values(llm):
     assert rounded_tokens != [[greedy(prompt, rounds=False)] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize("preemption", [pytest.param("swap", marks=pytest.mark.slow), "recompute"])
 def test_requests_that_give_way_end_with_the_same_tokens(llm, expected, preemption):
     page_bytes = 4 * 2 * 2 * 2 * 8  # a byte for each number of 4 positions
     llm.rebuild(**LARGE, preemption=preemption, swap_space_gib=60 * page_bytes / (1 << 30))

@@ -295,6 +295,7 @@ def test_cascade_attention_needs_the_pallas_kernels(directory):
         LLM(directory, attention="reference", cascade_attention=True)
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_comes_before_every_prompt(llm):
     prefix, prompts = "four score and seven years", [" ago", " our fathers", "x"]
     params = [GREEDY, SamplingParams(n=3, max_tokens=6, seed=1), BeamSearchParams(beam_width=3, max_tokens=6)]

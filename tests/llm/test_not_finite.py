@@ -157,6 +157,7 @@ def endless(token_ids, num_tokens, logits):
     return logits.at[7].set(jnp.where(num_tokens >= len(GOOD) + 1, jnp.inf, logits[7]))
 
 
+@pytest.mark.slow
 def test_a_logits_processor_spoils_its_own_requests_alone(llm):
     params = [
         SamplingParams(temperature=0, max_tokens=6),
