@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from enum import Enum
@@ -32,8 +34,11 @@ from jaxpaged.device.mesh import Placement
 logger = logging.getLogger("jaxpaged")
 
 #: Settings of JAX that change no program, and where they are of this process alone, must not change its name.
-NO_MATTER = ("cache", "log", "traceback", "profiler", "distributed", "coordination", "coordinator", "dump")
+NO_MATTER = ("cache", "log_", "logging", "traceback", "profiler", "distributed", "coordination", "coordinator", "dump")
 
+#: Our modules of which a step's text is made, and packages whose functions stand in them.
+TRACED = "jaxpaged.device.", "pallas_kernels."
+KNOWN = "jaxpaged", "pallas_kernels", "jax", "jaxlib", "numpy", "ml_dtypes"
 
 #: Held by the thread that traces: Python does one of them at a time, and several at once would all be late.
 TRACING = threading.Lock()
@@ -56,6 +61,8 @@ class Unnamed(Exception):
 
 def step_name(function: Callable[..., Any], static: dict[str, Any], is_divided: bool = False) -> StepName | None:
     """None for a step that no other process would know."""
+    if _is_patched():
+        return None
     try:
         return StepName(function, static, _described((function, static)), is_divided)
     except Unnamed:
@@ -139,24 +146,46 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=program_files.DIGEST_BYTES).hexdigest()
 
 
+def _is_patched() -> bool:
+    """Whether somebody has put a function of his own among ours, which the source does not show."""
+    ours = [module for name, module in list(sys.modules.items()) if f"{name}.".startswith(TRACED)]
+    values = itertools.chain.from_iterable(list(vars(module).values()) for module in ours)
+    modules = {str(getattr(value, "__module__", None) or "jax").split(".")[0] for value in values if callable(value)}
+    return not modules <= {*KNOWN, *sys.stdlib_module_names}
+
+
 def _described(value: Any) -> str:
     """Of a static argument, in words that are the same in every process."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, np.dtype)):
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str, bytes) or isinstance(value, np.dtype):
         return repr(value)
     if isinstance(value, AttentionKernels):
         if value != named_kernels(value.name, value.is_batch_invariant):
             raise Unnamed
         return f"kernels {value.name} {value.is_batch_invariant}"
-    if isinstance(value, Enum):
-        return repr(value)
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__qualname__}({', '.join(map(_described, value))})"
-    if isinstance(value, dict):
+    if kind in (tuple, list):
+        return f"{kind.__qualname__}({', '.join(map(_described, value))})"
+    if kind is dict:
         return f"{{{', '.join(f'{key}: {_described(each)}' for key, each in sorted(value.items()))}}}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return f"{type(value).__qualname__}{_described(fields)}"
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '<locals>')}"
-    if not name.startswith(("jaxpaged.", "jax.", "numpy.")) or "<" in name:  # made in a function, or a lambda
+    if kind.__module__.startswith("jaxpaged."):  # a user's class may compute, and its fields do not say what
+        if isinstance(value, Enum):
+            return repr(value)
+        if isinstance(value, tuple):
+            return f"{kind.__qualname__}({', '.join(map(_described, value))})"
+        if dataclasses.is_dataclass(value):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return f"{kind.__qualname__}{_described(fields)}"
+    return _name_of(value)
+
+
+def _name_of(value: Any) -> str:
+    """Of a function or class that is found by it: not what was made in another function, nor who only says so (a
+    function that `functools.wraps` has given a name of JAX's)."""
+    module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    is_found = value in (found, getattr(found, "function", None))  # of a `Step`
+    if not is_found or not f"{module}.".startswith(("jaxpaged.", "jax.", "numpy.")):
         raise Unnamed
-    return name
+    return f"{module}.{name}"
