@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.monitoring
+from jax._src.config import trace_context  # the settings by which JAX itself tells programs apart; no public name
 
 from jaxpaged.api.request_params import LogitsProcessor
 from jaxpaged.device.lowering_workers import Jit
@@ -173,6 +174,7 @@ class Program:
         self._jit = jit
         self._jitted = jit(function)
         self._name = name
+        self._settings = trace_context()
         self._others = cache_index + 1
         self._forms: dict[Hashable, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
@@ -189,6 +191,11 @@ class Program:
             if compiled is None:
                 compiled = self._forms[form] = self._made(args)
         return compiled
+
+    @property
+    def is_for_here(self) -> bool:
+        """Whether this thread has the settings by which it is to be made."""
+        return trace_context() == self._settings
 
     def has(self, args: tuple[Any, ...]) -> bool:
         return self._form(args) in self._forms
@@ -224,6 +231,12 @@ class ProgramToMake(NamedTuple):
     def compile(self) -> jax.stages.Compiled:
         """Compile it, or read it, in this thread: whoever runs such a step finds it."""
         return self.program.compile(self.args)
+
+    def compile_ahead(self) -> None:
+        """The same in a thread of its own; nothing, if it has not the settings of who asked, where these are of one
+        thread alone (`with jax.default_matmul_precision(...)`)."""
+        if self.program.is_for_here:
+            self.compile()
 
     def lower(self) -> jax.stages.Lowered:
         return self.program.lower(self.args)
@@ -262,7 +275,15 @@ class Step:
         mesh = mesh_of((pool or jax.tree.leaves(args[0]))[0])
         params = tuple(shapes_of(each) for each in args[: self._cache_index])
         lies = (getattr(leaf, "sharding", None) for leaf in pool)  # a program is for these devices alone
-        key = (self.function, params, tuple(sorted(values.items())), *((x.shape, x.dtype) for x in pool), *lies)
+        settings = trace_context()
+        key = (
+            self.function,
+            params,
+            tuple(sorted(values.items())),
+            settings,
+            *((x.shape, x.dtype) for x in pool),
+            *lies,
+        )
         return PROGRAMS.find(key, lambda: self._made(args, static, mesh))
 
     def _made(self, args: tuple[Any, ...], static: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Program:

@@ -85,7 +85,7 @@ class Ahead:
         self._workers = contextlib.ExitStack()
         self._workers.enter_context(LOWERING.running(len(programs)))
         self._left, self._lock = len(programs), threading.Lock()
-        self.pending = [self._threads.submit(program.compile) for program in programs]
+        self.pending = [self._threads.submit(program.compile_ahead) for program in programs]
         for one in self.pending:
             one.add_done_callback(self._note_done)
         self._threads.shutdown(wait=False)

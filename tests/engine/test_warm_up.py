@@ -61,7 +61,7 @@ def test_a_second_warm_up_makes_nothing(engine):
 
 def test_what_fails_to_compile_ends_the_warm_up_with_its_error():
     class Broken:
-        def compile(self):
+        def compile_ahead(self):
             raise ValueError("no such instruction")
 
     with pytest.raises(ValueError, match="no such instruction"):
