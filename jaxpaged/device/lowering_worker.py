@@ -40,7 +40,8 @@ def lowered(task: Any) -> Any:
     from jaxpaged.device.lowering_workers import CALLS, Answer, KernelsByName
 
     for name, value in task.settings.items():
-        jax.config.update(name, value)
+        if name != "jax_platforms" and jax.config.values.get(name) != value:
+            jax.config.update(name, value)
     static = {
         name: named_kernels(*value) if isinstance(value, KernelsByName) else value
         for name, value in task.static.items()

@@ -32,8 +32,8 @@ CORES_EACH, MAX_WORKERS = 2, 8
 FROM_PROGRAMS = 3
 #: Calls in a step's text that JAX cannot promise to keep for years: text and compiler are of one version here.
 CALLS = tuple(map(export.DisabledSafetyCheck.custom_call, ("mosaic_gpu_v2", "mosaic_gpu", "annotate_device_placement")))
-#: Settings of JAX that a worker takes over.
-SETTINGS = "jax_enable_x64", "jax_default_matmul_precision"
+#: Settings of JAX that change no program, and where they are of this process alone, must not change its name.
+NO_MATTER = ("cache", "log_", "logging", "traceback", "profiler", "distributed", "coordination", "coordinator", "dump")
 SIZE_BYTES = 8
 
 Jit = Callable[[Callable[..., Any]], Any]
@@ -58,7 +58,7 @@ class Task(NamedTuple):
         platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
         by_name = {name: KernelsByName.of(value) for name, value in static.items()}
-        settings = {name: jax.config.values[name] for name in SETTINGS}
+        settings = settings_that_matter()
         return cls(function.__module__, function.__name__, by_name, shapes, platform, settings)
 
 
@@ -116,6 +116,13 @@ class LoweringWorkers:
             return None
         answer = crew.ask(Task.of(function, static, args))
         return None if answer is None else inlined(answer, jit).lower(*args)
+
+
+def settings_that_matter() -> dict[str, Any]:
+    """Settings of JAX by which a program is made, which a worker takes over."""
+    return {
+        name: value for name, value in jax.config.values.items() if not any(word in name for word in NO_MATTER)
+    }  # fmt: skip
 
 
 def num_workers() -> int:

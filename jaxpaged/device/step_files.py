@@ -28,13 +28,11 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 
 from jaxpaged.device import program_files
 from jaxpaged.device.attention import AttentionKernels, named_kernels
-from jaxpaged.device.lowering_workers import LOWERING, Jit
+from jaxpaged.device.lowering_workers import LOWERING, Jit, settings_that_matter
 from jaxpaged.device.mesh import Placement
 
 logger = logging.getLogger("jaxpaged")
 
-#: Settings of JAX that change no program, and where they are of this process alone, must not change its name.
-NO_MATTER = ("cache", "log_", "logging", "traceback", "profiler", "distributed", "coordination", "coordinator", "dump")
 
 #: Our modules of which a step's text is made, and packages whose functions stand in them.
 TRACED = "jaxpaged.device.", "pallas_kernels."
@@ -74,19 +72,27 @@ def made_or_read(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, 
     makes such a function of one that computes the same."""
     files = program_files.program_files()
     if name is None or files is None:
-        return _lowered(name, jit, jitted, args).compile(), False
+        return _compiled(name, jit, jitted, args), False
     key = _key(name, args)
     content = files.read(key)
     if content is not None and (found := _loaded(content, args)) is not None:
         return found, True
     with files.set_aside():  # the program is kept once, under this name
-        compiled = _lowered(name, jit, jitted, args).compile()
+        compiled = _compiled(name, jit, jitted, args)
     files.write(key, pickle.dumps(serialize(compiled)))
     return compiled, False
 
 
+def _compiled(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, ...]) -> Compiled:
+    """One at a time where it is of several devices: XLA has crashed where two threads were at such programs."""
+    if len(_devices_of(args)) == 1:
+        return _lowered(name, jit, jitted, args).compile()
+    with TRACING:
+        return jitted.lower(*args).compile()
+
+
 def _lowered(name: StepName | None, jit: Jit, jitted: Any, args: tuple[Any, ...]) -> jax.stages.Lowered:
-    """By another process, where some are at work; else here, and so is a step of several devices: they have none."""
+    """By another process, where some are at work; else here, and so is a step of a mesh: they have none."""
     by_worker = None if name is None or name.is_divided else LOWERING.lower(name.function, name.static, args, jit)
     if by_worker is not None:
         return by_worker
@@ -129,10 +135,7 @@ def _placed(leaf: Any) -> str | None:
 
 def made_by() -> Hashable:
     """All that makes a program of a step: code, compiler, settings, device."""
-    settings = sorted(
-        (setting, repr(value)) for setting, value in jax.config.values.items()
-        if not any(word in setting for word in NO_MATTER)
-    )  # fmt: skip
+    settings = sorted((setting, repr(value)) for setting, value in settings_that_matter().items())
     device = jax.devices()[0]
     return _versions(), device.device_kind, device.client.platform_version, len(jax.devices()), settings
 
