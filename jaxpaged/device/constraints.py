@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxpaged.device.mesh import first_replaced
 from jaxpaged.step_io import DEAD_NODE, FREE_NODE, SamplingInputs, TrieTables, of_row
 
 Array = jax.Array
@@ -77,7 +78,6 @@ def next_nodes(
     """
     if sampling.nodes is None or tries is None:
         return None
-    rows = len(sampling.nodes)
     before = sampling.nodes if parents is None else sampling.nodes[parents]
-    behind = advance(tries, before, drawn[:rows])
-    return jnp.zeros_like(drawn).at[:rows].set(behind)
+    behind = advance(tries, before, drawn[: len(sampling.nodes)])
+    return first_replaced(jnp.zeros_like(drawn), behind)

@@ -124,3 +124,9 @@ def add_up(x: Array, config: ModelConfig) -> Array:
 def side_by_side(x: Array, config: ModelConfig) -> Array:
     """What all shards have, one behind the other along the last axis."""
     return x if config.num_shards == 1 else jax.lax.all_gather(x, AXIS, axis=x.ndim - 1, tiled=True)
+
+
+def first_replaced(values: Array, first: Array) -> Array:
+    """`values` with `first` in the place of as many. All of them set at once would be a scatter by an empty list of
+    places, at which XLA crashes on a mesh."""
+    return first if len(first) == len(values) else values.at[: len(first)].set(first)

@@ -32,7 +32,7 @@ from jaxpaged.device.beam_tables import CarriedBeams, carry, descend, of_parents
 from jaxpaged.device.cache import CopiesPages, KVCache, PagedCache
 from jaxpaged.device.constraints import next_nodes, with_masks
 from jaxpaged.device.heads import Heads
-from jaxpaged.device.mesh import MOVED_PAGES, POOL, mesh_of
+from jaxpaged.device.mesh import MOVED_PAGES, POOL, first_replaced, mesh_of
 from jaxpaged.device.model import Attend, compute_logits, embed, finish, forward, run_layers
 from jaxpaged.device.param_nodes import Params
 from jaxpaged.device.programs import PROGRAMS, ProgramToMake, reads_cache, takes_cache
@@ -202,7 +202,7 @@ def decode_layers(
         drawn, kept, parents = _drawn(columns, wanted, len(carried.tokens)), None, None
         if beams is not None:
             kept, chosen = carry(inputs, beams, sampling.beam_rows)
-            drawn = _first_replaced(drawn, jnp.where(chosen == NO_TOKEN, drawn[: len(chosen)], chosen))
+            drawn = first_replaced(drawn, jnp.where(chosen == NO_TOKEN, drawn[: len(chosen)], chosen))
             parents = kept.parents
         nodes = next_nodes(sampling, carried.tries, drawn, parents)
         return StepResults(_for_host(columns), Carried(drawn, sampling.history, nodes, beams=kept)), cache.kept()
@@ -400,12 +400,7 @@ def _left(columns: Array, sampling: SamplingInputs, carried: Carried, wanted: Wa
 def _drawn(columns: Array, wanted: Wanted, size: int) -> Array:
     """i32[size]: the tokens that the rows have drawn."""
     tokens = jnp.maximum(columns[:, 0] if wanted.draws_tokens else columns[:0, 0], 0)
-    return _first_replaced(jnp.zeros(size, jnp.int32), tokens)
-
-
-def _first_replaced(values: Array, first: Array) -> Array:
-    """All of them set at once would be a scatter by an empty list of places, at which XLA crashes on a mesh."""
-    return first if len(first) == len(values) else values.at[: len(first)].set(first)
+    return first_replaced(jnp.zeros(size, jnp.int32), tokens)
 
 
 def _attend(inputs: StepInputs, config: ModelConfig, kernels: AttentionKernels, first: int = 0) -> Attend[KVCache]:
