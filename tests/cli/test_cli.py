@@ -210,7 +210,7 @@ def test_every_sampling_parameter_and_llm_argument_is_a_flag():
     fields = set(signature(SamplingParams).parameters)
     assert {flag.name for flag in SAMPLING_FLAGS} == fields - {"seed", "logits_processors", "constraint"}
     arguments = set(signature(jaxpaged.LLM).parameters)
-    assert {flag.name for flag in MODEL_FLAGS} == arguments - {"model", "seed"}
+    assert {flag.name for flag in MODEL_FLAGS} == arguments - {"model", "seed", "mesh"}
 
 
 def test_the_flags_of_the_model_have_the_types_choices_and_defaults_of_the_options():

@@ -201,7 +201,7 @@ def test_a_system_that_fails_while_it_starts_is_named_and_the_others_run(directo
         def rebuild(self, **options):
             super().rebuild(**options)
             if options["kv_cache"] == "contiguous-max":
-                self._engine = None
+                self._engines = []
                 raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
 
     arguments = [str(directory), "--systems", "paged,contiguous-max", "--workload", "fixed:8:4", "--requests", "2"]
