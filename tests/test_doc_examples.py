@@ -80,6 +80,7 @@ def run_python(page: str, skip: str = "pallas_kernels") -> dict[str, object]:
     return scope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", all_but_slow(PAGES, *(page for page in PAGES if page != "docs/search.md")))
 def test_the_python_of_a_page_runs(page, on_small_model, capsys):
     scope = run_python(page)

@@ -142,6 +142,7 @@ def test_the_device_keeps_the_history_that_penalties_are_made_of(engine, waiting
     assert sum(sent) >= len(sent) / 3
 
 
+@pytest.mark.slow
 def test_penalised_tokens_do_not_depend_on_batch_or_preemption(engine):
     """Histories are sent anew whenever a batch changes, in the middle of a page or of a preemption."""
     tight = few_programs(

@@ -84,7 +84,9 @@ def test_they_do_not_depend_on_preemption(llm, tmp_path):
             assert_are_the_models(beam, 1, prompt)
 
 
-@pytest.mark.parametrize("others", [[], [SamplingParams(n=2, seed=1, max_tokens=6)]])
+@pytest.mark.parametrize(
+    "others", [[], pytest.param([SamplingParams(n=2, seed=1, max_tokens=6)], marks=pytest.mark.slow)]
+)
 def test_groups_that_the_device_merges_find_what_the_reference_finds(llm, others):
     widths = [16, 20, 9]
     params = [BeamSearchParams(beam_width=width, max_tokens=5, ignore_eos=True) for width in widths]

@@ -29,6 +29,7 @@ def column(values) -> np.ndarray:
     return array
 
 
+@pytest.mark.slow
 def test_rows_keep_their_order_and_columns_and_equal_a_plain_run(greedy):
     prompts = ["def f(", "import ", "class A"]
     out = greedy({"prompt": np.array(prompts), "id": np.arange(3)})
@@ -40,6 +41,7 @@ def test_rows_keep_their_order_and_columns_and_equal_a_plain_run(greedy):
     assert out["finish_reason"] == ["length"] * 3 and out["error"] == [None] * 3
 
 
+@pytest.mark.slow
 def test_a_bad_row_is_that_rows_error(greedy):
     out = greedy({"prompt": column(["def f(", None, "x" * 999, [5, -1], np.array([5, 6])])})
     assert [error is None for error in out["error"]] == [True, False, False, False, True]
@@ -47,6 +49,7 @@ def test_a_bad_row_is_that_rows_error(greedy):
     assert [text is None for text in out["generated_text"]] == [False, True, True, True, False]
 
 
+@pytest.mark.slow
 def test_parameters_may_be_of_the_row(greedy):
     rows = Generate(MODEL, params=GREEDY, param_columns=["max_tokens"], **OPTIONS)
     rows._llm = greedy._llm
@@ -55,6 +58,7 @@ def test_parameters_may_be_of_the_row(greedy):
     assert "max_tokens" in out["error"][2]
 
 
+@pytest.mark.slow
 def test_a_drawn_sample_depends_on_its_id_alone(greedy):
     drawn = Generate(MODEL, params=dict(temperature=1, max_tokens=6), id_column="id", **OPTIONS)
     drawn._llm = greedy._llm
@@ -65,6 +69,7 @@ def test_a_drawn_sample_depends_on_its_id_alone(greedy):
     assert turned == first[::-1]
 
 
+@pytest.mark.slow
 def test_beams_have_a_column_of_all(greedy):
     beams = Generate(MODEL, params=BeamSearchParams(beam_width=2, max_tokens=3), **OPTIONS)
     beams._llm = greedy._llm

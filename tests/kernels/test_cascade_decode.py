@@ -148,6 +148,7 @@ def test_too_many_members_are_refused():
 
 
 @needs_mosaic
+@pytest.mark.slow
 def test_it_lowers_for_cuda():
     case = SharedCase(prompts=1, samples=4, prompt=64, own_lens=[5], heads=32, kv_heads=8, head_dim=128)
     groups = case.plan(4)

@@ -269,7 +269,13 @@ def check_fp8(case, by_page, by_head, **options):
 
 
 FP8_QUICK = [
-    pytest.param(dict(lens=[100, 0, 30], heads=8, kv_heads=2, head_dim=128), (True, True), {}, id="by-page-and-head"),
+    pytest.param(
+        dict(lens=[100, 0, 30], heads=8, kv_heads=2, head_dim=128),
+        (True, True),
+        {},
+        id="by-page-and-head",
+        marks=pytest.mark.slow,
+    ),
 ]
 FP8_SLOW = [
     pytest.param(dict(lens=[200, 33], kv_heads=4), (False, True), dict(sliding_window=90, soft_cap=3.0), id="by-head"),
@@ -322,7 +328,9 @@ def test_values_of_scale_0_are_0():
 @pytest.mark.parametrize(
     "shapes, options",
     [
-        pytest.param(dict(lens=[300, 20], heads=8, kv_heads=2), dict(num_programs=5), id="cut-row"),
+        pytest.param(
+            dict(lens=[300, 20], heads=8, kv_heads=2), dict(num_programs=5), id="cut-row", marks=pytest.mark.slow
+        ),
         pytest.param(
             dict(lens=[70, 0, 140, 3, 90] * 2),
             dict(num_programs=1, sliding_window=80),

@@ -228,13 +228,13 @@ def shapes(*, tokens=300, heads=8, kv_heads=2, head_dim=128, page_size=16, rows=
     return arrays | others
 
 
-@pytest.mark.parametrize("head_dim", [64, pytest.param(80, marks=SLOW), pytest.param(96, marks=SLOW), 128, 256])
+@pytest.mark.parametrize("head_dim", [128, *(pytest.param(size, marks=SLOW) for size in (64, 80, 96, 256))])
 @pytest.mark.parametrize("options", [{}, WINDOW | CAP])
 def test_lowers_for_cuda_without_a_gpu(head_dim, options):
     lower(shapes(head_dim=head_dim), **options)
 
 
-@pytest.mark.parametrize("head_dim", [64, pytest.param(96, marks=SLOW), pytest.param(128, marks=SLOW), 256])
+@pytest.mark.parametrize("head_dim", [256, *(pytest.param(size, marks=SLOW) for size in (64, 96, 128))])
 def test_lowers_for_cuda_without_a_gpu_for_fp8_pages(head_dim):
     lower(shapes(head_dim=head_dim, **fp8_pages(head_dim)), **WINDOW)
 
