@@ -124,7 +124,7 @@ class LLM:
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators and trees that `close` may have to end
         self._closed: RunStats | None = None  # what is left of an LLM that was closed: its last run
         #: One, or with `data_parallel_size` several, which run what generates together; of trees, streams and watched
-        #: beams the first has all. None where there is none.
+        #: beams the first has all. Empty where there is none.
         self._engines = build_engines(checkpoint, settled, owner=self._owner, mesh=mesh)
         self._weights: Any = [engine.params for engine in self._engines]
 

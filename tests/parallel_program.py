@@ -37,7 +37,7 @@ from jaxpaged.device.param_nodes import Params, by_name
 from jaxpaged.device.params import param_records, param_shapes, random_params
 from jaxpaged.device.shards import place_parts, place_random
 from jaxpaged.engine.engine import Engine
-from jaxpaged.engine.lowering import lower_step
+from jaxpaged.engine.lowering import step_to_make
 from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
@@ -133,7 +133,7 @@ def aliasing(name: str, shape: StepShape, num_shards: int = 2) -> dict[str, Any]
     """Bytes of each device, for a pool of which a copy would be seen."""
     where, cache = placement(num_shards), CacheConfig(16, 2000, "float32")
     model = SHALLOW["llama"]
-    lowered = lower_step(shape, model, "float32", cache, REFERENCE, SamplingFeatures(), where)
+    lowered = step_to_make(shape, model, "float32", cache, REFERENCE, SamplingFeatures(), where).lower()
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     pool = 2000 * 16 * model.kv_bytes_per_token(4) // num_shards
@@ -162,7 +162,7 @@ def one_device() -> dict[str, Any]:
     cache, shape = CacheConfig(4, 16, "float32"), StepShape(4, 4)
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     texts = [
-        lower_step(shape, SHALLOW["llama"], "float32", cache, REFERENCE, SamplingFeatures(), where).as_text()
+        step_to_make(shape, SHALLOW["llama"], "float32", cache, REFERENCE, SamplingFeatures(), where).lower().as_text()
         for where in (single, placement(1), placement(2))
     ]
     words = ("all_reduce", "all_gather", "manual_computation")
@@ -172,7 +172,11 @@ def one_device() -> dict[str, Any]:
 def collectives() -> dict[str, int]:
     """In the program of a decode step."""
     shape, cache = StepShape(4, 4), CacheConfig(4, 16, "float32")
-    text = lower_step(shape, SHALLOW["llama"], "float32", cache, REFERENCE, SamplingFeatures(), placement(2)).as_text()
+    text = (
+        step_to_make(shape, SHALLOW["llama"], "float32", cache, REFERENCE, SamplingFeatures(), placement(2))
+        .lower()
+        .as_text()
+    )
     return {name: text.count(f'"stablehlo.{name}"') for name in ("all_reduce", "all_gather", "all_to_all")}
 
 

@@ -1,8 +1,8 @@
 """Processes that trace and lower steps, since Python does one of these at a time and a step takes it seconds.
 
-Most of that is what Mosaic computes for the Pallas kernels. It has no device: it gets shapes and static arguments,
-and answers with the program's text (`jax.export`), which this process compiles. Whatever goes wrong there is done here
-instead, so a worker can only save time.
+Most of that is what Mosaic computes for the Pallas kernels. A worker has no device: it gets shapes and static
+arguments, and answers with the program's text (`jax.export`), which this process compiles. Whatever goes wrong there
+is done here instead, so a worker can only save time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ SIZE_BYTES = 8
 
 Jit = Callable[[Callable[..., Any]], Any]
 Lowered = jax.stages.Lowered | None
-
 
 WORKER = Path(__file__).with_name("lowering_worker.py")
 

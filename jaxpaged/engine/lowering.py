@@ -80,20 +80,6 @@ def step_to_make(
     return steps.decode_layers.to_make(params, pool, None, carried, packed, layers=(0, model.num_layers), **static)
 
 
-def lower_step(
-    shape: StepShape,
-    model: ModelConfig,
-    dtype: str,
-    cache: CacheConfig,
-    kernels: AttentionKernels,
-    features: SamplingFeatures,
-    where: jax.sharding.Sharding | Placement,
-    limits: EngineConfig | None = None,
-) -> jax.stages.Lowered:
-    """That program's text, for whichever device and compiler."""
-    return step_to_make(shape, model, dtype, cache, kernels, features, where, limits).lower()
-
-
 def _lying(arrays: Any, layout: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), arrays)
 

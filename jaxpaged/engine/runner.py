@@ -322,11 +322,11 @@ class StepRunner:
         self._ahead, self._to_make = Ahead(self._to_make) if self._to_make else None, []
 
     def stop_ahead(self) -> None:
-        """What has not been begun is not compiled."""
-        self._to_make = []
-        if self._ahead is not None:
-            self._ahead.stop()
-            self._ahead = None
+        """What has not been begun is not compiled, but may be foreseen again."""
+        is_cut_off = bool(self._to_make) or (self._ahead is not None and self._ahead.stop())
+        self._to_make, self._ahead = [], None
+        if is_cut_off:
+            self._foreseen.clear()
 
     def compile_step(self, batch: StepBatch, features: SamplingFeatures) -> None:
         """Run an empty batch in all its forms, so that the programs for such batches are there."""

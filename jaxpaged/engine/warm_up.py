@@ -83,17 +83,17 @@ class Ahead:
         num_threads = max(1, min(os.cpu_count() or 1, MAX_THREADS, len(programs)))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
         self._workers = contextlib.ExitStack()
-        self._workers.enter_context(LOWERING.running(len(programs)))
+        if programs:  # the last of them ends what is begun here
+            self._workers.enter_context(LOWERING.running(len(programs)))
         self._left, self._lock = len(programs), threading.Lock()
         self.pending = [self._threads.submit(program.compile_ahead) for program in programs]
         for one in self.pending:
             one.add_done_callback(self._note_done)
         self._threads.shutdown(wait=False)
 
-    def stop(self) -> None:
-        """What no thread has begun is not compiled."""
-        for one in self.pending:
-            one.cancel()
+    def stop(self) -> bool:
+        """What no thread has begun is not compiled; whether there was such."""
+        return any([one.cancel() for one in self.pending])
 
     def _note_done(self, _one: Future[Any]) -> None:
         with self._lock:

@@ -38,7 +38,7 @@ from jaxpaged.config import CacheConfig, EngineConfig, ModelConfig
 from jaxpaged.device.attention import REFERENCE, resolve_attention
 from jaxpaged.device.mesh import Placement
 from jaxpaged.device.params import param_shapes
-from jaxpaged.engine.lowering import lower_step
+from jaxpaged.engine.lowering import step_to_make
 from jaxpaged.host.pages.block_table import num_pages_for
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
@@ -100,7 +100,9 @@ def measure(model: ModelConfig, placement: Placement, rows: int, args: argparse.
             "auto", placement.device, head_dim=model.head_dim, page_size=args.page_size, dtype=DTYPE
         )
     limits = EngineConfig(args.context, rows)
-    lowered = lower_step(shape, model, DTYPE, cache, kernels, SamplingFeatures(is_random=True), placement, limits)
+    lowered = step_to_make(
+        shape, model, DTYPE, cache, kernels, SamplingFeatures(is_random=True), placement, limits
+    ).lower()
     shard = placement.shard(model)
     pool_bytes = cache.num_pages * cache.page_size * shard.kv_bytes_per_token(2)
     aliased = None

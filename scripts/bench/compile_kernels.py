@@ -35,7 +35,7 @@ from jaxpaged.config import CacheConfig
 from jaxpaged.device import steps
 from jaxpaged.device.attention import resolve_attention
 from jaxpaged.device.cache import make_paged_cache
-from jaxpaged.engine.lowering import lower_step
+from jaxpaged.engine.lowering import step_to_make
 from jaxpaged.engine.preemption import resolve_preemption
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
@@ -292,7 +292,7 @@ def check_step(target: jax.sharding.Sharding, kv_dtype: str) -> list[str]:
     cache = CacheConfig(STEP_PAGE_SIZE, num_pages, kv_dtype)
     shape = StepShape(STEP_ROWS, -(-STEP_CONTEXT // STEP_PAGE_SIZE))
     features = SamplingFeatures(has_samples=True, is_random=True)
-    compiled = compile_for(lambda: lower_step(shape, model, DTYPE, cache, kernels, features, target))
+    compiled = compile_for(lambda: step_to_make(shape, model, DTYPE, cache, kernels, features, target).lower())
     functions = read_assembler(compiled.assembler_said)
     print_line(f"step of {model.num_layers} layers, {STEP_ROWS} rows, {kv_dtype}", functions, compiled)
     memory, text = compiled.program.memory_analysis(), compiled.program.as_text()

@@ -51,7 +51,7 @@ from jaxpaged.device.cache import PagedCache, make_paged_cache
 from jaxpaged.device.memory import start_device
 from jaxpaged.device.mesh import AXIS, POOL, WHOLE, Placement
 from jaxpaged.engine.loading import resolve_dtype
-from jaxpaged.engine.lowering import lower_step
+from jaxpaged.engine.lowering import step_to_make
 from jaxpaged.engine.placing import resolve_placements
 from jaxpaged.host.pages.block_table import num_pages_for
 from jaxpaged.host.step.batching import StepShape
@@ -182,9 +182,9 @@ def compile_steps(division: Division, args: argparse.Namespace) -> list[Step]:
         for rows in sorted({max(rows, division.kernels.min_rows) for rows in args.rows}):
             shape, cache = StepShape(rows, pages), CacheConfig(args.page_size, 1 + rows * pages, division.dtype)
             features = SamplingFeatures(is_random=args.temperature > 0)
-            lowered = lower_step(
+            lowered = step_to_make(
                 shape, division.model, division.dtype, cache, division.kernels, features, division.placement
-            )
+            ).lower()
             packed, _ = pack(decode_batch(shape, args))
             packed = division.placement.put(packed)
             for xla in variants:

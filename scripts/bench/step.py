@@ -193,7 +193,7 @@ def build_step(setup: Setup, shape: StepShape, cache: CacheConfig, args: argpars
         "aliased_bytes": memory.alias_size_in_bytes,
     }
     static = static_arguments(setup.model, setup.kernels, layout, features)
-    tokens = np.zeros(max(EngineOptions.max_num_seqs, shape.num_rows), np.int32)  # as `lower_step` has it
+    tokens = np.zeros(max(EngineOptions.max_num_seqs, shape.num_rows), np.int32)  # as `step_to_make` has it
     tokens, packed = jax.device_put((tokens, packed), setup.device)
     return Step(steps.Carried(tokens), packed, static, compiled)
 

@@ -20,14 +20,6 @@ FAKE_COMMAND = [sys.executable, str(ROOT / "tests" / "fake_llm.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-@pytest.fixture
-def model(tmp_path):
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    return str(directory)
-
-
 def run(*arguments):
     return main([str(argument) for argument in arguments], make_llm=FakeLLM)
 

@@ -41,14 +41,6 @@ COMPARE = ("systems", "workload", "requests", "rate", "rates", "n", "beam-width"
 PICTURES = ("delay", "seed", "beam-width", "plot", "html", "json", "max-tokens", "example", "prompt")
 
 
-@pytest.fixture
-def model(tmp_path):
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    return str(directory)
-
-
 def outcome(arguments, capfd) -> tuple[int, str]:
     code = main(arguments, make_llm=CheckedLLM)
     error = capfd.readouterr().err

@@ -31,14 +31,6 @@ SAMPLE = SamplingParams()
 FAKE_COMMAND = [sys.executable, str(ROOT / "tests" / "fake_llm.py")]
 
 
-@pytest.fixture
-def model(tmp_path):
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    return str(directory)
-
-
 def stats(tokens=0, seconds=1.0):
     run = RunStats.for_cache(CacheConfig(16, 11))
     run.num_generated_tokens, run.seconds["total"] = tokens, seconds

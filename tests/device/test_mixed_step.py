@@ -17,7 +17,7 @@ from jaxpaged.device import steps
 from jaxpaged.device.attention import REFERENCE, AttentionKernels
 from jaxpaged.device.cache import make_paged_cache
 from jaxpaged.device.params import param_shapes
-from jaxpaged.engine.lowering import lower_step, static_arguments
+from jaxpaged.engine.lowering import static_arguments, step_to_make
 from jaxpaged.host.step.batching import Buckets, StepShape, make_batch
 from jaxpaged.host.step.features import SamplingFeatures
 from jaxpaged.host.step.step_plan import StepPlan
@@ -130,7 +130,7 @@ def test_the_pool_is_updated_in_place():
     limits, cache = EngineConfig(256, 8, 64), CacheConfig(16, 2000, "float32")
     shape = Buckets.for_limits(limits, cache).mixed_shapes()[-1]
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    lowered = lower_step(shape, TOY, "float32", cache, REFERENCE, SamplingFeatures(), sharding, limits)
+    lowered = step_to_make(shape, TOY, "float32", cache, REFERENCE, SamplingFeatures(), sharding, limits).lower()
     memory = lowered.compile().memory_analysis()
     pool_bytes = cache.num_pages * cache.page_size * TOY.kv_bytes_per_token(4)
     assert memory.alias_size_in_bytes == pool_bytes

@@ -18,7 +18,7 @@ from jaxpaged.device.attention import REFERENCE
 from jaxpaged.device.processors import what_they_compute
 from jaxpaged.device.programs import PROGRAMS, Step, num_maps, reads_cache
 from jaxpaged.engine.engine import Engine
-from jaxpaged.engine.lowering import lower_step
+from jaxpaged.engine.lowering import step_to_make
 from jaxpaged.engine.runner import StepRunner
 from jaxpaged.host.step.batching import StepShape
 from jaxpaged.host.step.features import SamplingFeatures
@@ -316,5 +316,5 @@ def num_loops(shape: StepShape, num_layers: int) -> int:
     model = dataclasses.replace(TOY, num_layers=num_layers)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     cache = CacheConfig(4, 100, "float32")
-    lowered = lower_step(shape, model, "float32", cache, REFERENCE, SamplingFeatures(), sharding)
+    lowered = step_to_make(shape, model, "float32", cache, REFERENCE, SamplingFeatures(), sharding).lower()
     return lowered.as_text().count("stablehlo.while")
