@@ -38,6 +38,8 @@ def few_memory_maps():
         with maps.open() as lines:
             count = sum(1 for _ in lines)
         if count > MANY_MEMORY_MAPS:
+            if "jaxpaged.device.programs" in sys.modules:
+                sys.modules["jaxpaged.device.programs"].PROGRAMS.give_back_all()
             sys.modules["jax"].clear_caches()
 
 

@@ -97,6 +97,13 @@ class Programs:
             kept.run, kept.use = self._run, self._use
         return kept.program
 
+    def give_back_all(self) -> None:
+        """Whatever is needed again is compiled again. `jax.clear_caches` knows nothing of these."""
+        with self._lock:
+            for kept in self._kept.values():
+                kept.program.clear_cache()
+            self._kept.clear()
+
     def computation_of(self, processors: tuple[LogitsProcessor, ...], layout: Layout, vocab_size: int) -> Hashable:
         known, key = self._computations, (*map(id, processors), layout, vocab_size)
         if key not in known:

@@ -75,6 +75,13 @@ def test_programs_go_where_maps_run_short(store):
     assert num_maps() < store.max_maps + 60
 
 
+def test_all_may_be_given_back_and_are_made_again(store):
+    run_each(scaled, [1, 2])
+    store.give_back_all()
+    assert len(store) == 0
+    assert run_each(scaled, [2]) == [2] and store.num_made == 3
+
+
 def test_what_the_run_in_progress_has_used_stays(store):
     store.max_programs = 2
     store.begin_run()
